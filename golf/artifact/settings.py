@@ -1,0 +1,67 @@
+"""Configurations out of a file that nobody vouches for: kinds, bounds and sense of every value checked."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
+
+from golf.artifact.codecs import ArtifactError
+from golf.config import Config, ConfigError, ModelConfig, QuantConfig, TrainConfig, check_config
+
+LARGEST_NUMBER = 2**24
+MOST_LAYERS = 1024
+MAY_BE_ZERO = ("bigram_vocab_size", "bigram_dim", "bos_id")
+"""Whole numbers that may be 0; all others are at least 1."""
+
+
+def model_from_json(values: object) -> ModelConfig:
+    """The model configuration that parsed JSON spells. Raises ArtifactError."""
+    model = ModelConfig(**checked_values(ModelConfig, values))
+    row = TrainConfig(train_batch_tokens=model.train_seq_len, micro_batch_tokens=model.train_seq_len)
+    check_together(Config(model=model, train=row))
+    if model.num_layers > MOST_LAYERS:
+        raise ArtifactError(f"num_layers is {model.num_layers}; at most {MOST_LAYERS} can be stored")
+    if model.bigram_vocab_size and not model.bigram_dim:
+        raise ArtifactError("bigram_dim is 0 though there is a bigram table")
+    if not 1 <= model.mlp_mult * model.model_dim <= LARGEST_NUMBER or model.rope_base <= 0:
+        raise ArtifactError("mlp_mult or rope_base is out of bounds")
+    return model
+
+
+def quant_from_json(values: object) -> QuantConfig:
+    """The quantization that parsed JSON spells. Raises ArtifactError."""
+    quant = QuantConfig(**checked_values(QuantConfig, values))
+    check_together(Config(quant=quant))
+    return quant
+
+
+def checked_values(settings: type, values: object) -> dict[str, Any]:
+    """Values for the fields of a dataclass of knobs: all of them, no others, each of its kind."""
+    names = {field.name for field in fields(settings)}
+    if not isinstance(values, Mapping) or set(values) != names:
+        raise ArtifactError(
+            f"the entries of {settings.__name__} are not those of this version: {', '.join(sorted(names))}"
+        )
+    return {field.name: checked_value(field.name, field.type, values[field.name]) for field in fields(settings)}
+
+
+def checked_value(name: str, kind: Any, value: object) -> Any:
+    """`value` if it is of the knob's kind and within bounds. Raises ArtifactError."""
+    if get_origin(kind) is Literal:
+        valid = isinstance(value, str) and value in get_args(kind)
+    elif kind is int:
+        valid = type(value) is int and (0 if name in MAY_BE_ZERO else 1) <= value <= LARGEST_NUMBER
+    elif kind is float:
+        valid = type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
+    else:
+        valid = type(value) is kind
+    if not valid:
+        raise ArtifactError(f"{name} is missing or out of bounds in the stored configuration")
+    return float(value) if kind is float else value
+
+
+def check_together(config: Config) -> None:
+    try:
+        check_config(config)
+    except ConfigError as error:
+        raise ArtifactError(f"the stored configuration is impossible: {error}") from None

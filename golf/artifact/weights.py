@@ -1,0 +1,68 @@
+"""weights.safetensors: fp32 weights as training leaves them, with what packing needs to know as metadata."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from golf.artifact.codecs import ArtifactError
+from golf.artifact.container import check_sha256, check_shapes
+from golf.artifact.settings import model_from_json, quant_from_json
+from golf.artifact.shapes import expected_shapes
+from golf.config import ModelConfig, QuantConfig
+from golf.runtime import write_file_atomically
+
+METADATA_ENTRIES = ("model", "quant", "tokenizer_sha256")
+
+
+@dataclass(frozen=True, eq=False)
+class SavedWeights:
+    state: dict[str, Tensor]
+    model: ModelConfig
+    quant: QuantConfig
+    tokenizer_sha256: str
+
+
+def save_weights(
+    path: Path, state: Mapping[str, Tensor], model: ModelConfig, quant: QuantConfig, tokenizer_sha256: str
+) -> None:
+    """Write weights with their metadata, the file put in place at once. Raises ArtifactError, OSError."""
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected_shapes(model))
+    check_sha256(tokenizer_sha256)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    values = (json.dumps(asdict(model)), json.dumps(asdict(quant)), tokenizer_sha256)
+    write_file_atomically(path, save(tensors, dict(zip(METADATA_ENTRIES, values, strict=True))))
+
+
+def load_weights(path: Path) -> SavedWeights:
+    """Weights and metadata, checked against the model that they name. Raises ArtifactError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"cannot read weights from {path}: {error}") from None
+    for entry in METADATA_ENTRIES:
+        if entry not in metadata:
+            raise ArtifactError(f"{path} has no metadata {entry!r}: it was not written by this project's training")
+    model = model_from_json(load_metadata_json(metadata["model"]))
+    quant = quant_from_json(load_metadata_json(metadata["quant"]))
+    check_sha256(metadata["tokenizer_sha256"])
+    shapes = expected_shapes(model)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"tensor {name!r} in {path} has NaN or infinite values")
+    return SavedWeights({name: state[name].float() for name in shapes}, model, quant, metadata["tokenizer_sha256"])
+
+
+def load_metadata_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ArtifactError("the metadata of the weights is not JSON") from None

@@ -1,0 +1,321 @@
+"""Every knob of the pipeline: frozen dataclasses, presets, and the one reader of the environment.
+
+A knob has one lower-case name, unique over the whole tree, and answers to it in upper case as an
+environment variable (``train_seq_len`` is ``TRAIN_SEQ_LEN``). Precedence: preset, then environment,
+then ``key=value`` on the command line. Horizons are fractions of the binding budget (steps or seconds,
+whichever is nearer its end), so that they act on a machine of any speed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_origin
+
+CODECS = Literal["lzma", "zstd", "zlib", "none"]
+
+
+class ConfigError(ValueError):
+    """A knob that does not exist, a value that does not parse, or values that do not fit together."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    preset: str = "leaderboard"
+    run_id: str = ""
+    """Name of the folder under `runs_root`; empty: preset, time and seed."""
+    seed: int = 42
+    runs_root: str = "runs"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    compile: bool = True
+    """torch.compile the training step and the scorer."""
+    threads: int = 0
+    """CPU threads of torch; 0: torch's own choice."""
+    limit_bytes: int = 16_000_000
+    """Most bytes that packed code and artifact may have together."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data_path: str = "data/datasets/fineweb10B_sp1024"
+    """Folder of *_train_*.bin and *_val_*.bin shards; empty: prepared from `corpus` at first use."""
+    tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"
+    """SentencePiece model; empty: the one prepared with `corpus`."""
+    corpus: str = ""
+    """`embedded` (texts of Python's standard library) or a path: .txt, .jsonl, .jsonl.xz, a folder of them."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 1024
+    num_layers: int = 10
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: float = 3.0
+    """MLP hidden width as a multiple of `model_dim`."""
+    bigram_vocab_size: int = 10_240
+    """Rows of the hashed bigram table, the last one reserved for "no previous token"; 0: no table."""
+    bigram_dim: int = 128
+    smear_gate: bool = True
+    resid_mix_init: Literal["phase", "stream"] = "phase"
+    """phase: early blocks lean on the embedding, late ones on the stream; stream: all of the stream."""
+    matrix_init: Literal["orthogonal", "uniform"] = "orthogonal"
+    """orthogonal: output projections scaled by 1/sqrt(2 layers); uniform: torch's default, outputs zero."""
+    qk_gain_init: float = 1.5
+    rope_base: float = 10_000.0
+    logit_softcap: float = 30.0
+    tied_embed_init_std: float = 0.005
+    train_seq_len: int = 2048
+    """Tokens in a training row; the length at which RoPE is unscaled."""
+    bos_id: int = 1
+    """Token that starts a document."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    iterations: int = 20_000
+    """Most optimizer steps; 0: no limit."""
+    max_wallclock_seconds: float = 600.0
+    """Most seconds of training; 0: no limit (then equal seeds give equal bytes)."""
+    train_batch_tokens: int = 786_432
+    """Tokens of a step over all ranks and micro-steps."""
+    micro_batch_tokens: int = 98_304
+    """Most tokens of one forward pass on one rank."""
+    warmup_steps: int = 20
+    """Untimed steps that compile and warm the caches; their effect is undone."""
+    warmdown_fraction: float = 0.45
+    """Share of the budget over which the learning rate falls to zero (272 of 600 s in the recipe's log)."""
+    warmdown_shape: Literal["cosine", "linear"] = "cosine"
+    val_loss_every: int = 500
+    """Steps between validations of the raw weights during training; 0: only at the end."""
+    train_log_every: int = 100
+    val_batch_size: int = 524_288
+    """Tokens of a validation batch over all ranks."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    matrix_lr: float = 0.02
+    tied_embed_lr: float = 0.03
+    scalar_lr: float = 0.02
+    muon_momentum: float = 0.99
+    muon_momentum_start: float = 0.92
+    muon_momentum_warmup_fraction: float = 0.23
+    """Share of the budget over which momentum rises (1,500 of 6,606 steps in the recipe's log)."""
+    muon_ns_steps: int = 5
+    muon_weight_decay: float = 0.04
+    embed_weight_decay: float = 0.04
+    scalar_weight_decay: float = 0.04
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip_norm: float = 0.3
+    """Largest norm of all gradients together; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    swa_enabled: bool = True
+    swa_start: float = 0.6
+    """Share of the budget after which weights are averaged."""
+    swa_end: float = 1.0
+    """Share of the budget at which the average becomes the weights; below 1, training goes on from there."""
+    swa_snapshots: int = 48
+    """Snapshots in the average, evenly spaced (fewer when fewer steps are left)."""
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    qat_enabled: bool = True
+    qat_start: float = 0.0
+    """Share of the budget after which weights pass through the export grid in the forward pass."""
+    mlp_bits: int = 5
+    attn_bits: int = 6
+    bigram_bits: int = 6
+    embed_bits: int = 16
+    """Bits of the token embedding; 16: stored as fp16."""
+    prune_frac: float = 0.05
+    """Share of smallest weights set to zero per tensor, where that can change a code."""
+    codec: CODECS = "lzma"
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    eval_seq_len: int = 4096
+    """Tokens in a scoring window."""
+    eval_stride: int = 64
+    """Targets scored by a window (the first window scores all of its own)."""
+    eval_batch_seqs: int = 32
+    """Windows in one forward pass on one rank."""
+    eval_rope: Literal["ntk", "none"] = "ntk"
+    """RoPE beyond the training length: NTK-aware base, or the training base as it is."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+
+
+LOCAL: dict[str, Any] = dict(
+    limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", compile=False,
+    vocab_size=1024, num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0,
+    bigram_vocab_size=2048, bigram_dim=32, train_seq_len=256, max_wallclock_seconds=180.0,
+    train_batch_tokens=4096, micro_batch_tokens=4096, warmup_steps=2, val_loss_every=0,
+    train_log_every=50, val_batch_size=16_384, embed_bits=6,
+    eval_seq_len=512, eval_stride=64, eval_batch_seqs=32,
+)  # fmt: skip
+
+BASELINE: dict[str, Any] = dict(
+    num_layers=9, mlp_mult=2.0, bigram_vocab_size=0, bigram_dim=0, smear_gate=False, resid_mix_init="stream",
+    matrix_init="uniform", train_seq_len=1024, train_batch_tokens=524_288, micro_batch_tokens=65_536,
+    warmdown_fraction=0.09, warmdown_shape="linear", matrix_lr=0.04, tied_embed_lr=0.05, scalar_lr=0.04,
+    muon_momentum=0.95, muon_momentum_start=0.85, muon_momentum_warmup_fraction=0.036, muon_weight_decay=0.0,
+    embed_weight_decay=0.0, scalar_weight_decay=0.0, grad_clip_norm=0.0, swa_enabled=False, qat_enabled=False,
+    mlp_bits=8, attn_bits=8, bigram_bits=8, embed_bits=8, prune_frac=0.0, codec="zlib",
+    eval_seq_len=1024, eval_stride=1024, eval_rope="none", val_loss_every=1000, train_log_every=200, seed=1337,
+)  # fmt: skip
+
+BASELINE_LOCAL: dict[str, Any] = LOCAL | BASELINE | dict(
+    num_layers=3, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, val_loss_every=0,
+    train_log_every=50, eval_seq_len=256, eval_stride=256,
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "leaderboard": {},
+    "local": LOCAL,
+    "baseline": BASELINE,
+    "baseline-local": BASELINE_LOCAL,
+}
+"""What each preset changes in the defaults above (which are the leaderboard recipe's)."""
+
+RETIRED_KNOBS = {
+    "WARMDOWN_ITERS": "warmdown_fraction (a share of the budget, not a step count)",
+    "MUON_MOMENTUM_WARMUP_STEPS": "muon_momentum_warmup_fraction (a share of the budget)",
+    "MUON_MOMENTUM_WARMUP_START": "muon_momentum_start",
+    "MUON_BACKEND_STEPS": "muon_ns_steps",
+    "WEIGHT_DECAY": "muon_weight_decay, embed_weight_decay and scalar_weight_decay",
+    "SWA_START_FRAC": "swa_start (a share of the budget, not of the learning rate)",
+    "SWA_EVERY": "swa_snapshots",
+    "EMBED_LR": "tied_embed_lr (embeddings are tied here)",
+    "HEAD_LR": "tied_embed_lr (embeddings are tied here)",
+    "TIE_EMBEDDINGS": "nothing: embeddings are tied here",
+    "SKIP_ROUNDTRIP_EVAL": "nothing: a run without a measured score is not a run",
+    "CONTROL_TENSOR_NAME_PATTERNS": "nothing: vectors train in their own group by shape",
+    "FP16_KEEP_NAME_PATTERNS": "embed_bits=16",
+}
+"""Knobs of the competition's scripts that have no honest counterpart, and what to set instead."""
+
+
+def iter_knobs(config: Config) -> Iterator[tuple[str, str, type, Any]]:
+    """Yield (section, knob, type, value) for every scalar of the tree."""
+    for section in fields(config):
+        part = getattr(config, section.name)
+        for knob in fields(part):
+            yield section.name, knob.name, knob.type, getattr(part, knob.name)
+
+
+KNOBS: dict[str, tuple[str, Any]] = {knob: (section, kind) for section, knob, kind, _ in iter_knobs(Config())}
+
+
+def parse_value(knob: str, kind: Any, text: str) -> Any:
+    """The value of `knob` that `text` spells; booleans are 0, 1, true or false."""
+    try:
+        if get_origin(kind) is Literal:
+            return {choice: choice for choice in get_args(kind)}[text]
+        if kind is bool:
+            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+        return int(text.replace("_", "")) if kind is int else kind(text)
+    except (KeyError, ValueError):
+        wanted = " or ".join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__
+        raise ConfigError(f"{knob}={text!r} is not a valid value: it must be {wanted}") from None
+
+
+def with_knobs(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with some knobs set; values that are text are parsed."""
+    changes: dict[str, dict[str, Any]] = {}
+    for knob, value in values.items():
+        if knob.upper() in RETIRED_KNOBS:
+            raise ConfigError(f"{knob} is not a knob here: set {RETIRED_KNOBS[knob.upper()]}")
+        if knob not in KNOBS:
+            raise ConfigError(f"unknown knob {knob!r}: `python train_gpt.py --help` lists the {len(KNOBS)} that exist")
+        section, kind = KNOBS[knob]
+        changes.setdefault(section, {})[knob] = parse_value(knob, kind, value) if isinstance(value, str) else value
+    sections = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
+    return replace(config, **sections)
+
+
+def knobs_of_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Knobs that environment variables set, retired ones included (so that they are refused by name)."""
+    names = {knob.upper(): knob for knob in KNOBS} | {name: name for name in RETIRED_KNOBS}
+    return {names[name]: text for name, text in environ.items() if name in names}
+
+
+def build_config(preset: str, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Config:
+    """The resolved configuration: preset, then environment, then overrides. Raises ConfigError."""
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    config = with_knobs(Config(), PRESETS[preset] | {"preset": preset})
+    chosen = knobs_of_environment(environ) | dict(overrides)
+    if chosen.get("corpus"):  # text of the user's own replaces the preset's shards
+        chosen = {"data_path": "", "tokenizer_path": ""} | chosen
+    config = with_knobs(config, chosen)
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError where values do not fit together, before anything has cost time."""
+    model, train, quant, score, average = config.model, config.train, config.quant, config.score, config.average
+    rules = [
+        (model.model_dim % model.num_heads == 0, "model_dim must be a multiple of num_heads"),
+        (model.num_heads % model.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads"),
+        (model.model_dim // model.num_heads % 2 == 0, "the head width model_dim / num_heads must be even"),
+        (model.num_layers >= 2, "num_layers must be at least 2 (U-Net skips need an encoder and a decoder)"),
+        (model.vocab_size <= 65_536, "vocab_size must fit in 16 bits (65,536)"),
+        (model.bigram_vocab_size != 1, "bigram_vocab_size must be 0 (off) or at least 2"),
+        (model.logit_softcap > 0, "logit_softcap must be positive"),
+        (train.iterations > 0 or train.max_wallclock_seconds > 0, "set iterations or max_wallclock_seconds"),
+        (train.train_batch_tokens % model.train_seq_len == 0, "train_batch_tokens must be rows of train_seq_len"),
+        (train.micro_batch_tokens >= model.train_seq_len, "micro_batch_tokens must hold one row of train_seq_len"),
+        (0 <= train.warmdown_fraction <= 1, "warmdown_fraction is a share, 0 to 1"),
+        (0 <= quant.qat_start < 1, "qat_start is a share, 0 to below 1"),
+        (0 <= quant.prune_frac < 1, "prune_frac is a share, 0 to below 1"),
+        (all(2 <= bits <= 8 for bits in (quant.mlp_bits, quant.attn_bits, quant.bigram_bits)), "bits must be 2 to 8"),
+        (2 <= quant.embed_bits <= 8 or quant.embed_bits == 16, "embed_bits must be 2 to 8, or 16"),
+        (0 <= average.swa_start < average.swa_end <= 1, "swa_start and swa_end are shares, the start before the end"),
+        (average.swa_snapshots >= 2, "swa_snapshots must be at least 2 (an average of one is no average)"),
+        (1 <= score.eval_stride <= score.eval_seq_len, "eval_stride must be 1 to eval_seq_len"),
+        (score.eval_batch_seqs >= 1, "eval_batch_seqs must be at least 1"),
+        (bool(config.data.data_path) or bool(config.data.corpus), "set data_path, or corpus to prepare data from"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)
+
+
+def config_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain nested dictionary, for JSON."""
+    return asdict(config)
+
+
+def config_from_dict(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Inverse of config_dict."""
+    return with_knobs(Config(), {knob: value for part in sections.values() for knob, value in part.items()})
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 (16 hex digits) of all knobs that shape the result: equal for the seeds of one experiment."""
+    sections = config_dict(config)
+    for knob in ("run_id", "seed", "runs_root", "threads"):
+        del sections["run"][knob]
+    for knob in ("data_path", "tokenizer_path"):  # data has its own identity, whatever folder it is in
+        del sections["data"][knob]
+    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""From shards to batches: the batch of a step is a function of the data and the step alone.
+
+Shape letters: N tokens, B rows, T time.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from golf.data.shards import DataError, read_shard
+
+
+class TokenStream:
+    """The tokens of several shards, in order, as one endless stream that starts over at its end."""
+
+    def __init__(self, paths: Sequence[str | Path]):
+        if not paths:
+            raise DataError("a token stream needs at least one shard")
+        self.shards = [read_shard(path) for path in paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """Tokens start, ..., start + count - 1 of the endless stream, int64 (count,)."""
+        tokens_N = np.empty(count, dtype=np.int64)
+        filled = 0
+        while filled < count:
+            position = (start + filled) % len(self)
+            index = int(np.searchsorted(self.starts, position, side="right")) - 1
+            offset = position - int(self.starts[index])
+            part = self.shards[index][offset : offset + count - filled]
+            tokens_N[filled : filled + len(part)] = part
+            filled += len(part)
+        return tokens_N
+
+
+def check_batch_shape(batch_tokens: int, seq_len: int, world_size: int) -> None:
+    """Raise DataError unless the batch is whole rows, and the rows can be dealt out equally to the ranks."""
+    if batch_tokens % seq_len:
+        raise DataError(f"train_batch_tokens={batch_tokens} is not a multiple of train_seq_len={seq_len}")
+    rows = batch_tokens // seq_len
+    if rows % world_size:
+        raise DataError(
+            f"{rows} rows of {seq_len} tokens can't be dealt out equally to {world_size} ranks: "
+            "change train_batch_tokens or the number of processes"
+        )
+
+
+def host_batch(
+    stream: TokenStream, step: int, batch_tokens: int, seq_len: int, rank: int, world_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`global_batch` on the CPU."""
+    check_batch_shape(batch_tokens, seq_len, world_size)
+    own_tokens = batch_tokens // world_size
+    span_N = torch.from_numpy(stream.tokens(step * batch_tokens + rank * own_tokens, own_tokens + 1))
+    return span_N[:-1].reshape(-1, seq_len), span_N[1:].reshape(-1, seq_len)
+
+
+def global_batch(
+    stream: TokenStream,
+    step: int,
+    batch_tokens: int,
+    seq_len: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's rows of the global batch of `step`: inputs_BT and targets_BT, int64, on `device`.
+
+    The global batch is tokens step * batch_tokens, ..., (step + 1) * batch_tokens of the stream (the last
+    one only as a target). Its rows are dealt out contiguously, so that the ranks' rows, taken together, are
+    the same for every world size. Raises DataError where they can't be dealt out equally.
+    """
+    inputs_BT, targets_BT = host_batch(stream, step, batch_tokens, seq_len, rank, world_size)
+    return inputs_BT.to(device), targets_BT.to(device)
+
+
+class BatchPrefetcher:
+    """Reads the batch of the next step in a thread while the current one is in use.
+
+    `get(step)` is `global_batch(stream, step, ...)`, only sooner when steps are asked for in order. On CUDA
+    the batch waits in pinned memory, and its copy does not hold up the host.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        batch_tokens: int,
+        seq_len: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ):
+        check_batch_shape(batch_tokens, seq_len, world_size)
+        self.stream, self.shape = stream, (batch_tokens, seq_len, rank, world_size)
+        self.device = torch.device(device)
+        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self.ahead: tuple[int, Future] | None = None
+
+    def read_ahead(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = host_batch(self.stream, step, *self.shape)
+        return tuple(part_BT.pin_memory() for part_BT in batch) if self.device.type == "cuda" else batch
+
+    def get(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """inputs_BT and targets_BT of `step`, on the device; starts reading those of step + 1."""
+        if self.ahead is None or self.ahead[0] != step:
+            self.ahead = step, self.reader.submit(self.read_ahead, step)
+        inputs_BT, targets_BT = self.ahead[1].result()
+        self.ahead = step + 1, self.reader.submit(self.read_ahead, step + 1)
+        return inputs_BT.to(self.device, non_blocking=True), targets_BT.to(self.device, non_blocking=True)
+
+    def close(self) -> None:
+        """Stop the thread, after the read in progress."""
+        self.reader.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "BatchPrefetcher":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def validation_tokens(paths: Sequence[str | Path]) -> np.ndarray:
+    """All tokens of the shards, in order, uint16 (N,), in memory."""
+    if not paths:
+        raise DataError("no validation shards were given")
+    return np.concatenate([read_shard(path) for path in paths])

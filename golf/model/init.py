@@ -1,0 +1,45 @@
+"""Initial weights: a function of the configuration and the seed alone, the same on every device."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from golf.config import ModelConfig
+from golf.model.gpt import GPT
+from golf.model.layers import Linear
+
+
+def build_model(config: ModelConfig, seed: int, compute_dtype: torch.dtype = torch.float32) -> GPT:
+    """A GPT on the CPU with its initial weights."""
+    model = GPT(config, compute_dtype)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(model.tok_emb.weight, std=config.tied_embed_init_std, generator=generator)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            init_matrix(module.weight, name.endswith("proj"), config, generator)
+    if config.resid_mix_init == "phase":
+        init_phase_mix(model)
+    return model
+
+
+def init_matrix(weight_OI: Tensor, writes_stream: bool, config: ModelConfig, generator: torch.Generator) -> None:
+    """Orthogonal, the matrices that write into the stream scaled by 1/sqrt(2L) (the stream sums 2L of them);
+    or torch's default for Linear with those matrices at zero (the baseline's).
+    """
+    if config.matrix_init == "orthogonal":
+        gain = 1 / math.sqrt(2 * config.num_layers) if writes_stream else 1.0
+        nn.init.orthogonal_(weight_OI, gain=gain, generator=generator)
+    elif not writes_stream:
+        bound = 1 / math.sqrt(weight_OI.size(1))
+        nn.init.uniform_(weight_OI, -bound, bound, generator=generator)
+
+
+def init_phase_mix(model: GPT) -> None:
+    """resid_mix of block i: sigmoid(3 (i/(L-1) - 1/2)) of the stream, the rest of the embedding."""
+    last = model.config.num_layers - 1
+    for i, block in enumerate(model.blocks):
+        share = torch.sigmoid(torch.tensor(3.0 * (i / last - 0.5)))
+        with torch.no_grad():
+            block.resid_mix[0].fill_(share)
+            block.resid_mix[1].fill_(1 - share)

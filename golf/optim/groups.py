@@ -1,0 +1,77 @@
+"""Which parameter learns by which rule: matrices by Muon, tables and vectors by AdamW."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from golf.config import OptimConfig
+from golf.model.gpt import GPT
+from golf.optim.muon import Muon, newton_schulz
+from golf.runtime import Runtime
+
+
+def split_parameters(model: GPT) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(matrices of Linear layers, embedding tables, everything smaller), each in the order of the model."""
+    matrices, tables, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if name in ("tok_emb.weight", "bigram.embed.weight"):
+            tables.append(parameter)
+        elif name.endswith(".weight"):
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    return matrices, tables, vectors
+
+
+class Optimizers:
+    """The optimizers of a model under one learning-rate scale and one gradient clip."""
+
+    def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime, compile_muon: bool = False):
+        matrices, tables, vectors = split_parameters(model)
+        adam = dict(betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+        self.muon = Muon(
+            matrices,
+            config.matrix_lr,
+            config.muon_momentum_start,
+            config.muon_weight_decay,
+            config.muon_ns_steps,
+            runtime.rank,
+            runtime.world_size,
+            torch.compile(newton_schulz) if compile_muon else newton_schulz,
+        )
+        self.all = [
+            torch.optim.AdamW(tables, lr=config.tied_embed_lr, weight_decay=config.embed_weight_decay, **adam),
+            self.muon,
+            torch.optim.AdamW(vectors, lr=config.scalar_lr, weight_decay=config.scalar_weight_decay, **adam),
+        ]
+        self.parameters = [*tables, *matrices, *vectors]
+        self.base_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
+        self.clip_norm = config.grad_clip_norm
+
+    def step(self, lr_scale: float, muon_momentum: float) -> None:
+        """Clip, update every parameter, and forget the gradients."""
+        for optimizer, base in zip(self.all, self.base_lr, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * lr_scale
+        for group in self.muon.param_groups:
+            group["momentum"] = muon_momentum
+        if self.clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        for optimizer in self.all:
+            optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def average_gradients(parameters: list[Tensor], world_size: int) -> None:
+    """Replace every gradient by its mean over ranks, in one fp32 message."""
+    if world_size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world_size)
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,55 @@
+"""A state dict as it is stored: codes and scales for the matrices, fp16 for the rest.
+
+R rows, C columns.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from golf.config import QuantConfig
+from golf.quant.grid import FP16_MAX, dequantize_rows, grid_clip, quantize_rows
+from golf.quant.policy import FP16_BITS, QuantError, bits_of
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    codes_RC: Tensor
+    """int8, within the grid of `bits`."""
+    scale_R: Tensor
+    """fp16."""
+    bits: int
+
+
+QuantizedState = dict[str, QuantizedTensor | Tensor]
+"""Stored form of each tensor by name: codes and scales, or an fp16 tensor."""
+
+
+def check_storable(name: str, tensor: Tensor, bits: int) -> None:
+    """Raise QuantError where fp16 weights or scales could not hold what is in `tensor`."""
+    if not torch.isfinite(tensor).all():
+        raise QuantError(f"tensor {name!r} has NaN or infinite values: the weights are broken, nothing to export")
+    limit = FP16_MAX if bits == FP16_BITS else FP16_MAX * grid_clip(bits)
+    if tensor.numel() and tensor.abs().max() > limit:
+        raise QuantError(f"tensor {name!r} has values beyond {limit:,.0f}, the most that {bits} bits can store")
+
+
+def quantize_state(state: Mapping[str, Tensor], quant: QuantConfig) -> QuantizedState:
+    """Each tensor in the form that its class gets under `quant`, on the CPU. Raises QuantError."""
+    stored: QuantizedState = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().float()
+        bits = bits_of(name, tensor.shape, quant)
+        check_storable(name, tensor, bits)
+        stored[name] = tensor.half() if bits == FP16_BITS else QuantizedTensor(*quantize_rows(tensor, bits), bits)
+    return stored
+
+
+def dequantize_state(stored: QuantizedState) -> dict[str, Tensor]:
+    """fp32 weights that `stored` stands for: those of the model that is scored."""
+    return {
+        name: dequantize_rows(entry.codes_RC, entry.scale_R) if isinstance(entry, QuantizedTensor) else entry.float()
+        for name, entry in stored.items()
+    }

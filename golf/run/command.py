@@ -1,0 +1,53 @@
+"""The command line of train_gpt.py: --preset NAME, --corpus PATH, key=value for every knob, --score FOLDER."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from golf.config import PRESETS, Config, ConfigError, build_config, iter_knobs
+
+
+@dataclass(frozen=True)
+class Command:
+    """A run to start (`config`), or the folder of a packed run to score (`score`)."""
+
+    config: Config | None
+    score: Path | None
+
+
+def list_knobs() -> str:
+    """One line for every knob: name, type, the leaderboard preset's value."""
+    lines = []
+    for section, knob, kind, value in iter_knobs(Config()):
+        name = getattr(kind, "__name__", str(kind).replace("typing.", ""))
+        lines.append(f"  {knob:<30} {section:<8} {name:<44} {value!r}")
+    return "\n".join(lines)
+
+
+def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
+    """Read the command line. Raises ConfigError for a knob or a value that does not exist."""
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py",
+        description="Train, average, quantize, pack, reload in a fresh process, score.",
+        epilog="knobs (name, section, type, default), as key=value or as upper-case environment variables;\n"
+        f"golf/config.py says what each means:\n{list_knobs()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default_preset = "leaderboard" if torch.cuda.is_available() else "local"
+    parser.add_argument("--preset", default=default_preset, help=f"{', '.join(PRESETS)}; here {default_preset}")
+    parser.add_argument("--corpus", help="text to train on: embedded, .txt, .jsonl, .jsonl.xz, or a folder of them")
+    parser.add_argument("--score", type=Path, metavar="FOLDER", help="only reload and score the artifact of this run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    if options.score:
+        return Command(None, options.score)
+    overrides = {"corpus": options.corpus} if options.corpus else {}
+    for override in options.overrides:
+        knob, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not of the form key=value")
+        overrides[knob] = value
+    return Command(build_config(options.preset, environ, overrides), None)

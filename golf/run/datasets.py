@@ -1,0 +1,80 @@
+"""The data of a run: training stream, validation tokens, tokenizer, and their identity."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from golf.config import Config, ConfigError
+from golf.data.manifest import data_identity
+from golf.data.loader import TokenStream, validation_tokens
+from golf.data.shards import find_shards
+from golf.data.tokenizer import ByteTable, Tokenizer, load_tokenizer
+from golf.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    stream: TokenStream
+    shards: int
+    tokenizer: Tokenizer
+    data_id: str
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    tokens_N: np.ndarray
+    byte_table: ByteTable
+
+
+def locate_data(config: Config, runtime: Runtime, root: Path) -> Config:
+    """`config` with data_path and tokenizer_path filled in; prepares shards from `corpus` where they are missing.
+
+    Preparation is a program of its own (data/prepare.py beside the training script): it is not part of the
+    code that a submission ships.
+    """
+    if config.data.data_path:
+        return config
+    prepared = prepare_corpus_data(config, root) if runtime.is_main else ""
+    folder = Path(runtime.text_of_main(prepared))
+    if str(folder).startswith("!"):
+        raise ConfigError(str(folder)[1:])
+    return replace(
+        config, data=replace(config.data, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
+    )
+
+
+def prepare_corpus_data(config: Config, root: Path) -> str:
+    """Folder of the prepared corpus; "!" and a message when preparation failed (so that all ranks hear of it)."""
+    program = root / "data" / "prepare.py"
+    if not program.exists():
+        return f"!{program} is missing: set data_path and tokenizer_path to prepared shards and their tokenizer"
+    command = [sys.executable, str(program), "--input", config.data.corpus, "--json"]
+    command += ["--tokenizer", f"train:{config.model.vocab_size}"]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if finished.returncode:
+        return f"!data/prepare.py failed (exit status {finished.returncode}); its message stands above"
+    return json.loads(finished.stdout)["folder"]
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size != config.model.vocab_size or tokenizer.bos_id != config.model.bos_id:
+        raise ConfigError(
+            f"{config.data.tokenizer_path} has {tokenizer.vocab_size} pieces and BOS {tokenizer.bos_id}; the model has "
+            f"vocab_size={config.model.vocab_size} and bos_id={config.model.bos_id}: make them agree"
+        )
+
+
+def open_training_data(config: Config) -> TrainingData:
+    """Map the training shards and load the tokenizer. Raises DataError or ConfigError."""
+    tokenizer = load_tokenizer(config.data.tokenizer_path)
+    check_vocabulary(config, tokenizer)
+    shards = find_shards(config.data.data_path, "train")
+    return TrainingData(TokenStream(shards), len(shards), tokenizer, data_identity(config.data.data_path, tokenizer))
+
+
+def open_validation_data(config: Config, tokenizer: Tokenizer) -> ValidationData:
+    return ValidationData(validation_tokens(find_shards(config.data.data_path, "val")), ByteTable(tokenizer))

@@ -1,0 +1,25 @@
+"""What must hold of a finished run. A feature that was switched on and never acted makes the run invalid."""
+
+from golf.run.training import Trainer
+
+
+def feature_findings(trainer: Trainer) -> list[str]:
+    """One line for each feature that was armed and did not act."""
+    config, findings = trainer.config, []
+    if config.average.swa_enabled and not trainer.average.applied:
+        findings.append(
+            f"swa_enabled=1 but only {trainer.average.count} snapshots were due in {trainer.step} steps, so nothing "
+            "was averaged: train longer or lower swa_start"
+        )
+    if config.quant.qat_enabled and trainer.fake_quantized_steps == 0:
+        findings.append("qat_enabled=1 but no step ran on the export grid: train longer or lower qat_start")
+    return findings
+
+
+def size_findings(bytes_total: int, limit_bytes: int) -> list[str]:
+    if bytes_total <= limit_bytes:
+        return []
+    return [
+        f"{bytes_total:,} bytes of code and artifact are {bytes_total - limit_bytes:,} over the limit of "
+        f"{limit_bytes:,}: use fewer parameters or fewer bits"
+    ]

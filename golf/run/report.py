@@ -1,0 +1,87 @@
+"""Lines in the competition's formats, so that its readers understand our logs."""
+
+import platform
+import sys
+
+import torch
+
+from golf.config import Config, ModelConfig, QuantConfig
+from golf.run.training import StepReport
+from golf.runtime import Runtime
+from golf.score.scorer import Score
+
+
+def quantization_name(quant: QuantConfig) -> str:
+    """int8 where MLP and attention share a width, int5int6 where they do not."""
+    return f"int{quant.mlp_bits}" + (f"int{quant.attn_bits}" if quant.attn_bits != quant.mlp_bits else "")
+
+
+def opening_lines(config: Config, runtime: Runtime, parameters: int, train_shards: int, val_tokens: int) -> list[str]:
+    model, train, optim, average, quant = config.model, config.train, config.optim, config.average, config.quant
+    score = config.score
+    return [
+        f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.data.tokenizer_path}",
+        f"train_loader:dataset:{config.data.data_path} train_shards:{train_shards}",
+        f"val_loader:shards pattern={config.data.data_path}/*_val_*.bin tokens:{val_tokens}",
+        f"model_params:{parameters}",
+        f"world_size:{runtime.world_size} device:{runtime.device} compute:{runtime.compute_dtype} "
+        f"compile:{config.run.compile} python:{platform.python_version()} torch:{torch.__version__}",
+        f"attention_mode:gqa num_heads:{model.num_heads} num_kv_heads:{model.num_kv_heads}",
+        f"tie_embeddings:True embed_lr:{optim.tied_embed_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}",
+        f"train_batch_tokens:{train.train_batch_tokens} train_seq_len:{model.train_seq_len} "
+        f"iterations:{train.iterations} warmup_steps:{train.warmup_steps} "
+        f"max_wallclock_seconds:{train.max_wallclock_seconds:.3f}",
+        f"seed:{config.run.seed}",
+        f"qat:{quant.qat_enabled}(start={quant.qat_start}) bigram:{model.bigram_vocab_size}x{model.bigram_dim} "
+        f"swa:{average.swa_enabled}(start={average.swa_start},snapshots={average.swa_snapshots}) "
+        f"prune:{quant.prune_frac} eval_seq_len:{score.eval_seq_len} warmdown:{train.warmdown_shape}",
+    ]
+
+
+def step_line(report: StepReport, config: Config) -> str:
+    milliseconds = 1000 * report.elapsed
+    return (
+        f"step:{report.step}/{config.train.iterations} train_loss:{report.train_loss:.4f} "
+        f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / report.step:.2f}ms"
+    )
+
+
+def validation_line(score: Score, report: StepReport, config: Config, weights: str) -> str:
+    """`weights` says which weights were scored: a score before quantization is not the artifact's."""
+    milliseconds = 1000 * report.elapsed
+    return (
+        f"step:{report.step}/{config.train.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
+        f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(report.step, 1):.2f}ms weights:{weights}"
+    )
+
+
+def progress_text(report: StepReport, config: Config) -> str:
+    """What stands on the terminal's progress line."""
+    tokens_per_second = report.step * config.train.train_batch_tokens / report.elapsed
+    left = report.elapsed / max(report.progress, 1e-9) - report.elapsed
+    return (
+        f"step {report.step}  loss {report.train_loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+        f"{report.progress:.0%}  {left:.0f} s left"
+    )
+
+
+def scoring_lines(config: Config, model: ModelConfig) -> list[str]:
+    """How the artifact is about to be scored."""
+    score = config.score
+    scaled = f" ({'NTK-scaled' if score.eval_rope == 'ntk' else 'unscaled'} RoPE, {score.eval_seq_len} tokens)"
+    longer = [f"eval_seq_len:{score.eval_seq_len}{scaled}"] if score.eval_seq_len > model.train_seq_len else []
+    return [*longer, f"final_eval_mode:sliding_window stride:{score.eval_stride} batch_seqs:{score.eval_batch_seqs}"]
+
+
+def final_lines(score: Score, quant: QuantConfig) -> list[str]:
+    name = f"final_{quantization_name(quant)}_{quant.codec}_roundtrip"
+    return [
+        f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} eval_time:{1000 * score.seconds:.0f}ms",
+        f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}",
+    ]
+
+
+def machine_description(runtime: Runtime) -> str:
+    if runtime.device.type == "cuda":
+        return f"{runtime.world_size} x {torch.cuda.get_device_name(runtime.device)}"
+    return f"{runtime.world_size} x {platform.machine()} CPU process, {torch.get_num_threads()} threads, {sys.platform}"

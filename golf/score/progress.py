@@ -1,0 +1,79 @@
+"""How long scoring takes: time in the forward, a forecast after the first batches, progress while it runs."""
+
+import time
+
+import torch
+
+from golf.runtime import ProgressLine, Runtime
+
+FORECAST_BATCHES = 4
+"""Batches that the forecast is measured on, after one that warms up."""
+
+
+class ForwardTimer:
+    """Sums what happens inside `with timer:`; on CUDA by events, so that measuring never makes the device wait."""
+
+    def __init__(self, device: torch.device):
+        self.uses_events = device.type == "cuda"
+        self.pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.total = 0.0
+        self.entered = 0.0
+
+    def __enter__(self) -> None:
+        if self.uses_events:
+            self.pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self.pairs[-1][0].record()
+        self.entered = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.total += time.perf_counter() - self.entered
+        if self.uses_events:
+            self.pairs[-1][1].record()
+
+    def seconds(self) -> float:
+        """Seconds inside; on CUDA only after a synchronize."""
+        if self.uses_events:
+            return sum(start.elapsed_time(stop) for start, stop in self.pairs) / 1000
+        return self.total
+
+
+class ScoreProgress:
+    """Forecast and progress of the main rank's windows: one line that updates on a terminal, ten in a file."""
+
+    def __init__(self, runtime: Runtime, windows: int, window_length: int, share: int):
+        self.runtime, self.windows, self.window_length, self.share = runtime, windows, window_length, share
+        self.line = ProgressLine(shown=runtime.is_main)
+        self.started = self.warm_at = time.perf_counter()
+        self.batches = self.done = self.warm_windows = self.tenths = 0
+
+    def advance(self, windows: int) -> None:
+        """`windows` more of this rank's share were asked of the device."""
+        self.batches += 1
+        self.done += windows
+        if self.batches == 2:  # the first regular batch comes second, after the long first window
+            self.runtime.synchronize()
+            self.warm_at, self.warm_windows = time.perf_counter(), self.done
+        elif self.batches == 2 + FORECAST_BATCHES:
+            self.runtime.synchronize()
+            self.line.clear()
+            self.forecast()
+        self.show()
+
+    def forecast(self) -> None:
+        """Print the time that all windows will take, at the speed of the batches since the warm one."""
+        now = time.perf_counter()
+        rate = (self.done - self.warm_windows) / (now - self.warm_at)
+        seconds = now - self.started + (self.share - self.done) / rate
+        speed = rate * self.window_length * self.runtime.world_size
+        self.runtime.print(f"score:forecast seconds:{seconds:.0f} windows:{self.windows} tokens_per_second:{speed:.0f}")
+
+    def show(self) -> None:
+        elapsed, part = time.perf_counter() - self.started, self.done / self.share
+        left = elapsed / part - elapsed
+        if self.line.shown:
+            self.line.update(f"score {part:.1%}  {elapsed:.0f} s, {left:.0f} s left")
+            if part == 1:
+                self.line.clear()
+        elif int(10 * part) > self.tenths:
+            self.tenths = int(10 * part)
+            self.runtime.print(f"score:progress {part:.0%} seconds:{elapsed:.0f} eta_seconds:{left:.0f}")

@@ -1,0 +1,303 @@
+"""Bits per byte of a token stream. Every figure of the project comes from here.
+
+bits per byte = sum of nats / ln 2 / bytes, over every target of the stream, each scored once (windows.py).
+Sums are float64; targets and bytes are whole numbers, exact in float64 up to 2^53.
+
+Letters: B windows of a batch, T tokens of a window, S scored positions (the last S of T), N targets of the
+stream, W windows of the stream.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from golf.config import ModelConfig, ScoreConfig
+from golf.data.tokenizer import ByteTable
+from golf.model.gpt import GPT
+from golf.model.rotary import ntk_rope_base
+from golf.runtime import Runtime
+from golf.score.progress import ForwardTimer, ScoreProgress
+from golf.score.windows import WindowPlan, plan_windows, rank_share
+
+Forward = Callable[[Tensor, Tensor, float | None], Tensor]
+"""GPT.token_losses or its compiled form: (ids_BT, targets_BS, rope_base) -> fp32 nats of the last S positions, BS."""
+
+
+class ScoreError(ValueError):
+    """A stream or settings that no honest score can be made from."""
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How a stream is cut into windows and what positions mean in them."""
+
+    seq_len: int
+    stride: int
+    batch_seqs: int
+    """Windows of one forward pass on one rank."""
+    rope_base: float | None = None
+    """None: the model's own."""
+
+
+@dataclass(frozen=True)
+class ScoreSums:
+    """What a range of windows adds to the score. Ranges add up, in any order, on any rank."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of a whole stream, over all ranks."""
+
+    nats: float
+    tokens: int
+    """Targets scored: all of the stream's."""
+    bytes: int
+    documents: int
+    windows: int
+    window_tokens: int
+    """Tokens that went through the forward pass: windows times their length."""
+    seconds: float
+    """Wall clock of the slowest rank."""
+    forward_share: float
+    """Part of the main rank's seconds that its device spent in the batched forward."""
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def val_bpb(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """One stream, ready on the device, with all that scoring a range of its windows takes."""
+
+    model: nn.Module
+    forward: Forward
+    settings: ScoreSettings
+    plan: WindowPlan
+    tokens_N1: Tensor
+    """int32, N + 1."""
+    bytes_N: Tensor
+    """int32 bytes of each target, given the token before it."""
+    ends_W: Tensor
+    first_scored_W: Tensor
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """The input of one forward pass, and which of its losses count."""
+
+    ids_BT: Tensor
+    targets_BS: Tensor
+    index_BS: Tensor
+    """Number of each target in the stream."""
+    counted_BS: Tensor
+    """False for targets that an earlier window scored, and for rows that only fill the batch up."""
+
+
+def sliding_settings(score: ScoreConfig, model: ModelConfig) -> ScoreSettings:
+    """The final evaluation's settings: overlapping windows, NTK-aware RoPE beyond the training length."""
+    head_dim = model.model_dim // model.num_heads
+    scaled_base = ntk_rope_base(model.rope_base, score.eval_seq_len, model.train_seq_len, head_dim)
+    rope_base = scaled_base if score.eval_rope == "ntk" else model.rope_base
+    return ScoreSettings(score.eval_seq_len, score.eval_stride, score.eval_batch_seqs, rope_base)
+
+
+def plain_settings(model: ModelConfig, batch_seqs: int) -> ScoreSettings:
+    """The evaluation used during training: rows of the training length, no overlap."""
+    return ScoreSettings(model.train_seq_len, model.train_seq_len, batch_seqs)
+
+
+def score_stream(
+    model: GPT,
+    tokens: np.ndarray,
+    byte_table: ByteTable,
+    settings: ScoreSettings,
+    runtime: Runtime,
+    *,
+    forward: Forward | None = None,
+    announce: bool = True,
+) -> Score:
+    """Score every target of `tokens` (N + 1 integers, a document start first) once, over all ranks.
+
+    `forward` replaces `model.token_losses` for the windows that share a shape (pass its compiled form);
+    `announce` prints a forecast of the time and progress. Raises ScoreError.
+    """
+    started = time.perf_counter()
+    documents = check_stream(tokens, model.config, settings)
+    job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
+    begin, end = rank_share(len(job.plan), runtime.rank, runtime.world_size)
+    timer = ForwardTimer(runtime.device)
+    progress = ScoreProgress(runtime, len(job.plan), job.plan.length, end - begin) if announce else None
+    with evaluation_mode(model):
+        local = score_windows(job, begin, end, timer, progress)
+    runtime.synchronize()
+    seconds = time.perf_counter() - started
+    total = sum_sums(local, runtime)
+    assert total.tokens == len(tokens) - 1, f"{total.tokens} targets scored of {len(tokens) - 1}"
+    return Score(
+        nats=total.nats,
+        tokens=total.tokens,
+        bytes=total.bytes,
+        documents=documents,
+        windows=len(job.plan),
+        window_tokens=len(job.plan) * job.plan.length,
+        seconds=runtime.max_over_ranks(seconds),
+        forward_share=timer.seconds() / seconds,
+    )
+
+
+def check_stream(tokens: np.ndarray, model: ModelConfig, settings: ScoreSettings) -> int:
+    """The number of documents in the stream. Raises ScoreError where a score would mean nothing."""
+    if len(tokens) < 2:
+        raise ScoreError(f"the validation stream has {len(tokens)} tokens: nothing to score, check the shards")
+    largest = int(tokens.max())
+    if largest >= model.vocab_size or int(tokens.min()) < 0:
+        raise ScoreError(
+            f"token {largest} is outside the model's vocabulary of {model.vocab_size}:"
+            " the shards were written with another tokenizer"
+        )
+    if tokens[0] != model.bos_id:
+        raise ScoreError(
+            f"the validation stream starts with token {int(tokens[0])}, not with a document start ({model.bos_id}):"
+            " check that the shards are complete and in order"
+        )
+    if settings.batch_seqs < 1 or not 1 <= settings.stride <= settings.seq_len:
+        raise ScoreError(
+            f"window {settings.seq_len}, stride {settings.stride}, batch {settings.batch_seqs}:"
+            " all must be positive, the stride at most the window"
+        )
+    return int((tokens == model.bos_id).sum())
+
+
+def prepare_job(
+    model: GPT,
+    tokens: np.ndarray,
+    byte_table: ByteTable,
+    settings: ScoreSettings,
+    device: torch.device,
+    forward: Forward | None = None,
+) -> ScoreJob:
+    """Put a checked stream on the device, with its windows and the bytes of its targets. Raises ScoreError."""
+    bytes_N = count_target_bytes(tokens, byte_table)
+    if not bytes_N.any():
+        raise ScoreError("the validation stream spells no byte of text: bits per byte are not defined")
+    plan = plan_windows(len(tokens) - 1, settings.seq_len, settings.stride)
+    return ScoreJob(
+        model=model,
+        forward=forward or model.token_losses,
+        settings=settings,
+        plan=plan,
+        tokens_N1=torch.from_numpy(np.asarray(tokens, dtype=np.int32)).to(device),
+        bytes_N=torch.from_numpy(bytes_N).to(device),
+        ends_W=torch.from_numpy(plan.ends_W).to(device),
+        first_scored_W=torch.from_numpy(plan.first_scored_W).to(device),
+    )
+
+
+def count_target_bytes(tokens: np.ndarray, byte_table: ByteTable, chunk: int = 1 << 22) -> np.ndarray:
+    """int32 bytes of each target, in pieces so that 62 million tokens don't make gigabytes of int64."""
+    bytes_N = np.empty(len(tokens) - 1, dtype=np.int32)
+    for begin in range(0, len(bytes_N), chunk):
+        end = min(begin + chunk, len(bytes_N))
+        piece = tokens[begin : end + 1].astype(np.int64)
+        bytes_N[begin:end] = byte_table.count(piece[:-1], piece[1:])
+    return bytes_N
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own mode restored after.
+
+    Not inference_mode: its tensors, once cached by a module, can't take part in a later training step.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def score_windows(
+    job: ScoreJob,
+    begin: int,
+    end: int,
+    timer: ForwardTimer | None = None,
+    progress: ScoreProgress | None = None,
+) -> ScoreSums:
+    """Sums of windows begin .. end - 1 on this rank alone, in evaluation_mode."""
+    assert not any(module.training for module in job.model.modules()), "scoring needs evaluation_mode"
+    timer = timer or ForwardTimer(job.tokens_N1.device)
+    sums_3 = torch.zeros(3, dtype=torch.float64, device=job.tokens_N1.device)
+    for first, last, rows, scored in batch_shapes(job, begin, end):
+        sums_3 += score_batch(job, gather_windows(job, first, last, rows, scored), timer)
+        if progress:
+            progress.advance(last - first)
+    nats, tokens, byte_count = sums_3.tolist()
+    return ScoreSums(nats, int(tokens), int(byte_count))
+
+
+def batch_shapes(job: ScoreJob, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first window, last window + 1, rows, scored positions) of the forward passes over windows begin .. end - 1.
+
+    Window 0 scores more than a stride, so it goes alone; all other passes have one shape.
+    """
+    if begin == 0 < end and job.plan.length > job.plan.stride:
+        yield 0, 1, 1, job.plan.length
+        begin = 1
+    rows = min(job.settings.batch_seqs, len(job.plan))
+    for first in range(begin, end, rows):
+        yield first, min(first + rows, end), rows, job.plan.stride
+
+
+def gather_windows(job: ScoreJob, first: int, last: int, rows: int, scored: int) -> WindowBatch:
+    """Windows first .. last - 1, filled up to `rows` with the last one, whose copies don't count."""
+    window_B = torch.arange(first, first + rows, device=job.tokens_N1.device)
+    real_B = window_B < last
+    window_B = window_B.clamp(max=last - 1)
+    end_B = job.ends_W[window_B]
+    index_BS = (end_B - scored)[:, None] + torch.arange(scored, device=end_B.device)
+    return WindowBatch(
+        # unfold is a view: the gather reads each window straight from the stream
+        ids_BT=job.tokens_N1[:-1].unfold(0, job.plan.length, 1)[end_B - job.plan.length].long(),
+        targets_BS=job.tokens_N1[index_BS + 1].long(),
+        index_BS=index_BS,
+        counted_BS=(index_BS >= job.first_scored_W[window_B][:, None]) & real_B[:, None],
+    )
+
+
+def score_batch(job: ScoreJob, batch: WindowBatch, timer: ForwardTimer) -> Tensor:
+    """float64 (nats, targets, bytes) of one forward pass."""
+    assert not job.model.training, "the model left eval mode while it was being scored"
+    # a compiled forward keeps its one shape: the long first window would make it compile again, for dynamic shapes
+    forward = job.forward if batch.targets_BS.size(1) == job.plan.stride else job.model.token_losses
+    with timer:
+        losses_BS = forward(batch.ids_BT, batch.targets_BS, job.settings.rope_base)
+    nats = losses_BS.double().masked_fill(~batch.counted_BS, 0.0).sum()
+    byte_count = (job.bytes_N[batch.index_BS] * batch.counted_BS).sum()
+    return torch.stack((nats, batch.counted_BS.sum().double(), byte_count.double()))
+
+
+def sum_sums(local: ScoreSums, runtime: Runtime) -> ScoreSums:
+    """Sums of all ranks."""
+    values = (local.nats, local.tokens, local.bytes)
+    sums_3 = runtime.sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=runtime.device))
+    nats, tokens, byte_count = sums_3.tolist()
+    return ScoreSums(nats, int(tokens), int(byte_count))

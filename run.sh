@@ -1,0 +1,190 @@
+#!/usr/bin/env bash
+# One command for everything:
+#
+#   bash run.sh [--preset NAME] [--corpus PATH] [key=value ...]    set up what is missing, then train, pack, reload, score
+#   bash run.sh test [pytest arguments]                            set up what is missing, then run every test
+#   bash run.sh lint                                               set up what is missing, then check style
+#
+# Without --preset: `leaderboard` on all CUDA devices where there are some, else `local`.
+# The Python that is active is used as it is where it has what requirements.txt asks for; else `.venv` is made
+# here and filled by pip, once. PYTHON=... names another Python to look at first.
+# Relative paths on the command line are meant from where the command is given. The exit status is that of what ran.
+set -euo pipefail
+
+readonly repository="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+readonly caller="$PWD"
+readonly setup_failed=3
+
+say() { printf 'run.sh: %s\n' "$*" >&2; }
+
+fail() {
+    say "$@"
+    exit "$setup_failed"
+}
+
+# Succeeds where this Python is 3.10 to 3.12.
+is_supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1
+}
+
+# Prints what the Python $1 lacks of the requirement files after it; succeeds where that is nothing.
+check_requirements() {
+    "$1" - "${@:2}" <<'PYTHON'
+import re
+import sys
+from importlib import metadata
+
+
+def numbers(version):
+    """1.2.3+cpu -> (1, 2, 3): enough to compare the releases that the files name."""
+    return tuple(int(n) for n in re.match(r"\d+(\.\d+)*", version).group().split("."))
+
+
+def holds(installed, rule):
+    """A pin admits every local part: ==2.13.0 holds for 2.13.0+cpu."""
+    operator, wanted = re.match(r"(==|>=|<)(.+)", rule).groups()
+    have, want = numbers(installed), numbers(wanted)
+    if operator == "==":
+        return installed.split("+")[0] == wanted
+    return have >= want if operator == ">=" else have < want
+
+
+missing = []
+for path in sys.argv[1:]:
+    with open(path, encoding="utf-8") as lines:
+        wanted = [line.split("#")[0].strip() for line in lines]
+    for requirement in filter(None, wanted):
+        name, rules = re.match(r"([A-Za-z0-9._-]+)(.*)", requirement).groups()
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            missing.append(f"{requirement} (none installed)")
+            continue
+        if not all(holds(installed, rule.strip()) for rule in rules.split(",")):
+            missing.append(f"{requirement} ({installed} installed)")
+print(", ".join(missing))
+sys.exit(bool(missing))
+PYTHON
+}
+
+# Prints the Pythons to look at, those first that the user means most likely.
+candidates() {
+    local name
+    for name in "${PYTHON:-}" python python3 python3.12 python3.11 python3.10; do
+        if [[ -n "$name" ]] && command -v "$name" >/dev/null 2>&1 && is_supported "$name"; then
+            command -v "$name"
+        fi
+    done
+}
+
+# Makes .venv, or mends one whose making was interrupted.
+make_environment() {
+    local base="$1" found
+    if [[ -z "$base" ]]; then
+        found="$(python3 --version 2>/dev/null || python --version 2>/dev/null || echo 'no Python')"
+        fail "Python 3.10, 3.11 or 3.12 is needed, and $found was found: install one, or name one with PYTHON=/path/to/python3"
+    fi
+    say "making $repository/.venv with $("$base" --version)"
+    "$base" -m venv "$repository/.venv" ||
+        fail "$base -m venv failed: install its venv module (Debian, Ubuntu: apt install python3-venv), remove .venv, try again"
+    is_supported "$repository/.venv/bin/python" ||
+        fail "$repository/.venv is not an environment of Python 3.10 to 3.12: remove it and run this again"
+}
+
+install_requirements() {
+    local python="$1" missing="$2" status=0 file
+    local command=("$python" -m pip install --disable-pip-version-check --quiet)
+    for file in "${@:3}"; do command+=(--requirement "$file"); done
+    say "installing into $repository/.venv: $missing"
+    "${command[@]}" >&2 || status=$?
+    ((status == 0)) || fail "pip could not install the requirements (status $status): see its message above, then run this again"
+}
+
+# Sets `python` to one that has all that the requirement files ask for.
+python=""
+set_up() {
+    local candidate missing base=""
+    local environment="$repository/.venv/bin/python"
+    while read -r candidate; do
+        base="${base:-$candidate}"
+        if check_requirements "$candidate" "$@" >/dev/null; then
+            python="$candidate"
+            return
+        fi
+    done < <(candidates)
+    if ! { is_supported "$environment" && "$environment" -m pip --version >/dev/null 2>&1; }; then
+        make_environment "$base"
+    fi
+    missing="$(check_requirements "$environment" "$@")" || install_requirements "$environment" "$missing" "$@"
+    missing="$(check_requirements "$environment" "$@")" || fail "after installing, .venv still lacks $missing"
+    python="$environment"
+}
+
+# Prints how many CUDA devices to use: the most that deal a batch evenly (a divisor of 8).
+usable_devices() {
+    "$python" -c '
+import torch
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+print(max(n for n in (0, 1, 2, 4, 8) if n <= count))'
+}
+
+# Prints an argument with a relative path in it made absolute.
+absolute_argument() {
+    local value="${1#*=}"
+    case "$1" in
+        --corpus=* | corpus=* | data_path=* | tokenizer_path=* | runs_root=*)
+            [[ -z "$value" || "$value" == /* || "$value" == embedded ]] || value="$caller/$value"
+            printf '%s=%s\n' "${1%%=*}" "$value"
+            ;;
+        *) printf '%s\n' "$1" ;;
+    esac
+}
+
+run_job() {
+    local preset="" devices=0 expects="" argument
+    local arguments=(train_gpt.py) command
+    for argument in "$@"; do
+        [[ "$expects" == --corpus ]] && argument="--corpus=$argument" expects=""
+        [[ "$expects" == --preset ]] && argument="--preset=$argument" expects=""
+        case "$argument" in
+            --corpus | --preset) expects="$argument" ;;
+            --preset=*) preset="${argument#*=}" ;;
+            *) arguments+=("$(absolute_argument "$argument")") ;;
+        esac
+    done
+    [[ -z "$expects" ]] || { say "$expects needs a value"; exit 2; }
+
+    set_up requirements.txt
+    # The small presets are made for one process; what they measure is compared with machines without a GPU.
+    [[ "$preset" == *local ]] || devices="$(usable_devices)"
+    command=("$python")
+    ((devices == 0)) || command+=(-m torch.distributed.run --standalone --nproc_per_node="$devices")
+    if [[ -z "$preset" ]]; then
+        preset=local
+        ((devices == 0)) || preset=leaderboard
+    fi
+    say "preset $preset, $((devices > 0 ? devices : 1)) process(es), $("$python" --version) at $python"
+    "${command[@]}" "${arguments[@]}" --preset "$preset"
+    "$python" tools/report.py --last
+}
+
+run_tests() {
+    set_up requirements.txt requirements-dev.txt
+    say "tests with $("$python" --version) at $python"
+    # Many small models: more threads than one only wait for each other.
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest "$@"
+}
+
+run_lint() {
+    set_up requirements.txt requirements-dev.txt
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+}
+
+cd "$repository"
+case "${1:-}" in
+    test) run_tests "${@:2}" ;;
+    lint) run_lint ;;
+    -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}" ;;
+    *) run_job "$@" ;;
+esac

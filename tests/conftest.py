@@ -1,0 +1,52 @@
+"""What all tests share: one thread, no knobs from the outside, the repository and the shared data."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from golf.config import KNOBS, RETIRED_KNOBS
+
+for variable in [*map(str.upper, KNOBS), *RETIRED_KNOBS]:  # a SEED of the caller's shell must not reach a test
+    os.environ.pop(variable, None)
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("golf", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("golf")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real text and tokenizers, named by GOLF_SHARED; the test is skipped without it."""
+    folder = os.environ.get("GOLF_SHARED", "")
+    if not folder:
+        pytest.skip("GOLF_SHARED names no folder of shared data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def write_tree() -> Callable[[Path, Mapping[str, str]], None]:
+    """Writes files, by relative path, with the folders that they need."""
+
+    def write(root: Path, files: Mapping[str, str]) -> None:
+        for name, text in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text, encoding="utf-8")
+
+    return write

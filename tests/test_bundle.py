@@ -1,0 +1,280 @@
+"""The bundler and the packer: what they refuse, and that what they make does what the modules did."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from golf.submit.bundler import bundle_source
+from golf.submit.packer import minify_source, pack_source, unpack_source
+from golf.submit.parts import BundleError
+
+ENTRY = '''\
+#!/usr/bin/env python3
+"""The toy's story."""
+
+import sys
+
+from golf.model.net import Net, describe  # the network
+from golf.settings import Settings
+
+BUNDLED = False  # True in one file
+
+
+def main() -> None:
+    print(describe(Net(Settings(width=3))), BUNDLED, len(sys.argv), __file__.endswith(".py"))
+
+
+if __name__ == "__main__":
+    main()
+'''
+SETTINGS = '''\
+"""Knobs."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Settings:
+    width: int = 2
+    """Columns."""
+    mode: Literal["a", "b"] = "a"
+
+
+def field_types(settings: Settings) -> Iterator[object]:
+    return (knob.type for knob in fields(settings))
+
+
+def half(table: Mapping[str, float]) -> float:
+    # a comment that says why
+    total: float = math.fsum(table.values())
+    return total / 2
+'''
+NET = '''\
+import inspect
+import math
+from collections.abc import Mapping
+
+from golf.settings import (
+    Settings,
+    field_types,
+    half,
+)
+
+QUOTE = """two
+
+    words"""
+
+
+class Net:
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+
+def describe(net: Net, *, pad: int = 1) -> str:
+    kinds = [str(kind) for kind in field_types(net.settings)]
+    total = half({"x": math.pi})
+    return f"{kinds} {net.settings.width * pad} {total} {QUOTE!r} {list(inspect.get_annotations(describe))}"
+
+
+def source_of_describe() -> str:
+    return inspect.getsource(describe)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, write_tree):
+    """Writes the toy project, with files added or replaced, into a folder; returns the folder."""
+
+    def write(**changed: str) -> Path:
+        write_tree(tmp_path / "project", TOY | changed)
+        return tmp_path / "project"
+
+    return write
+
+
+def run_script(path: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+
+
+def test_one_file_with_header_imports_and_rulers(tmp_path):
+    source = bundle_source(write_toy(tmp_path), tmp_path)
+    assert source.startswith("#!/usr/bin/env python3\n# Made by tools/bundle.py from train_gpt.py")
+    assert (
+        f"{hashlib.sha256(SETTINGS.encode()).hexdigest()[:16]}  {SETTINGS.count(chr(10)):>4} lines  golf/settings.py"
+        in source
+    )
+    assert re.findall(r"^# ---- (\S+) -+$", source, re.M) == ["golf/settings.py", "golf/model/net.py", "train_gpt.py"]
+    top = source.split("# ----")[0]
+    assert top.count("import math\n") == 1 and "from collections.abc import Iterator, Mapping\n" in top
+    assert "# a comment that says why" in source and "two\n\n    words" in source
+    assert "BUNDLED = True  # True in one file\n" in source and "BUNDLED = False" not in source
+    assert "\n\n\n\n" not in source and not re.search(r"[ \t]$", source, re.M)
+
+
+def test_module_shared_by_two_appears_once_and_before_both(tmp_path):
+    extra = "from golf.settings import Settings\n\ndef widest(): return Settings(9)\n"
+    entry = ENTRY.replace("import sys\n", "import sys\n\nfrom golf.extra import widest\n") + "print(widest())\n"
+    source = bundle_source(write_toy(tmp_path, {"train_gpt": entry, "golf/extra": extra}), tmp_path)
+    order = re.findall(r"^# ---- (\S+) -+$", source, re.M)
+    assert order == ["golf/settings.py", "golf/extra.py", "golf/model/net.py", "train_gpt.py"]
+
+
+def test_future_of_all_parts_comes_before_everything_but_the_docstring(tmp_path):
+    future = "from __future__ import annotations\n"
+    changed = {
+        "train_gpt": ENTRY.replace("import sys\n", future + "import sys\n"),
+        "golf/settings": SETTINGS.replace("import math\n", future + "import math\n"),
+        "golf/model/net": future + NET,
+    }
+    script = write_toy(tmp_path, changed)
+    modules = run_script(script)
+    (tmp_path / "alone").mkdir()
+    one_file = tmp_path / "alone" / "bundle.py"
+    one_file.write_text(bundle_source(script, tmp_path))
+    assert modules.stdout.replace("False", "True", 1) == run_script(one_file).stdout != ""
+    assert "'int'" in modules.stdout  # the annotations that dataclasses see are text now
+
+
+@pytest.mark.parametrize("form", ["readable", "packed"])
+def test_same_output_as_the_modules_from_an_empty_folder(tmp_path, form):
+    script = write_toy(tmp_path / "project")
+    readable = bundle_source(script, tmp_path / "project")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    one_file = empty / "train_gpt.py"
+    one_file.write_text(readable if form == "readable" else pack_source(readable))
+    modules, alone = run_script(script, "x"), run_script(one_file, "x", folder=empty)
+    expected = modules.stdout.replace("False", "True", 1)
+    assert modules.returncode == alone.returncode == 0, alone.stderr
+    assert (
+        "<class 'int'>" in expected
+        and "typing.Literal['a', 'b']" in expected
+        and "['net', 'pad', 'return']" in expected
+    )
+    assert alone.stdout == expected
+
+
+def test_same_input_same_bytes(tmp_path):
+    readable = bundle_source(write_toy(tmp_path), tmp_path)
+    assert readable == bundle_source(tmp_path / "train_gpt.py", tmp_path)
+    assert pack_source(readable) == pack_source(readable)
+    code = (
+        "import sys; from pathlib import Path; from golf.submit.bundler import bundle_source; "
+        "from golf.submit.packer import pack_source; root = Path(sys.argv[1]); "
+        "print(pack_source(bundle_source(root / 'train_gpt.py', root)), end='')"
+    )
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        root = Path(__file__).resolve().parents[1]
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        assert subprocess.check_output(command, text=True, cwd=root, env=environment) == pack_source(readable)
+
+
+def test_a_change_in_any_part_changes_the_provenance(tmp_path):
+    before = bundle_source(write_toy(tmp_path), tmp_path)
+    after = bundle_source(write_toy(tmp_path, {"golf/settings": SETTINGS + "# more\n"}), tmp_path)
+    digests = [re.search(r"sha256 of the parts: (\w{64})", source).group(1) for source in (before, after)]
+    assert digests[0] != digests[1]
+
+
+def test_unpacking_gives_the_minified_source_without_running_it():
+    source = "raise SystemExit('ran')  # comment\n" + "x = 'payload'\n" * 200
+    packed = pack_source(source)
+    assert packed.isascii() and hashlib.sha256(source.encode()).hexdigest() in packed
+    assert unpack_source(packed) == minify_source(source)
+    assert len(packed) < len(source)
+
+
+@pytest.mark.parametrize("text", ["", "print('hello')", "x = 'no base85 \"'", "x = '00000'", "(", "x = 'VPaz'"])
+def test_what_was_not_packed_does_not_unpack(text):
+    with pytest.raises(BundleError):
+        unpack_source(text)
+
+
+def test_a_cut_payload_does_not_unpack():
+    packed = pack_source("x = 1\n" * 50)
+    payload = re.search(r'b85decode\("(.+?)"\)', packed).group(1)
+    with pytest.raises(BundleError):
+        unpack_source(packed.replace(payload, payload[:-10]))
+
+
+def test_source_of_a_newer_python_is_not_packed():
+    with pytest.raises(BundleError, match="not Python 3.10"):
+        pack_source("type Pair = tuple[int, int]\n")
+
+
+def test_quotes_in_f_strings_stay_those_of_the_oldest_python():
+    assert minify_source("""d={'a':1}\nprint(f"{d['a']}")\n""").strip().endswith("""print(f"{d['a']}")""")
+
+
+def test_functions_find_their_source_in_a_packed_script(tmp_path):
+    """inspect.getsource is what triton.jit calls; torch.compile and custom operators read annotations."""
+    script = tmp_path / "packed.py"
+    script.write_text(
+        pack_source(
+            "import inspect, sys\n"
+            "def kernel(x_ptr: 'pointer', BLOCK: int) -> int:\n    '''doc'''\n    y: int = BLOCK\n    return y\n"
+            "print(inspect.getsource(kernel)); print(kernel.__annotations__, __name__, __file__ == sys.argv[0])\n"
+        )
+    )
+    finished = run_script(script)
+    assert "def kernel(x_ptr:'pointer',BLOCK:int)->int:" in finished.stdout, finished.stderr
+    assert "{'x_ptr': 'pointer', 'BLOCK': <class 'int'>, 'return': <class 'int'>} __main__ True" in finished.stdout
+
+
+def test_tracebacks_of_a_packed_script_show_its_lines(tmp_path):
+    script = tmp_path / "packed.py"
+    script.write_text(pack_source("def divide(numerator):\n    # why\n    return numerator / 0\n\n\ndivide(5)\n"))
+    finished = run_script(script)
+    assert finished.returncode == 1
+    assert re.search(r'packed\.py:src", line \d+, in divide', finished.stderr)
+    assert "numerator/0" in finished.stderr and "ZeroDivisionError" in finished.stderr
+
+
+def test_the_command_writes_at_once_and_reports_sizes(tmp_path, repository):
+    """Run in a copy of the parts that the command needs, with the toy for an entry."""
+    import json
+    import shutil
+
+    for name in ("golf", "tools"):
+        shutil.copytree(repository / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "train_gpt.py").write_text("import sys\n\nBUNDLED = False\nprint(sys.version_info.major)\n")
+    tool, out = tmp_path / "tools" / "bundle.py", tmp_path / "deep" / "train_gpt.py"
+    made = run_script(tool, "--pack", "--json", "--out", str(out))
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert report["bytes_code"] == report["bytes_packed"] == out.stat().st_size
+    assert report["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert run_script(out).stdout == "3\n"
+
+    (tmp_path / "train_gpt.py").write_text("import golf\n")
+    before = out.read_bytes()
+    refused = run_script(tool, "--out", str(out))
+    assert refused.returncode == 2 and refused.stderr.startswith("bundle.py: train_gpt.py:1:")
+    assert refused.stderr.count("\n") == 1 and out.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_real_bundle_starts_from_an_empty_folder(tmp_path, repository):
+    script = repository / "train_gpt.py"
+    if not script.exists():
+        pytest.skip("there is no train_gpt.py yet")
+    readable = bundle_source(script, repository)
+    assert not re.search(r"^\s*(from|import) golf\b", readable, re.M)
+    outputs = []
+    for name, text in (("readable.py", readable), ("packed.py", pack_source(readable))):
+        (tmp_path / name).write_text(text)
+        outputs.append(run_script(tmp_path / name, "--help", folder=tmp_path))
+        assert outputs[-1].returncode == 0, outputs[-1].stderr
+    assert outputs[0].stdout == outputs[1].stdout == run_script(script, "--help").stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed.py", "readable.py"]

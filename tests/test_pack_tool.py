@@ -1,0 +1,84 @@
+"""tools/pack_artifact.py from end to end: what it writes, what it counts, and how it says no."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from golf.artifact.container import read_artifact, same_stored_state
+from golf.artifact.shapes import expected_shapes
+from golf.artifact.weights import load_weights, save_weights
+from golf.config import ModelConfig, QuantConfig
+from golf.quant.export import quantize_state
+from golf.quant.prune import prune_state
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ModelConfig(
+    vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, bigram_vocab_size=64, bigram_dim=16
+)
+QUANT = QuantConfig(embed_bits=6, prune_frac=0.1)
+TOKENIZER = "ab" * 32
+
+
+def run_pack(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "pack_artifact.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in expected_shapes(MODEL).items()}
+    save_weights(tmp_path / "weights.safetensors", state, MODEL, QUANT, TOKENIZER)
+    return tmp_path / "weights.safetensors"
+
+
+def stored_by_library(weights: Path, quant: QuantConfig):
+
+    return quantize_state(prune_state(load_weights(weights).state, quant)[0], quant)
+
+
+def test_packs_counts_and_refuses_what_is_over(weights, tmp_path):
+    out, code = tmp_path / "model.golf", tmp_path / "code.py"
+    code.write_text("x = 1\n")
+    done = run_pack("--weights", weights, "--out", out, "--code", code, "--json", "--prune", "0.2", "--codec", "zstd")
+    assert (done.returncode, done.stderr) == (0, "")
+    result, data = json.loads(done.stdout), out.read_bytes()
+    assert result["bytes_model"] == len(data) and result["bytes_code"] == 6
+    assert result["bytes_total"] == len(data) + 6 and result["fits"]
+    artifact = read_artifact(data)
+    assert artifact.codec == "zstd" and artifact.model == MODEL and artifact.tokenizer_sha256 == TOKENIZER
+    assert same_stored_state(artifact.state, stored_by_library(weights, replace(QUANT, prune_frac=0.2)))
+
+    out.write_bytes(b"the old one")
+    over = run_pack("--weights", weights, "--out", out, "--limit-bytes", "1000")
+    assert over.returncode == 1 and over.stderr.count("\n") == 1 and "over the limit by" in over.stderr
+    assert "bits per value" in over.stdout and "not counted" in over.stdout
+    assert out.read_bytes() == b"the old one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code.py", "model.golf", "weights.safetensors"]
+
+
+def test_bad_input_is_one_line(tmp_path):
+    bad = tmp_path / "weights.safetensors"
+    bad.write_bytes(b"nothing")
+    done = run_pack("--weights", bad, "--out", tmp_path / "model.golf")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot read weights" in done.stderr
+    assert not (tmp_path / "model.golf").exists()
+
+
+def test_the_limit_itself_is_allowed(weights, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from pack_artifact import PackOptions, pack
+
+    options = PackOptions(weights, tmp_path / "model.golf")
+    size = pack(options).bytes_total
+    assert pack(replace(options, limit_bytes=size)).fits
+    assert not pack(replace(options, limit_bytes=size - 1)).fits
+    with pytest.raises(ValueError, match="prune_frac"):
+        pack(replace(options, prune=1.0))
+    with pytest.raises(ValueError, match="no folder"):
+        pack(replace(options, out=tmp_path / "absent" / "model.golf"))

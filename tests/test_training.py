@@ -1,0 +1,131 @@
+"""The training loop: same curve for every world size, same bytes for the same seed, features that act."""
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from golf.config import Config, ConfigError, build_config
+from golf.data.loader import TokenStream
+from golf.data.shards import write_shard
+from golf.model.init import build_model
+from golf.run.findings import feature_findings
+from golf.run.training import Trainer, count_micro_steps
+from golf.runtime import Runtime
+
+TINY = dict(
+    vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", iterations="12",
+    max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="128", warmup_steps="1", threads="1",
+    eval_seq_len="32", eval_stride="8",
+)  # fmt: skip
+
+
+def tiny_config(**overrides: str) -> Config:
+    return build_config("local", {}, TINY | overrides)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("shards") / "tiny_train_000000.bin"
+    walk = np.random.default_rng(0).integers(-2, 3, 5000).cumsum() % 62 + 2
+    write_shard(path, walk)
+    return path
+
+
+def train_losses(config: Config, shard: Path, runtime: Runtime) -> tuple[list[float], Trainer]:
+    torch.set_num_threads(1)
+    model = build_model(config.model, config.run.seed)
+    trainer = Trainer(model, config, runtime, TokenStream([shard]))
+    trainer.warm_up()
+    losses = [report.train_loss for report in trainer.steps()]
+    trainer.finish()
+    return losses, trainer
+
+
+def train_as_rank(rank: int, world_size: int, port: int, config: Config, shard: Path, out: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    losses, trainer = train_losses(config, shard, Runtime(torch.device("cpu"), rank, world_size))
+    flat_weights = torch.cat([weight.flatten() for weight in trainer.model.state_dict().values()])
+    np.savez(out / f"rank{rank}.npz", losses=losses, weights=flat_weights.numpy())
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_loss_curve_does_not_depend_on_the_world_size(world_size, shard, tmp_path):
+    # The grid turns differences of the last bit into whole codes now and then, so it comes on for the last steps only.
+    config = tiny_config(swa_snapshots="4", qat_start="0.6")
+    alone, trainer = train_losses(config, shard, Runtime(torch.device("cpu")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(train_as_rank, (world_size, port, config, shard, tmp_path), nprocs=world_size)
+    ranks = [np.load(tmp_path / f"rank{rank}.npz") for rank in range(world_size)]
+    assert np.abs(ranks[0]["losses"] - alone).max() < 1e-4
+    assert alone[-1] < alone[0] - 0.2, "the curve must move for the comparison to mean something"
+    assert all(np.array_equal(rank["weights"], ranks[0]["weights"]) for rank in ranks)
+
+
+def test_micro_steps_do_not_change_the_curve(shard):
+    config = tiny_config(qat_start="0.6")
+    whole, _ = train_losses(config, shard, Runtime(torch.device("cpu")))
+    config = replace(config, train=replace(config.train, micro_batch_tokens=32))
+    parts, trainer = train_losses(config, shard, Runtime(torch.device("cpu")))
+    assert trainer.micro_steps == 4
+    assert np.abs(np.subtract(whole, parts)).max() < 1e-4
+
+
+def test_rows_that_can_not_be_dealt_evenly_are_refused():
+    with pytest.raises(ConfigError, match="8 rows of 16"):
+        count_micro_steps(tiny_config(), world_size=3)
+
+
+def test_same_seed_same_bits_and_warm_up_leaves_no_trace(shard):
+    runtime = Runtime(torch.device("cpu"))
+    first, trainer = train_losses(tiny_config(warmup_steps="3"), shard, runtime)
+    second, other = train_losses(tiny_config(warmup_steps="0"), shard, runtime)
+    assert first == second
+    states = trainer.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_features_that_were_armed_acted(shard):
+    _, trainer = train_losses(tiny_config(qat_start="0.5", swa_snapshots="4"), shard, Runtime(torch.device("cpu")))
+    assert trainer.fake_quantized_steps == 6 and trainer.average.count == 4
+    assert feature_findings(trainer) == []
+
+
+def test_a_feature_that_never_acted_is_found(shard):
+    config = tiny_config(iterations="20000")
+    config = replace(config, average=replace(config.average, swa_start=0.9))
+    trainer = Trainer(build_model(config.model, 0), config, Runtime(torch.device("cpu")), TokenStream([shard]))
+    trainer.budget = replace(trainer.budget, iterations=3)  # the run ends long before the horizon it was given
+    trainer.average.start, trainer.average.end = 5.0, 6.0
+    list(trainer.steps())
+    trainer.finish()
+    assert len(feature_findings(trainer)) == 1 and "swa" in feature_findings(trainer)[0]
+
+
+def test_quantization_acts_in_the_compiled_graph_too(shard):
+    """A flag that torch.compile folds into a constant is the field's most common dead feature."""
+    config = tiny_config(mlp_bits="2", attn_bits="2")
+    trainer = Trainer(build_model(config.model, 0), config, Runtime(torch.device("cpu")), TokenStream([shard]))
+    trainer.forward = torch.compile(trainer.model, backend="eager", dynamic=False, fullgraph=True)
+    losses = []
+    for wanted in (False, True, False):
+        trainer.set_fake_quantization(wanted)
+        losses.append(trainer.accumulate_gradients(0).item())
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_the_average_can_become_the_weights_before_the_end(shard):
+    config = tiny_config(swa_start="0.3", swa_end="0.6", swa_snapshots="3", qat_start="0.6")
+    _, trainer = train_losses(config, shard, Runtime(torch.device("cpu")))
+    assert trainer.average.applied and trainer.average.count == 3 and trainer.fake_quantized_steps == 4
+    mean = trainer.average.mean
+    assert not torch.equal(mean["tok_emb.weight"], trainer.model.tok_emb.weight), "training goes on from the average"

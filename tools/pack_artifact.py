@@ -1,0 +1,145 @@
+"""Prune, quantize and pack weights into an artifact, and hold its size against the limit.
+
+python tools/pack_artifact.py --weights FILE.safetensors --out FILE [--limit-bytes 16000000] [--prune 0.05]
+    [--codec lzma|zstd|zlib|none] [--code FILE] [--json]
+
+Exit status: 0 packed; 1 over the limit (nothing is written); 2 bad input.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from golf.artifact.container import pack_artifact
+from golf.runtime import write_file_atomically
+from golf.artifact.sizes import SizeReport, size_report_dict
+from golf.artifact.weights import SavedWeights, load_weights
+from golf.config import CODECS, Config, QuantConfig, check_config
+from golf.quant.export import quantize_state
+from golf.quant.prune import PruneReport, prune_state
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    weights: Path
+    """weights.safetensors of a training run."""
+    out: Path
+    """The artifact to write; an existing one is replaced only by one that fits."""
+    limit_bytes: int = 16_000_000
+    """Most bytes of artifact and code together."""
+    prune: float | None = None
+    """Share of smallest weights set to zero; default: what the run was configured with."""
+    codec: CODECS | None = None
+    """Default: what the run was configured with."""
+    code: Path | None = None
+    """The code file of the submission, counted with the artifact; default: no code is counted."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class PackResult:
+    sizes: SizeReport
+    pruned: list[PruneReport]
+    bytes_code: int
+    limit_bytes: int
+    code_counted: bool
+
+    @property
+    def bytes_total(self) -> int:
+        return self.sizes.total_bytes + self.bytes_code
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes_total <= self.limit_bytes
+
+
+def choose_quantization(saved: SavedWeights, options: PackOptions) -> QuantConfig:
+    quant = saved.quant
+    if options.prune is not None:
+        quant = replace(quant, prune_frac=options.prune)
+    if options.codec is not None:
+        quant = replace(quant, codec=options.codec)
+    check_config(Config(quant=quant))
+    return quant
+
+
+def pack(options: PackOptions) -> PackResult:
+    """Write the artifact if it fits. Raises ValueError or OSError for bad input."""
+    if not options.out.parent.is_dir():
+        raise ValueError(f"there is no folder {options.out.parent} to write {options.out.name} to")
+    bytes_code = options.code.stat().st_size if options.code else 0
+    saved = load_weights(options.weights)
+    quant = choose_quantization(saved, options)
+    state, pruned = prune_state(saved.state, quant)
+    data, sizes = pack_artifact(quantize_state(state, quant), saved.model, saved.tokenizer_sha256, quant.codec)
+    result = PackResult(sizes, pruned, bytes_code, options.limit_bytes, options.code is not None)
+    if result.fits:
+        write_file_atomically(options.out, data)
+    return result
+
+
+def result_dict(result: PackResult) -> dict:
+    return size_report_dict(result.sizes) | {
+        "bytes_code": result.bytes_code,
+        "bytes_total": result.bytes_total,
+        "limit_bytes": result.limit_bytes,
+        "fits": result.fits,
+        "pruned": [asdict(report) for report in result.pruned],
+    }
+
+
+def size_table(result: PackResult) -> Table:
+    table = Table("tensors", "stored as", "values", "raw bytes", "compressed", "bits per value")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    sizes = result.sizes
+    for stream in sizes.streams:
+        kind = f"int{stream.bits}" if stream.role == "codes" else "fp16"
+        numbers = (f"{stream.elements:,}", f"{stream.raw_bytes:,}", f"{stream.compressed_bytes:,}")
+        table.add_row(stream.label, kind, *numbers, f"{stream.bits_per_element:.3f}")
+    table.add_row("description", "", "", "", f"{sizes.overhead_bytes:,}", "", end_section=True)
+    bits = f"{sizes.bits_per_weight:.3f}"
+    table.add_row("artifact", sizes.codec, f"{sizes.weights:,}", "", f"{sizes.total_bytes:,}", bits)
+    code = f"{result.bytes_code:,}" if result.code_counted else "not counted (no --code)"
+    table.add_row("code", "", "", "", code, "")
+    table.add_row("total", "", "", "", f"{result.bytes_total:,}", "")
+    table.add_row("limit", "", "", "", f"{result.limit_bytes:,}", "")
+    return table
+
+
+def print_result(result: PackResult) -> None:
+    console = Console()
+    console.print(size_table(result))
+    zeroed, changed = sum(r.zeroed for r in result.pruned), sum(r.codes_changed for r in result.pruned)
+    weights = sum(report.weights for report in result.pruned)
+    console.print(f"pruning set {zeroed:,} of {weights:,} weights to zero; {changed:,} codes changed by it")
+
+
+def main() -> int:
+    options = tyro.cli(PackOptions, description=__doc__)
+    try:
+        result = pack(options)
+    except (ValueError, OSError) as error:
+        print(f"pack_artifact: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(result_dict(result)))
+    else:
+        print_result(result)
+    if result.fits:
+        return 0
+    over = result.bytes_total - result.limit_bytes
+    print(f"pack_artifact: over the limit by {over:,} bytes; {options.out} was not written", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Score an artifact: bits per byte from its bytes, a tokenizer and validation shards, and nothing else.
+
+    python tools/roundtrip_eval.py --artifact FILE --val 'GLOB' --tokenizer FILE [--window 4096] [--stride 64]
+
+The model's configuration is in the artifact. Runs in one process, or under torchrun on several.
+Exit status: 0 scored, 2 bad input.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from golf.artifact.container import Artifact, read_artifact
+from golf.config import ModelConfig, RunConfig, ScoreConfig
+from golf.data.shards import expand_glob
+from golf.runtime import Log, start_runtime
+from golf.score.roundtrip import score_artifact
+from golf.score.scorer import Score
+
+BATCH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
+"""Window tokens of a batch where none is asked for."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    artifact: Path
+    """The artifact to score."""
+    val: str
+    """Pattern of the validation shards, quoted."""
+    tokenizer: Path
+    """The SentencePiece model that made the shards."""
+    window: int = 0
+    """Tokens in a window; 0: twice the model's training length."""
+    stride: int = 0
+    """Targets that a window scores; 0: 64, or the window where that is shorter."""
+    rope: Literal["ntk", "none"] = "ntk"
+    """RoPE beyond the training length: NTK-aware base, or the training base as it is."""
+    batch: int = 0
+    """Windows in one forward pass of a process; 0: what fits the device."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    threads: int = 0
+    """CPU threads; 0: torch's own choice."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the forward; auto: on CUDA."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object instead of a table."""
+
+
+def score_config(arguments: Arguments, model: ModelConfig, device: str) -> ScoreConfig:
+    """The arguments, with what was left open filled in for this model and device."""
+    window = arguments.window or 2 * model.train_seq_len
+    batch = arguments.batch or max(1, BATCH_TOKENS[device] // window)
+    return ScoreConfig(window, arguments.stride or min(64, window), batch, arguments.rope)
+
+
+def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, processes: int) -> dict[str, object]:
+    return {
+        "val_loss": score.val_loss,
+        "val_bpb": score.val_bpb,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "documents": score.documents,
+        "seconds": score.seconds,
+        "windows": score.windows,
+        "window_tokens_per_second": score.window_tokens / score.seconds,
+        "forward_share": score.forward_share,
+        "device": device,
+        "processes": processes,
+        "artifact_sha256": artifact.sha256,
+        "artifact_bytes": artifact.byte_count,
+        "tokenizer_sha256": artifact.tokenizer_sha256,
+        **asdict(config),
+    }
+
+
+def print_table(values: dict[str, object]) -> None:
+    table = Table("measure", "value", title="score of the reloaded artifact")
+    decimals = {"val_loss": 8, "val_bpb": 8, "seconds": 1, "window_tokens_per_second": 0, "forward_share": 3}
+    for name, value in values.items():
+        shown = f"{value:,.{decimals.get(name, 3)}f}" if isinstance(value, float) else value
+        table.add_row(name, f"{shown:,}" if isinstance(shown, int) else str(shown))
+    Console().print(table)
+
+
+def evaluate(arguments: Arguments) -> None:
+    run = RunConfig(device=arguments.device, threads=arguments.threads)
+    with start_runtime(run, "roundtrip", Log(sys.stderr)) as runtime:
+        artifact = read_artifact(arguments.artifact)
+        device = runtime.device.type
+        config = score_config(arguments, artifact.model, device)
+        compiled = arguments.compile == "on" or (arguments.compile == "auto" and device == "cuda")
+        shards = expand_glob(arguments.val)
+        score = score_artifact(artifact, arguments.tokenizer, shards, config, runtime, compiled=compiled)
+        if not runtime.is_main:
+            return
+        values = report(artifact, config, score, device, runtime.world_size)
+    if arguments.json:
+        print(json.dumps(values))
+    else:
+        print_table(values)
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        evaluate(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

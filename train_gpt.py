@@ -1,0 +1,212 @@
+"""From text and a wall-clock budget to the best language model that fits a byte budget, and its proven score.
+
+    config -> data -> model -> train -> average -> quantize -> pack | a fresh process: reload -> score -> report
+
+Run it with `python train_gpt.py` or `torchrun --standalone --nproc_per_node=N train_gpt.py` (--help lists the
+knobs). Everything that a run leaves is in runs/<run_id>/. The words of this story are in golf/.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from golf.artifact.container import read_artifact, write_artifact
+from golf.artifact.sizes import size_report_dict
+from golf.artifact.weights import save_weights
+from golf.config import Config, config_hash
+from golf.data.shards import find_shards
+from golf.model.gpt import GPT
+from golf.model.init import build_model
+from golf.quant.export import quantize_state
+from golf.quant.prune import prune_state
+from golf.run.command import parse_command
+from golf.run.datasets import ValidationData, locate_data, open_training_data, open_validation_data
+from golf.run.findings import feature_findings
+from golf.run.folder import RunFolder, choose_run_id, create_run_folder
+from golf.run.report import (
+    final_lines,
+    machine_description,
+    opening_lines,
+    progress_text,
+    quantization_name,
+    scoring_lines,
+    step_line,
+    validation_line,
+)
+from golf.run.result import build_result
+from golf.run.training import StepReport, Trainer
+from golf.runtime import ProgressLine, Runtime, start_runtime
+from golf.score.roundtrip import score_artifact
+from golf.score.scorer import plain_settings, score_stream
+
+BUNDLED = False  # True in the single file that tools/bundle.py makes of this script and golf/
+SCRIPT = Path(__file__).resolve()
+EXIT_FINDINGS, EXIT_BAD_INPUT = 1, 2
+
+
+def main() -> None:
+    command = parse_command(sys.argv[1:], os.environ)
+    if command.config is not None:
+        folder = train_and_pack(command.config)
+        start_fresh_process(folder)
+    sys.exit(reload_and_score(RunFolder(command.score)))
+
+
+# ---- first process: train, average, quantize, pack ----
+
+
+def train_and_pack(config: Config) -> RunFolder:
+    """Everything from the text to the artifact's bytes."""
+    with start_runtime(config.run, stage="train") as runtime:
+        config = locate_data(config, runtime, SCRIPT.parent)
+        folder = open_run(config, runtime)
+        data = open_training_data(config)
+        validation = open_validation_data(config, data.tokenizer)
+        model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        for line in opening_lines(config, runtime, parameters, data.shards, len(validation.tokens_N)):
+            runtime.print(line)
+
+        trainer = Trainer(model, config, runtime, data.stream)
+        trainer.warm_up()
+        last = train(trainer, validation, folder)
+        trainer.finish()
+        score_before_export(trainer, validation, last)
+        if runtime.is_main:
+            save_weights(folder.weights, model.state_dict(), config.model, config.quant, data.tokenizer.sha256)
+            pack(model, config, data.tokenizer.sha256, folder, runtime)
+            folder.save_json(
+                folder.training,
+                {
+                    "params": parameters,
+                    "steps": trainer.step,
+                    "train_seconds": trainer.clock.seconds,
+                    "train_tokens": trainer.step * config.train.train_batch_tokens,
+                    "swa_snapshots": trainer.average.count,
+                    "data_id": data.data_id,
+                    "findings": feature_findings(trainer),
+                },
+            )
+        runtime.barrier()
+    return folder
+
+
+def open_run(config: Config, runtime: Runtime) -> RunFolder:
+    """The run's folder, with its configuration and the code that runs, packed as it would be shipped."""
+    run_id = runtime.text_of_main(choose_run_id(config))
+    folder = RunFolder(Path(config.run.runs_root) / run_id)
+    if runtime.is_main:
+        create_run_folder(config, run_id)
+        runtime.log.attach(folder.log)
+        freeze_code(folder)
+        runtime.print(f"{folder.log} preset:{config.run.preset} config_hash:{config_hash(config)}")
+    return folder
+
+
+def freeze_code(folder: RunFolder) -> None:
+    if BUNDLED:
+        shutil.copyfile(SCRIPT, folder.code)
+    else:
+        bundler = SCRIPT.parent / "tools" / "bundle.py"
+        subprocess.run([sys.executable, bundler, "--pack", "--out", folder.code], check=True, stdout=subprocess.DEVNULL)
+
+
+def train(trainer: Trainer, validation: ValidationData, folder: RunFolder) -> StepReport:
+    """Take steps until the budget is used up, and tell about them; returns the last one."""
+    config, runtime = trainer.config, trainer.runtime
+    progress = ProgressLine(shown=runtime.is_main)
+    for report in trainer.steps():
+        if runtime.is_main:
+            folder.append_metrics(**asdict(report))
+            progress.update(progress_text(report, config))
+        if report.step <= 10 or report.step % config.train.train_log_every == 0:
+            progress.clear()
+            runtime.print(step_line(report, config))
+        if config.train.val_loss_every and report.step % config.train.val_loss_every == 0:
+            validate(trainer, validation, report, "last" + (",fake-quantized" if trainer.fake_quantized else ""))
+    progress.clear()
+    if report.step < config.train.iterations or not config.train.iterations:
+        milliseconds = 1000 * report.elapsed
+        runtime.print(
+            f"stopping_early: wallclock_cap train_time:{milliseconds:.0f}ms step:{report.step}/{config.train.iterations}"
+        )
+    return report
+
+
+def validate(trainer: Trainer, validation: ValidationData, report: StepReport, weights: str) -> None:
+    """Score the model in memory in plain rows. What it says is not the artifact's score, and the line says so."""
+    config, runtime = trainer.config, trainer.runtime
+    rows = max(1, config.train.val_batch_size // config.model.train_seq_len // runtime.world_size)
+    settings = plain_settings(config.model, rows)
+    score = score_stream(trainer.model, validation.tokens_N, validation.byte_table, settings, runtime, announce=False)
+    runtime.print(validation_line(score, report, config, weights))
+
+
+def score_before_export(trainer: Trainer, validation: ValidationData, last: StepReport) -> None:
+    if trainer.runtime.device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        trainer.runtime.print(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    if trainer.average.applied:
+        trainer.runtime.print(f"swa:applying averaged {trainer.average.count} checkpoints")
+    validate(trainer, validation, last, ("averaged" if trainer.average.applied else "last") + ",not-quantized")
+
+
+def pack(model: GPT, config: Config, tokenizer_sha256: str, folder: RunFolder, runtime: Runtime) -> None:
+    """Prune, quantize and compress the weights into the artifact."""
+    pruned, prune_reports = prune_state(model.state_dict(), config.quant)
+    stored = quantize_state(pruned, config.quant)
+    sizes = write_artifact(folder.artifact, stored, config.model, tokenizer_sha256, config.quant.codec)
+    codes_changed = sum(tensor.codes_changed for tensor in prune_reports)
+    folder.save_json(folder.packing, {"pruned_codes": codes_changed, "sizes": size_report_dict(sizes)})
+    name = f"{quantization_name(config.quant)}+{config.quant.codec}"
+    bytes_model, bytes_code = folder.artifact.stat().st_size, folder.code.stat().st_size
+    runtime.print(f"pruning changed {codes_changed} of {sum(tensor.weights for tensor in prune_reports)} codes")
+    runtime.print(f"Serialized model {name}: {bytes_model} bytes")
+    runtime.print(f"Code size: {bytes_code} bytes")
+    runtime.print(f"Total submission size {name}: {bytes_model + bytes_code} bytes limit:{config.run.limit_bytes}")
+
+
+# ---- second process: reload, score, report ----
+
+
+def start_fresh_process(folder: RunFolder) -> None:
+    """Become a new process that knows nothing but the run's folder: what it scores is what the bytes say."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(SCRIPT), "--score", str(folder.path)])
+
+
+def reload_and_score(folder: RunFolder) -> int:
+    """Score the artifact and write result.json; returns the exit status."""
+    config = folder.load_config()
+    with start_runtime(config.run, stage="score") as runtime:
+        if runtime.is_main:
+            runtime.log.attach(folder.log)
+        artifact = read_artifact(folder.artifact)
+        for line in scoring_lines(config, artifact.model):
+            runtime.print(line)
+        val_shards = find_shards(config.data.data_path, "val")
+        score = score_artifact(
+            artifact, config.data.tokenizer_path, val_shards, config.score, runtime, compiled=config.run.compile
+        )
+        for line in final_lines(score, config.quant):
+            runtime.print(line)
+        if not runtime.is_main:
+            return 0
+        result = build_result(folder, config, score, machine_description(runtime))
+        folder.save_json(folder.result, result)
+        for finding in result["findings"]:
+            runtime.print(f"INVALID: {finding}")
+        return EXIT_FINDINGS if result["findings"] else 0
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # a user's mistake has one line; ours has a traceback
+        print(f"train_gpt.py: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
