@@ -36,6 +36,7 @@ from golf.run.report import (
     quantization_name,
     scoring_lines,
     step_line,
+    stop_line,
     validation_line,
 )
 from golf.run.result import build_result
@@ -131,10 +132,7 @@ def train(trainer: Trainer, validation: ValidationData, folder: RunFolder) -> St
             validate(trainer, validation, report, "last" + (",fake-quantized" if trainer.fake_quantized else ""))
     progress.clear()
     if report.step < config.train.iterations or not config.train.iterations:
-        milliseconds = 1000 * report.elapsed
-        runtime.print(
-            f"stopping_early: wallclock_cap train_time:{milliseconds:.0f}ms step:{report.step}/{config.train.iterations}"
-        )
+        runtime.print(stop_line(report, config))
     return report
 
 

@@ -14,10 +14,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.data.manifest import PreparedData  # noqa: E402
-from golf.data.prepare import VAL_FRACTION, prepare_corpus, prepared_folder  # noqa: E402
-from golf.data.shards import DataError  # noqa: E402
-from golf.data.tokenizer import load_tokenizer  # noqa: E402
+from golf.data.manifest import PreparedData
+from golf.data.prepare import VAL_FRACTION, prepare_corpus, prepared_folder
+from golf.data.shards import DataError
+from golf.data.tokenizer import load_tokenizer
 
 CACHE = Path(os.path.relpath(Path(__file__).resolve().parent / "cache"))
 

@@ -1,8 +1,10 @@
-"""The bundler and the packer: what they refuse, and that what they make does what the modules did."""
+"""The bundler and the packer: what they make does what the modules did (what they refuse: test_bundle_refusals.py)."""
 
 import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,13 +91,17 @@ def source_of_describe() -> str:
 '''
 
 
+TOY = {"train_gpt.py": ENTRY, "golf/settings.py": SETTINGS, "golf/model/net.py": NET}
+
+
 @pytest.fixture
 def toy(tmp_path, write_tree):
-    """Writes the toy project, with files added or replaced, into a folder; returns the folder."""
+    """Writes the toy project, with some files added or replaced; returns its entry and its root."""
 
-    def write(**changed: str) -> Path:
-        write_tree(tmp_path / "project", TOY | changed)
-        return tmp_path / "project"
+    def write(changed: dict[str, str] | None = None) -> tuple[Path, Path]:
+        root = tmp_path / "project"
+        write_tree(root, TOY | (changed or {}))
+        return root / "train_gpt.py", root
 
     return write
 
@@ -106,8 +112,8 @@ def run_script(path: Path, *arguments: str, folder: Path | None = None) -> subpr
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
 
 
-def test_one_file_with_header_imports_and_rulers(tmp_path):
-    source = bundle_source(write_toy(tmp_path), tmp_path)
+def test_one_file_with_header_imports_and_rulers(toy):
+    source = bundle_source(*toy())
     assert source.startswith("#!/usr/bin/env python3\n# Made by tools/bundle.py from train_gpt.py")
     assert (
         f"{hashlib.sha256(SETTINGS.encode()).hexdigest()[:16]}  {SETTINGS.count(chr(10)):>4} lines  golf/settings.py"
@@ -121,34 +127,34 @@ def test_one_file_with_header_imports_and_rulers(tmp_path):
     assert "\n\n\n\n" not in source and not re.search(r"[ \t]$", source, re.M)
 
 
-def test_module_shared_by_two_appears_once_and_before_both(tmp_path):
+def test_module_shared_by_two_appears_once_and_before_both(toy):
     extra = "from golf.settings import Settings\n\ndef widest(): return Settings(9)\n"
     entry = ENTRY.replace("import sys\n", "import sys\n\nfrom golf.extra import widest\n") + "print(widest())\n"
-    source = bundle_source(write_toy(tmp_path, {"train_gpt": entry, "golf/extra": extra}), tmp_path)
+    source = bundle_source(*toy({"train_gpt.py": entry, "golf/extra.py": extra}))
     order = re.findall(r"^# ---- (\S+) -+$", source, re.M)
     assert order == ["golf/settings.py", "golf/extra.py", "golf/model/net.py", "train_gpt.py"]
 
 
-def test_future_of_all_parts_comes_before_everything_but_the_docstring(tmp_path):
+def test_future_of_all_parts_comes_before_everything_but_the_docstring(tmp_path, toy):
     future = "from __future__ import annotations\n"
     changed = {
-        "train_gpt": ENTRY.replace("import sys\n", future + "import sys\n"),
-        "golf/settings": SETTINGS.replace("import math\n", future + "import math\n"),
-        "golf/model/net": future + NET,
+        "train_gpt.py": ENTRY.replace("import sys\n", future + "import sys\n"),
+        "golf/settings.py": SETTINGS.replace("import math\n", future + "import math\n"),
+        "golf/model/net.py": future + NET,
     }
-    script = write_toy(tmp_path, changed)
+    script, root = toy(changed)
     modules = run_script(script)
     (tmp_path / "alone").mkdir()
     one_file = tmp_path / "alone" / "bundle.py"
-    one_file.write_text(bundle_source(script, tmp_path))
+    one_file.write_text(bundle_source(script, root))
     assert modules.stdout.replace("False", "True", 1) == run_script(one_file).stdout != ""
     assert "'int'" in modules.stdout  # the annotations that dataclasses see are text now
 
 
 @pytest.mark.parametrize("form", ["readable", "packed"])
-def test_same_output_as_the_modules_from_an_empty_folder(tmp_path, form):
-    script = write_toy(tmp_path / "project")
-    readable = bundle_source(script, tmp_path / "project")
+def test_same_output_as_the_modules_from_an_empty_folder(tmp_path, toy, form):
+    script, root = toy()
+    readable = bundle_source(script, root)
     empty = tmp_path / "empty"
     empty.mkdir()
     one_file = empty / "train_gpt.py"
@@ -164,9 +170,9 @@ def test_same_output_as_the_modules_from_an_empty_folder(tmp_path, form):
     assert alone.stdout == expected
 
 
-def test_same_input_same_bytes(tmp_path):
-    readable = bundle_source(write_toy(tmp_path), tmp_path)
-    assert readable == bundle_source(tmp_path / "train_gpt.py", tmp_path)
+def test_same_input_same_bytes(tmp_path, toy):
+    readable = bundle_source(*toy())
+    assert readable == bundle_source(*toy())
     assert pack_source(readable) == pack_source(readable)
     code = (
         "import sys; from pathlib import Path; from golf.submit.bundler import bundle_source; "
@@ -176,13 +182,13 @@ def test_same_input_same_bytes(tmp_path):
     for hash_seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
         root = Path(__file__).resolve().parents[1]
-        command = [sys.executable, "-c", code, str(tmp_path)]
+        command = [sys.executable, "-c", code, str(tmp_path / "project")]
         assert subprocess.check_output(command, text=True, cwd=root, env=environment) == pack_source(readable)
 
 
-def test_a_change_in_any_part_changes_the_provenance(tmp_path):
-    before = bundle_source(write_toy(tmp_path), tmp_path)
-    after = bundle_source(write_toy(tmp_path, {"golf/settings": SETTINGS + "# more\n"}), tmp_path)
+def test_a_change_in_any_part_changes_the_provenance(toy):
+    before = bundle_source(*toy())
+    after = bundle_source(*toy({"golf/settings.py": SETTINGS + "# more\n"}))
     digests = [re.search(r"sha256 of the parts: (\w{64})", source).group(1) for source in (before, after)]
     assert digests[0] != digests[1]
 
@@ -243,9 +249,6 @@ def test_tracebacks_of_a_packed_script_show_its_lines(tmp_path):
 
 def test_the_command_writes_at_once_and_reports_sizes(tmp_path, repository):
     """Run in a copy of the parts that the command needs, with the toy for an entry."""
-    import json
-    import shutil
-
     for name in ("golf", "tools"):
         shutil.copytree(repository / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "train_gpt.py").write_text("import sys\n\nBUNDLED = False\nprint(sys.version_info.major)\n")
@@ -276,5 +279,5 @@ def test_the_real_bundle_starts_from_an_empty_folder(tmp_path, repository):
         (tmp_path / name).write_text(text)
         outputs.append(run_script(tmp_path / name, "--help", folder=tmp_path))
         assert outputs[-1].returncode == 0, outputs[-1].stderr
-    assert outputs[0].stdout == outputs[1].stdout == run_script(script, "--help").stdout
+    assert outputs[0].stdout == outputs[1].stdout and "--preset" in outputs[0].stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed.py", "readable.py"]

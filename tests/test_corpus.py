@@ -22,7 +22,6 @@ def test_embedded_corpus_is_the_standard_library(embedded):
     assert any("class JSONDecoder" in text for text in embedded)
     assert len(set(embedded)) == len(embedded)
     assert not any("decoding_table = (" in text and "generated from '" in text[:500] for text in embedded)
-    assert embedded == read_documents("embedded")
 
 
 def test_embedded_corpus_leaves_out_tests_packages_and_tables(tmp_path, monkeypatch):
@@ -45,9 +44,9 @@ def test_embedded_corpus_leaves_out_tests_packages_and_tables(tmp_path, monkeypa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.py").write_bytes("# é\n".encode("latin-1"))
-    (tmp_path / "declared.py").write_bytes("# -*- coding: latin-1 -*- é\n".encode("latin-1"))
+    (tmp_path / "declared.py").write_bytes("# -*- coding: latin-1 -*-\n\n# é\n".encode("latin-1"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    declared = "# -*- coding: latin-1 -*- é\n"
+    declared = "# -*- coding: latin-1 -*-\n\n# é\n"
     expected = ["licence", "a = 1\n", "b = 1\n", declared, "aliases = {}\n", "about b", "about a"]
     assert read_documents("embedded") == expected
 

@@ -57,7 +57,7 @@ def test_packs_counts_and_refuses_what_is_over(weights, tmp_path):
     out.write_bytes(b"the old one")
     over = run_pack("--weights", weights, "--out", out, "--limit-bytes", "1000")
     assert over.returncode == 1 and over.stderr.count("\n") == 1 and "over the limit by" in over.stderr
-    assert "bits per value" in over.stdout and "not counted" in over.stdout
+    assert "bits/value" in over.stdout and "no --code" in over.stdout
     assert out.read_bytes() == b"the old one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code.py", "model.golf", "weights.safetensors"]
 

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 
-from golf.data import prepare as prepare_module
 from golf.data.manifest import data_identity, load_prepared
 from golf.data.prepare import prepare_corpus, prepared_folder
 from golf.data.shards import DataError, find_shards, read_shard
@@ -58,8 +57,8 @@ def test_two_preparations_give_the_same_bytes(corpus, prepared, tmp_path):
 
 
 def test_shards_are_cut_at_their_size(corpus, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 1000)
-    monkeypatch.setattr(prepare_module, "ENCODING_BATCH", 7)
+    monkeypatch.setattr("golf.data.prepare.SHARD_TOKENS", 1000)
+    monkeypatch.setattr("golf.data.prepare.ENCODING_BATCH", 7)
     cut = prepare_corpus(corpus, tmp_path / "cut", 300, 0.1)
     shards = [read_shard(path) for path in find_shards(cut.folder, "train")]
     assert len(shards) > 3 and {len(shard) for shard in shards[:-1]} == {1000}
@@ -85,13 +84,12 @@ def test_prepared_data_is_reused_or_refused(corpus, prepared, tmp_path):
 
 KILLED = """
 import os, sys
-from golf.data import prepare
-write = prepare.write_shard
+from golf.data.prepare import prepare_corpus, write_shard
 def write_and_die(path, tokens):
-    write(path, tokens)
+    write_shard(path, tokens)
     os._exit(9)
-prepare.write_shard = write_and_die
-prepare.prepare_corpus(sys.argv[1], sys.argv[2], 300, 0.1)
+sys.modules["golf.data.prepare"].write_shard = write_and_die
+prepare_corpus(sys.argv[1], sys.argv[2], 300, 0.1)
 """
 
 

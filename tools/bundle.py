@@ -13,13 +13,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.runtime import write_file_atomically
 from golf.submit.bundler import bundle_source
 from golf.submit.packer import minify_source, pack_source
 from golf.submit.parts import BundleError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

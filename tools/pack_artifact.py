@@ -18,12 +18,12 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.artifact.container import pack_artifact
-from golf.runtime import write_file_atomically
 from golf.artifact.sizes import SizeReport, size_report_dict
 from golf.artifact.weights import SavedWeights, load_weights
 from golf.config import CODECS, Config, QuantConfig, check_config
 from golf.quant.export import quantize_state
 from golf.quant.prune import PruneReport, prune_state
+from golf.runtime import write_file_atomically
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def result_dict(result: PackResult) -> dict:
 
 
 def size_table(result: PackResult) -> Table:
-    table = Table("tensors", "stored as", "values", "raw bytes", "compressed", "bits per value")
+    table = Table("tensors", "stored as", "values", "raw bytes", "compressed", "bits/value")
     for column in table.columns[2:]:
         column.justify = "right"
     sizes = result.sizes
@@ -108,7 +108,7 @@ def size_table(result: PackResult) -> Table:
     table.add_row("description", "", "", "", f"{sizes.overhead_bytes:,}", "", end_section=True)
     bits = f"{sizes.bits_per_weight:.3f}"
     table.add_row("artifact", sizes.codec, f"{sizes.weights:,}", "", f"{sizes.total_bytes:,}", bits)
-    code = f"{result.bytes_code:,}" if result.code_counted else "not counted (no --code)"
+    code = f"{result.bytes_code:,}" if result.code_counted else "no --code"
     table.add_row("code", "", "", "", code, "")
     table.add_row("total", "", "", "", f"{result.bytes_total:,}", "")
     table.add_row("limit", "", "", "", f"{result.limit_bytes:,}", "")

@@ -1,6 +1,6 @@
 """Show a finished run: a short table on the terminal, and pictures of its loss and its bytes in its folder.
 
-    python tools/report.py runs/RUN_ID      (or --last, the newest run with a result)
+python tools/report.py runs/RUN_ID      (or --last, the newest run with a result)
 """
 
 import json
@@ -52,7 +52,8 @@ def print_table(result: dict, console: Console) -> None:
     for label, value in (
         ("val_bpb, from the artifact's bytes", f"{result['val_bpb']:.4f}"),
         ("val_loss, nats per token", f"{result['val_loss']:.4f}"),
-        ("validation tokens / bytes / documents", f"{result['val_tokens']:,} / {result['val_bytes']:,} / {result['val_docs']:,}"),
+        ("validation tokens", f"{result['val_tokens']:,}"),
+        ("validation bytes in documents", f"{result['val_bytes']:,} in {result['val_docs']:,}"),
         ("parameters", f"{result['params']:,}"),
         ("steps in seconds", f"{result['steps']:,} in {result['train_seconds']:.1f}"),
         ("training tokens per second", f"{result['train_tokens'] / result['train_seconds']:,.0f}"),
@@ -86,7 +87,9 @@ def draw_loss(folder: RunFolder, result: dict) -> Path:
     axes.set_ylim(min(smooth) - 0.3, min(max(losses), min(smooth) + 3))
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("training loss, nats per token")
-    axes.set_title(f"{result['run_id']}: val_bpb {result['val_bpb']:.4f} from {result['bytes_total']:,} bytes", loc="left")
+    axes.set_title(
+        f"{result['run_id']}: val_bpb {result['val_bpb']:.4f} from {result['bytes_total']:,} bytes", loc="left"
+    )
     axes.legend(frameon=False)
     return save_figure(figure, folder.path / "loss.png")
 
@@ -95,7 +98,11 @@ def draw_bytes(folder: RunFolder, result: dict) -> Path:
     """Compressed bytes of every tensor class, and the code, against the limit."""
     streams = [stream for stream in result["sizes"]["streams"] if stream["elements"]]
     names = [*(f"{stream['label']} {stream['role']}" for stream in streams), "header", "code"]
-    sizes = [*(stream["compressed_bytes"] for stream in streams), result["sizes"]["overhead_bytes"], result["bytes_code"]]
+    sizes = [
+        *(stream["compressed_bytes"] for stream in streams),
+        result["sizes"]["overhead_bytes"],
+        result["bytes_code"],
+    ]
     labels = [*(f"{stream['bits_per_element']:.2f} bits each" for stream in streams), "", ""]
     figure, axes = plt.subplots(figsize=(8, 0.55 * len(names) + 1.4), constrained_layout=True)
     bars = axes.barh(names, sizes, color=[BLUE] * len(streams) + [ORANGE] * 2)

@@ -44,18 +44,18 @@ class GPT(nn.Module):
         e_BTD = rms_norm(e_BTD)
         return e_BTD if self.smear is None else self.smear(e_BTD, has_previous_BT)
 
-    def trunk(self, x0_BTD: Tensor, rope_base: float) -> Tensor:
-        """All blocks; the stream of encoder block i is added before its decoder twin."""
-        head_dim = self.config.model_dim // self.config.num_heads
-        tables = rotary_tables(x0_BTD.size(1), head_dim, rope_base, x0_BTD.device)
+    def trunk(self, x0_BTD: Tensor, rope_base: float, last: int) -> Tensor:
+        """x_BSD after all blocks; the stream of encoder block i is added before its decoder twin."""
+        time, head_dim = x0_BTD.size(1), self.config.model_dim // self.config.num_heads
+        tables = rotary_tables(time, head_dim, rope_base, x0_BTD.device)
         x_BTD, skips = x0_BTD, []
         for block in self.blocks[: self.encoder_layers]:
-            x_BTD = block(x_BTD, x0_BTD, *tables)
+            x_BTD = block(x_BTD, x0_BTD, *tables, last=time)
             skips.append(x_BTD)
         for j, block in enumerate(self.blocks[self.encoder_layers :]):
             if skips:
                 x_BTD = x_BTD + self.skip_weights[j].to(x_BTD.dtype) * skips.pop()
-            x_BTD = block(x_BTD, x0_BTD, *tables)
+            x_BTD = block(x_BTD, x0_BTD, *tables, last=last if block is self.blocks[-1] else time)
         return x_BTD
 
     def logits(self, ids_BT: Tensor, last: int | None = None, rope_base: float | None = None) -> Tensor:
@@ -64,8 +64,8 @@ class GPT(nn.Module):
         `rope_base` replaces the model's own base (for rows longer than the training length).
         """
         embedding_VD = self.tok_emb.effective_weight()
-        x_BTD = self.trunk(self.embed(ids_BT, embedding_VD), rope_base or self.config.rope_base)
-        x_BSD = x_BTD if last is None else x_BTD[:, -last:]
+        x0_BTD = self.embed(ids_BT, embedding_VD)
+        x_BSD = self.trunk(x0_BTD, rope_base or self.config.rope_base, last or ids_BT.size(1))
         logits_BSV = F.linear(rms_norm(x_BSD), embedding_VD.to(x_BSD.dtype)).float()
         return self.config.logit_softcap * torch.tanh(logits_BSV / self.config.logit_softcap)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from golf.config import Config, ConfigError
-from golf.data.manifest import data_identity
 from golf.data.loader import TokenStream, validation_tokens
+from golf.data.manifest import data_identity
 from golf.data.shards import find_shards
 from golf.data.tokenizer import ByteTable, Tokenizer, load_tokenizer
 from golf.runtime import Runtime

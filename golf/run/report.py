@@ -46,6 +46,12 @@ def step_line(report: StepReport, config: Config) -> str:
     )
 
 
+def stop_line(report: StepReport, config: Config) -> str:
+    """The clock, not the number of steps, ended the training."""
+    milliseconds = 1000 * report.elapsed
+    return f"stopping_early: wallclock_cap train_time:{milliseconds:.0f}ms step:{report.step}/{config.train.iterations}"
+
+
 def validation_line(score: Score, report: StepReport, config: Config, weights: str) -> str:
     """`weights` says which weights were scored: a score before quantization is not the artifact's."""
     milliseconds = 1000 * report.elapsed

@@ -4,14 +4,14 @@ B batch rows, T time.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from golf.config import Config, ConfigError
-from golf.data.loader import TokenStream, global_batch
+from golf.data.loader import BatchPrefetcher, TokenStream
 from golf.model.gpt import GPT
 from golf.optim.average import WeightAverage
 from golf.optim.groups import Optimizers, average_gradients
@@ -36,7 +36,11 @@ class Trainer:
     """A model with its optimizers, average and clock."""
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime, stream: TokenStream):
-        self.model, self.config, self.runtime, self.stream = model, config, runtime, stream
+        self.model, self.config, self.runtime = model, config, runtime
+        self.batches = BatchPrefetcher(
+            stream, config.train.train_batch_tokens, config.model.train_seq_len, runtime.rank, runtime.world_size,
+            runtime.device,
+        )  # fmt: skip
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if config.run.compile else model
         self.optimizers = self.new_optimizers()
         self.average = WeightAverage(config.average)
@@ -72,19 +76,15 @@ class Trainer:
 
     def accumulate_gradients(self, step: int) -> Tensor:
         """Leave in .grad the gradient of the global batch of `step`; returns its mean loss over all ranks."""
-        train, rank, world_size = self.config.train, self.runtime.rank, self.runtime.world_size
-        inputs_BT, targets_BT = global_batch(
-            self.stream, step, train.train_batch_tokens, self.config.model.train_seq_len, rank, world_size,
-            self.runtime.device,
-        )  # fmt: skip
+        inputs_BT, targets_BT = self.batches.get(step)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         micro_batches = zip(inputs_BT.chunk(self.micro_steps), targets_BT.chunk(self.micro_steps), strict=True)
         for micro_inputs_BT, micro_targets_BT in micro_batches:
             loss = self.forward(micro_inputs_BT, micro_targets_BT)
             (loss / self.micro_steps).backward()
             loss_sum += loss.detach()
-        average_gradients(self.optimizers.parameters, world_size)
-        return self.runtime.sum_over_ranks(loss_sum / (self.micro_steps * world_size))
+        average_gradients(self.optimizers.parameters, self.runtime.world_size)
+        return self.runtime.sum_over_ranks(loss_sum / (self.micro_steps * self.runtime.world_size))
 
     def steps(self) -> Iterator[StepReport]:
         """Train until the budget is used up; the clock stands still while the caller looks at a report."""
@@ -116,6 +116,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Put the averaged weights in place, without the training grid."""
+        self.batches.close()
         self.set_fake_quantization(False)
         if self.config.average.swa_enabled:
             self.average.observe(self.model, progress=1.0)  # the last weights count, however early the cap struck

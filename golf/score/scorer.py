@@ -89,6 +89,8 @@ class ScoreJob:
     forward: Forward
     settings: ScoreSettings
     plan: WindowPlan
+    documents: int
+    """Document starts in the stream."""
     tokens_N1: Tensor
     """int32, N + 1."""
     bytes_N: Tensor
@@ -138,7 +140,6 @@ def score_stream(
     `announce` prints a forecast of the time and progress. Raises ScoreError.
     """
     started = time.perf_counter()
-    documents = check_stream(tokens, model.config, settings)
     job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
     begin, end = rank_share(len(job.plan), runtime.rank, runtime.world_size)
     timer = ForwardTimer(runtime.device)
@@ -153,35 +154,12 @@ def score_stream(
         nats=total.nats,
         tokens=total.tokens,
         bytes=total.bytes,
-        documents=documents,
+        documents=job.documents,
         windows=len(job.plan),
         window_tokens=len(job.plan) * job.plan.length,
         seconds=runtime.max_over_ranks(seconds),
         forward_share=timer.seconds() / seconds,
     )
-
-
-def check_stream(tokens: np.ndarray, model: ModelConfig, settings: ScoreSettings) -> int:
-    """The number of documents in the stream. Raises ScoreError where a score would mean nothing."""
-    if len(tokens) < 2:
-        raise ScoreError(f"the validation stream has {len(tokens)} tokens: nothing to score, check the shards")
-    largest = int(tokens.max())
-    if largest >= model.vocab_size or int(tokens.min()) < 0:
-        raise ScoreError(
-            f"token {largest} is outside the model's vocabulary of {model.vocab_size}:"
-            " the shards were written with another tokenizer"
-        )
-    if tokens[0] != model.bos_id:
-        raise ScoreError(
-            f"the validation stream starts with token {int(tokens[0])}, not with a document start ({model.bos_id}):"
-            " check that the shards are complete and in order"
-        )
-    if settings.batch_seqs < 1 or not 1 <= settings.stride <= settings.seq_len:
-        raise ScoreError(
-            f"window {settings.seq_len}, stride {settings.stride}, batch {settings.batch_seqs}:"
-            " all must be positive, the stride at most the window"
-        )
-    return int((tokens == model.bos_id).sum())
 
 
 def prepare_job(
@@ -192,30 +170,59 @@ def prepare_job(
     device: torch.device,
     forward: Forward | None = None,
 ) -> ScoreJob:
-    """Put a checked stream on the device, with its windows and the bytes of its targets. Raises ScoreError."""
-    bytes_N = count_target_bytes(tokens, byte_table)
+    """Put a stream on the device, with its windows and the bytes of its targets. Raises ScoreError."""
+    check_settings(settings)
+    tokens_N1 = torch.from_numpy(tokens.astype(np.int32)).to(device)
+    check_stream(tokens_N1, model.config)
+    bytes_N = count_target_bytes(tokens_N1, byte_table.to(device))
     if not bytes_N.any():
         raise ScoreError("the validation stream spells no byte of text: bits per byte are not defined")
-    plan = plan_windows(len(tokens) - 1, settings.seq_len, settings.stride)
+    plan = plan_windows(len(bytes_N), settings.seq_len, settings.stride)
     return ScoreJob(
         model=model,
         forward=forward or model.token_losses,
         settings=settings,
         plan=plan,
-        tokens_N1=torch.from_numpy(np.asarray(tokens, dtype=np.int32)).to(device),
-        bytes_N=torch.from_numpy(bytes_N).to(device),
+        documents=int((tokens_N1 == model.config.bos_id).sum()),
+        tokens_N1=tokens_N1,
+        bytes_N=bytes_N,
         ends_W=torch.from_numpy(plan.ends_W).to(device),
         first_scored_W=torch.from_numpy(plan.first_scored_W).to(device),
     )
 
 
-def count_target_bytes(tokens: np.ndarray, byte_table: ByteTable, chunk: int = 1 << 22) -> np.ndarray:
+def check_settings(settings: ScoreSettings) -> None:
+    if settings.batch_seqs < 1 or not 1 <= settings.stride <= settings.seq_len:
+        raise ScoreError(
+            f"window {settings.seq_len}, stride {settings.stride}, batch {settings.batch_seqs}:"
+            " all must be positive, the stride at most the window"
+        )
+
+
+def check_stream(tokens_N1: Tensor, model: ModelConfig) -> None:
+    """Raise ScoreError where a score would mean nothing."""
+    if len(tokens_N1) < 2:
+        raise ScoreError(f"the validation stream has {len(tokens_N1)} tokens: nothing to score, check the shards")
+    smallest, largest = (int(bound) for bound in tokens_N1.aminmax())
+    if smallest < 0 or largest >= model.vocab_size:
+        raise ScoreError(
+            f"the validation stream has tokens {smallest} to {largest}, the model a vocabulary of {model.vocab_size}:"
+            " the shards were written with another tokenizer"
+        )
+    first = int(tokens_N1[0])
+    if first != model.bos_id:
+        raise ScoreError(
+            f"the validation stream starts with token {first}, not with a document start ({model.bos_id}):"
+            " check that the shards are complete and in order"
+        )
+
+
+def count_target_bytes(tokens_N1: Tensor, byte_table: ByteTable, piece: int = 1 << 22) -> Tensor:
     """int32 bytes of each target, in pieces so that 62 million tokens don't make gigabytes of int64."""
-    bytes_N = np.empty(len(tokens) - 1, dtype=np.int32)
-    for begin in range(0, len(bytes_N), chunk):
-        end = min(begin + chunk, len(bytes_N))
-        piece = tokens[begin : end + 1].astype(np.int64)
-        bytes_N[begin:end] = byte_table.count(piece[:-1], piece[1:])
+    bytes_N = torch.empty_like(tokens_N1[1:])
+    for begin in range(0, len(bytes_N), piece):
+        tokens_P1 = tokens_N1[begin : begin + piece + 1].long()
+        bytes_N[begin : begin + piece] = byte_table.count(tokens_P1[:-1], tokens_P1[1:])
     return bytes_N
 
 

@@ -1,0 +1,139 @@
+"""run.sh with stand-ins for torch, train_gpt.py and the report: which Python, which launcher, which status."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAIN = "import os, sys\nprint('train', os.getcwd(), *sys.argv[1:])\nsys.exit(int(os.environ.get('STATUS', '0')))\n"
+TORCH = "class cuda:\n    is_available = lambda: {count} > 0\n    device_count = lambda: {count}\n"
+
+
+@pytest.fixture
+def project(tmp_path, repository, write_tree):
+    """A folder with run.sh and stand-ins; `python` on its path is the one that runs the tests."""
+    root = tmp_path / "project"
+    files = {"train_gpt.py": TRAIN, "tools/report.py": "import sys\nprint('report', *sys.argv[1:])\n"}
+    files |= {
+        "requirements.txt": "pytest>=7,<99  # is here\n",
+        "requirements-dev.txt": "ruff\n",
+        "fake/__init__.py": "",
+    }
+    files |= {"fake/torch/__init__.py": TORCH.format(count=0)}
+    files |= {"fake/torch/distributed/__init__.py": ""}
+    files |= {"fake/torch/distributed/run.py": "import sys\nprint('torchrun', *sys.argv[1:])\n"}
+    write_tree(root, files)
+    shutil.copy(repository / "run.sh", root)
+    (root / "bin").mkdir()
+    for name in ("python", "python3"):
+        write_stub(root, name, f'exec "{sys.executable}" "$@"')
+    return root
+
+
+def write_stub(root: Path, name: str, command: str) -> None:
+    path = root / "bin" / name
+    path.write_text(f"#!/bin/sh\n{command}\n")
+    path.chmod(0o755)
+
+
+def run_sh(
+    project: Path, *arguments: str, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    path = f"{project / 'bin'}:/usr/bin:/bin"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(project / "fake")} | variables
+    command = ["bash", str(project / "run.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or project, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("script", ["run.sh", ".ci/run"])
+def test_scripts_are_bash(repository, script):
+    subprocess.run(["bash", "-n", repository / script], check=True)
+
+
+def test_without_a_gpu_the_local_preset_runs_and_is_reported(project):
+    finished = run_sh(project, "seed=2", "qat_start=0.5")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"train {project} seed=2 qat_start=0.5 --preset local\nreport --last\n"
+    assert not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize(("count", "used"), [(1, 1), (2, 2), (3, 2), (8, 8), (11, 8)])
+def test_with_gpus_the_leaderboard_preset_runs_under_torchrun(project, count, used):
+    (project / "fake/torch/__init__.py").write_text(TORCH.format(count=count))
+    finished = run_sh(project, "seed=2")
+    launch = f"torchrun --standalone --nproc_per_node={used} train_gpt.py seed=2 --preset leaderboard"
+    assert finished.stdout.splitlines()[0] == launch, finished.stderr
+
+
+def test_a_named_preset_is_kept_and_a_local_one_needs_one_process(project):
+    (project / "fake/torch/__init__.py").write_text(TORCH.format(count=8))
+    assert "train_gpt.py --preset baseline\n" in run_sh(project, "--preset", "baseline").stdout
+    assert f"train {project} --preset baseline-local\n" in run_sh(project, "--preset=baseline-local").stdout
+
+
+def test_paths_are_meant_from_where_the_command_is_given(project, tmp_path):
+    finished = run_sh(project, "--corpus", "a b.txt", "data_path=/x", "runs_root=out", cwd=tmp_path)
+    expected = f"train {project} --corpus={tmp_path}/a b.txt data_path=/x runs_root={tmp_path}/out --preset local\n"
+    assert finished.stdout.startswith(expected), finished.stderr
+    assert "--corpus=embedded" in run_sh(project, "--corpus=embedded", cwd=tmp_path).stdout
+
+
+def test_the_status_of_training_is_passed_on_and_nothing_reported(project):
+    finished = run_sh(project, STATUS="7")
+    assert finished.returncode == 7 and "report" not in finished.stdout
+
+
+def test_an_option_without_its_value_is_a_usage_error(project):
+    finished = run_sh(project, "--preset")
+    assert finished.returncode == 2 and finished.stderr == "run.sh: --preset needs a value\n"
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.13"])
+def test_only_pythons_of_the_wrong_age_are_one_clear_line(project, version):
+    for name in ("python", "python3", "python3.10", "python3.11", "python3.12"):
+        write_stub(project, name, f'[ "$1" = --version ] && echo Python {version} && exit 0; exit 1')
+    finished = run_sh(project)
+    assert finished.returncode == 3 and finished.stdout == ""
+    assert finished.stderr.count("\n") == 1 and f"3.12 is needed, and Python {version} was found" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("requirement", "reason"),
+    [
+        ("pytest==0.1", "pytest==0.1 ("),
+        ("pytest>=99", "pytest>=99 ("),
+        ("golf-no-such-package==1.0", "golf-no-such-package==1.0 (none installed)"),
+    ],
+)
+def test_what_is_missing_is_named_and_asked_of_pip(project, requirement, reason):
+    """A stand-in for .venv whose pip always fails: one clear line with pip's status, and nothing runs."""
+    (project / "requirements.txt").write_text(f"# comment\n\n{requirement}\n")
+    (project / ".venv/bin").mkdir(parents=True)
+    pip = f'[ "$2" = pip ] && [ "$3" = install ] && exit 9; exec "{sys.executable}" "$@"'
+    write_stub(project, "venv-python", pip)
+    (project / "bin/venv-python").rename(project / ".venv/bin/python")
+    finished = run_sh(project)
+    assert finished.returncode == 3 and finished.stdout == ""
+    assert f"installing into {project}/.venv: {reason}" in finished.stderr
+    assert "pip could not install the requirements (status 9)" in finished.stderr
+
+
+def test_a_failing_venv_module_is_one_clear_line(project):
+    (project / "requirements.txt").write_text("golf-no-such-package\n")
+    for name in ("python", "python3"):
+        write_stub(project, name, f'[ "$2" = venv ] && exit 1; exec "{sys.executable}" "$@"')
+    finished = run_sh(project)
+    assert finished.returncode == 3
+    assert "venv failed: install its venv module" in finished.stderr.splitlines()[-1]
+
+
+def test_tests_run_with_the_arguments_given(project):
+    (project / "requirements-dev.txt").write_text("")
+    (project / "test_one.py").write_text(
+        "import os\ndef test_threads():\n    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
+    )
+    finished = run_sh(project, "test", "-q", "test_one.py", OMP_NUM_THREADS="")
+    assert finished.returncode == 0 and "1 passed" in finished.stdout.splitlines()[-1], finished.stderr

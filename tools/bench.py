@@ -1,0 +1,160 @@
+"""How fast this machine trains, scores, packs and unpacks a preset's model.
+
+    python tools/bench.py --preset local [--device cuda] [--json] [key=value ...]
+
+Training is timed at the preset's batch and length, scoring at its window and stride, both on random tokens; every
+figure is a median. Run it on a quiet machine: two busy processes on two cores tell nothing.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from golf.artifact.container import pack_artifact, read_artifact
+from golf.config import Config, build_config
+from golf.data.loader import TokenStream
+from golf.data.shards import write_shard
+from golf.model.gpt import GPT
+from golf.model.init import build_model
+from golf.quant.export import quantize_state
+from golf.run.report import machine_description
+from golf.run.training import Trainer
+from golf.runtime import Log, Runtime, start_runtime
+from golf.score.scorer import score_stream, sliding_settings
+
+REPETITIONS = 3
+SCORED_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Knobs as key=value."""
+    preset: str = "local"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    steps: int = 10
+    """Training steps to time, after the preset's warm-up."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+class OneBytePerToken:
+    """Stands in for a tokenizer's byte table: random tokens spell no text."""
+
+    def to(self, device: torch.device) -> "OneBytePerToken":
+        return self
+
+    def count(self, previous_N: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(targets_N)
+
+
+def random_tokens(count: int, config: Config) -> np.ndarray:
+    tokens_N = np.random.default_rng(0).integers(4, config.model.vocab_size, count, dtype=np.uint16)
+    tokens_N[:: max(1, config.model.train_seq_len)] = config.model.bos_id
+    return tokens_N
+
+
+def bench_training(config: Config, runtime: Runtime, steps: int) -> tuple[GPT, dict[str, float]]:
+    """Tokens per second of the median step, over all ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "random_train_000000.bin"
+        write_shard(shard, random_tokens(4 * config.train.train_batch_tokens + 1, config))
+        model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
+        trainer = Trainer(model, config, runtime, TokenStream([shard]))
+        trainer.warm_up()
+        elapsed = [0.0]
+        for report in trainer.steps():
+            elapsed.append(report.elapsed)
+            if report.step == steps:
+                break
+    step_seconds = statistics.median(np.diff(elapsed))
+    trainer.finish()
+    figures = {
+        "train_step_ms": 1000 * step_seconds,
+        "train_tokens_per_s": config.train.train_batch_tokens / step_seconds,
+    }
+    if runtime.device.type == "cuda":
+        figures["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return model, figures
+
+
+def bench_scoring(model: GPT, config: Config, runtime: Runtime) -> dict[str, float]:
+    """Window tokens per second through the sliding scorer, and the share of its time in the forward pass."""
+    settings = sliding_settings(config.score, config.model)
+    windows = SCORED_BATCHES * settings.batch_seqs * runtime.world_size
+    tokens_N = random_tokens(settings.seq_len + windows * settings.stride, config)
+    forward = torch.compile(model.token_losses, dynamic=False) if config.run.compile else None
+    scores = [
+        score_stream(model, tokens_N, OneBytePerToken(), settings, runtime, forward=forward, announce=False)
+        for _ in range(REPETITIONS + 1)
+    ][1:]
+    return {
+        "score_tokens_per_s": statistics.median(score.window_tokens / score.seconds for score in scores),
+        "score_forward_share": statistics.median(score.forward_share for score in scores),
+    }
+
+
+def bench_packing(model: GPT, config: Config) -> dict[str, float]:
+    """Megabytes of stored codes and halves per second, to the artifact's bytes and back."""
+    stored = quantize_state(model.state_dict(), config.quant)
+    data, report = pack_artifact(stored, config.model, "0" * 64, config.quant.codec)
+    megabytes = sum(stream.raw_bytes for stream in report.streams) / 1e6
+    pack_seconds = median_seconds(lambda: pack_artifact(stored, config.model, "0" * 64, config.quant.codec))
+    unpack_seconds = median_seconds(lambda: read_artifact(data))
+    return {
+        "artifact_bytes": len(data),
+        "pack_seconds": pack_seconds,
+        "pack_mb_per_s": megabytes / pack_seconds,
+        "unpack_mb_per_s": megabytes / unpack_seconds,
+    }
+
+
+def median_seconds(action: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    try:
+        overrides = dict(override.split("=", 1) for override in options.overrides)
+        config = build_config(options.preset, os.environ, {"device": options.device} | overrides)
+    except ValueError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    with start_runtime(config.run, "bench", Log(sys.stderr)) as runtime:
+        model, figures = bench_training(config, runtime, options.steps)
+        figures |= bench_scoring(model, config, runtime)
+        figures["score_to_train_speed"] = figures["score_tokens_per_s"] / figures["train_tokens_per_s"]
+        figures |= bench_packing(model, config) if runtime.is_main else {}
+        machine = machine_description(runtime)
+    if options.json:
+        print(json.dumps({"preset": options.preset, "machine": machine} | figures))
+        return
+    table = Table("measure", "value", title=f"{options.preset} on {machine}", title_justify="left")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.3f}" if value < 100 else f"{value:,.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
