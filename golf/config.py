@@ -8,6 +8,7 @@ whichever is nearer its end), so that they act on a machine of any speed.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin
@@ -27,8 +28,8 @@ class RunConfig:
     seed: int = 42
     runs_root: str = "runs"
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    compile: bool = True
-    """torch.compile the training step and the scorer."""
+    compile: Literal["auto", "on", "off"] = "on"
+    """torch.compile the training step and the scorer; auto: where there is CUDA or a C++ compiler."""
     threads: int = 0
     """CPU threads of torch; 0: torch's own choice."""
     limit_bytes: int = 16_000_000
@@ -43,6 +44,8 @@ class DataConfig:
     """SentencePiece model; empty: the one prepared with `corpus`."""
     corpus: str = ""
     """`embedded` (texts of Python's standard library) or a path: .txt, .jsonl, .jsonl.xz, a folder of them."""
+    row_order: Literal["sequential", "spread"] = "sequential"
+    """sequential: as in the shards (the competition's); spread: each batch from all over the text, each row once."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Config:
 
 
 LOCAL: dict[str, Any] = dict(
-    limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", compile=False,
+    limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", row_order="spread", compile="auto",
     vocab_size=1024, num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0,
     bigram_vocab_size=2048, bigram_dim=32, train_seq_len=256, max_wallclock_seconds=180.0,
     train_batch_tokens=4096, micro_batch_tokens=4096, warmup_steps=2, val_loss_every=0,
@@ -232,7 +235,10 @@ def parse_value(knob: str, kind: Any, text: str) -> Any:
             return {choice: choice for choice in get_args(kind)}[text]
         if kind is bool:
             return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
-        return int(text.replace("_", "")) if kind is int else kind(text)
+        value = int(text.replace("_", "")) if kind is int else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         wanted = " or ".join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__
         raise ConfigError(f"{knob}={text!r} is not a valid value: it must be {wanted}") from None
@@ -271,8 +277,17 @@ def build_config(preset: str, environ: Mapping[str, str], overrides: Mapping[str
     return config
 
 
+POSITIVE_KNOBS = (
+    "num_heads", "num_kv_heads", "model_dim", "mlp_mult", "train_seq_len", "rope_base", "logit_softcap",
+    "train_batch_tokens", "micro_batch_tokens", "train_log_every", "val_batch_size", "limit_bytes", "eval_batch_seqs",
+)  # fmt: skip
+
+
 def check_config(config: Config) -> None:
     """Raise ConfigError where values do not fit together, before anything has cost time."""
+    for _, knob, _, value in iter_knobs(config):
+        if knob in POSITIVE_KNOBS and not value > 0:
+            raise ConfigError(f"{knob}={value} must be positive")
     model, train, quant, score, average = config.model, config.train, config.quant, config.score, config.average
     rules = [
         (model.model_dim % model.num_heads == 0, "model_dim must be a multiple of num_heads"),
@@ -281,7 +296,7 @@ def check_config(config: Config) -> None:
         (model.num_layers >= 2, "num_layers must be at least 2 (U-Net skips need an encoder and a decoder)"),
         (model.vocab_size <= 65_536, "vocab_size must fit in 16 bits (65,536)"),
         (model.bigram_vocab_size != 1, "bigram_vocab_size must be 0 (off) or at least 2"),
-        (model.logit_softcap > 0, "logit_softcap must be positive"),
+        (model.bigram_vocab_size == 0 or model.bigram_dim > 0, "bigram_dim must be positive"),
         (train.iterations > 0 or train.max_wallclock_seconds > 0, "set iterations or max_wallclock_seconds"),
         (train.train_batch_tokens % model.train_seq_len == 0, "train_batch_tokens must be rows of train_seq_len"),
         (train.micro_batch_tokens >= model.train_seq_len, "micro_batch_tokens must hold one row of train_seq_len"),
@@ -293,7 +308,6 @@ def check_config(config: Config) -> None:
         (0 <= average.swa_start < average.swa_end <= 1, "swa_start and swa_end are shares, the start before the end"),
         (average.swa_snapshots >= 2, "swa_snapshots must be at least 2 (an average of one is no average)"),
         (1 <= score.eval_stride <= score.eval_seq_len, "eval_stride must be 1 to eval_seq_len"),
-        (score.eval_batch_seqs >= 1, "eval_batch_seqs must be at least 1"),
         (bool(config.data.data_path) or bool(config.data.corpus), "set data_path, or corpus to prepare data from"),
     ]
     for holds, message in rules:

@@ -7,6 +7,7 @@ The only module that starts torch.distributed. Everything works the same with on
 import contextlib
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     log: Log = field(default_factory=Log)
+    compiles: bool = False
+    """Whether torch.compile is used."""
 
     @property
     def is_main(self) -> bool:
@@ -103,6 +106,14 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def choose_compile(wanted: str, device: torch.device) -> bool:
+    """Whether to use torch.compile, which needs a C++ compiler on the CPU (1.3 to 1.5 times as fast there)."""
+    possible = device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))
+    if wanted == "on" and not possible:
+        raise ConfigError("compile=on was asked for, but there is no C++ compiler: install g++, or set compile=off")
+    return wanted != "off" and possible
+
+
 @contextlib.contextmanager
 def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterator[Runtime]:
     """Set up device, threads, seeds and (under torchrun) the process group of one `stage`.
@@ -125,7 +136,7 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore(stage, store), rank=rank, world_size=world_size)
     try:
-        yield Runtime(device, rank, world_size, log or Log())
+        yield Runtime(device, rank, world_size, log or Log(), choose_compile(run.compile, device))
     finally:
         if world_size > 1:
             dist.destroy_process_group()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf.data.loader import BatchPrefetcher, TokenStream, global_batch, validation_tokens
+from golf.data.loader import BatchPrefetcher, TokenStream, global_batch, spread_start, validation_tokens
 from golf.data.shards import DataError, write_shard
 
 SIZES = (700, 1, 299, 1000)
@@ -102,3 +102,33 @@ def test_no_shards():
         TokenStream([])
     with pytest.raises(DataError, match="no validation shards"):
         validation_tokens([])
+
+
+@pytest.mark.parametrize("seq_len", [7, 16, 32])
+def test_spread_order_visits_every_row_once_per_epoch(seq_len):
+    tokens = 1000
+    rows = (tokens - 1) // seq_len
+    starts = [spread_start(row, tokens, seq_len) for row in range(2 * rows)]
+    assert sorted(starts[:rows]) == [seq_len * i for i in range(rows)]
+    assert sorted(starts[rows:]) == [seq_len * i + seq_len // 3 + 1 for i in range(rows)]
+
+
+def test_spread_batches_come_from_all_over_the_text():
+    starts = np.array([spread_start(row, 3_758_062, 256) for row in range(8 * 100)]).reshape(100, 8)
+    gaps = np.diff(np.sort(starts, axis=1), axis=1)
+    assert gaps.min() > 3_758_062 // 40  # no two rows of a batch are neighbours
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_spread_batches_are_equal_for_every_world_size(stream, world_size):
+    whole = global_batch(stream, 3, 128, 16, order="spread")
+    parts = [global_batch(stream, 3, 128, 16, rank, world_size, order="spread") for rank in range(world_size)]
+    for i in range(2):
+        assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+    assert torch.equal(whole[0][:, 1:], whole[1][:, :-1])
+
+
+def test_spread_order_needs_one_row(tmp_path):
+    write_shard(tmp_path / "a_train_000000.bin", range(16))
+    with pytest.raises(DataError, match="do not fill one row"):
+        global_batch(TokenStream([tmp_path / "a_train_000000.bin"]), 0, 16, 16, order="spread")

@@ -91,12 +91,12 @@ def print_table(values: dict[str, object]) -> None:
 
 
 def evaluate(arguments: Arguments) -> None:
-    run = RunConfig(device=arguments.device, threads=arguments.threads)
+    run = RunConfig(device=arguments.device, threads=arguments.threads, compile=arguments.compile)
     with start_runtime(run, "roundtrip", Log(sys.stderr)) as runtime:
         artifact = read_artifact(arguments.artifact)
         device = runtime.device.type
         config = score_config(arguments, artifact.model, device)
-        compiled = arguments.compile == "on" or (arguments.compile == "auto" and device == "cuda")
+        compiled = runtime.compiles and (arguments.compile == "on" or device == "cuda")
         shards = expand_glob(arguments.val)
         score = score_artifact(artifact, arguments.tokenizer, shards, config, runtime, compiled=compiled)
         if not runtime.is_main:

@@ -5,6 +5,7 @@ Shape letters: N tokens, B rows, T time.
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +52,38 @@ def check_batch_shape(batch_tokens: int, seq_len: int, world_size: int) -> None:
         )
 
 
+def spread_start(row: int, stream_tokens: int, seq_len: int) -> int:
+    """Where row number `row` (0, 1, 2, ...) of the spread order starts in the stream.
+
+    Rows are visited in strides of about 0.618 of the stream, coprime to their number, so that every row comes once
+    per epoch and the rows of a batch come from all over the text (the coprime-stride loader of parameter-golf
+    PR #1306). Each epoch cuts the stream at other places.
+    """
+    rows = (stream_tokens - 1) // seq_len
+    stride = next(stride for stride in range(round(0.618 * rows), 2 * rows + 2) if gcd(stride, rows) == 1)
+    epoch, index = divmod(row, rows)
+    return index * stride % rows * seq_len + epoch * (seq_len // 3 + 1)
+
+
 def host_batch(
-    stream: TokenStream, step: int, batch_tokens: int, seq_len: int, rank: int, world_size: int
+    stream: TokenStream, step: int, batch_tokens: int, seq_len: int, rank: int, world_size: int, order: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`global_batch` on the CPU."""
     check_batch_shape(batch_tokens, seq_len, world_size)
-    own_tokens = batch_tokens // world_size
-    span_N = torch.from_numpy(stream.tokens(step * batch_tokens + rank * own_tokens, own_tokens + 1))
-    return span_N[:-1].reshape(-1, seq_len), span_N[1:].reshape(-1, seq_len)
+    rows = batch_tokens // seq_len
+    own_rows = range(step * rows + rank * rows // world_size, step * rows + (rank + 1) * rows // world_size)
+    if order == "sequential":
+        spans = [stream.tokens(own_rows.start * seq_len, len(own_rows) * seq_len + 1)]
+    else:
+        check_spread_order(stream, seq_len)
+        spans = [stream.tokens(spread_start(row, len(stream), seq_len), seq_len + 1) for row in own_rows]
+    inputs_N, targets_N = (np.concatenate([span[cut] for span in spans]) for cut in (slice(-1), slice(1, None)))
+    return torch.from_numpy(inputs_N).view(-1, seq_len), torch.from_numpy(targets_N).view(-1, seq_len)
+
+
+def check_spread_order(stream: TokenStream, seq_len: int) -> None:
+    if len(stream) <= seq_len:
+        raise DataError(f"{len(stream)} training tokens do not fill one row of {seq_len}: shorten train_seq_len")
 
 
 def global_batch(
@@ -69,14 +94,16 @@ def global_batch(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    order: str = "sequential",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's rows of the global batch of `step`: inputs_BT and targets_BT, int64, on `device`.
 
-    The global batch is tokens step * batch_tokens, ..., (step + 1) * batch_tokens of the stream (the last
-    one only as a target). Its rows are dealt out contiguously, so that the ranks' rows, taken together, are
+    In sequential order (the competition's) the global batch is tokens step * batch_tokens, ...,
+    (step + 1) * batch_tokens of the stream, the last one only as a target; in spread order its rows come from all
+    over the stream (`spread_start`). Rows are dealt out contiguously, so that the ranks' rows, taken together, are
     the same for every world size. Raises DataError where they can't be dealt out equally.
     """
-    inputs_BT, targets_BT = host_batch(stream, step, batch_tokens, seq_len, rank, world_size)
+    inputs_BT, targets_BT = host_batch(stream, step, batch_tokens, seq_len, rank, world_size, order)
     return inputs_BT.to(device), targets_BT.to(device)
 
 
@@ -95,9 +122,10 @@ class BatchPrefetcher:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        order: str = "sequential",
     ):
         check_batch_shape(batch_tokens, seq_len, world_size)
-        self.stream, self.shape = stream, (batch_tokens, seq_len, rank, world_size)
+        self.stream, self.shape = stream, (batch_tokens, seq_len, rank, world_size, order)
         self.device = torch.device(device)
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: tuple[int, Future] | None = None

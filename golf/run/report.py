@@ -25,7 +25,7 @@ def opening_lines(config: Config, runtime: Runtime, parameters: int, train_shard
         f"val_loader:shards pattern={config.data.data_path}/*_val_*.bin tokens:{val_tokens}",
         f"model_params:{parameters}",
         f"world_size:{runtime.world_size} device:{runtime.device} compute:{runtime.compute_dtype} "
-        f"compile:{config.run.compile} python:{platform.python_version()} torch:{torch.__version__}",
+        f"compile:{runtime.compiles} python:{platform.python_version()} torch:{torch.__version__}",
         f"attention_mode:gqa num_heads:{model.num_heads} num_kv_heads:{model.num_kv_heads}",
         f"tie_embeddings:True embed_lr:{optim.tied_embed_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}",
         f"train_batch_tokens:{train.train_batch_tokens} train_seq_len:{model.train_seq_len} "

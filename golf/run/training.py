@@ -39,9 +39,9 @@ class Trainer:
         self.model, self.config, self.runtime = model, config, runtime
         self.batches = BatchPrefetcher(
             stream, config.train.train_batch_tokens, config.model.train_seq_len, runtime.rank, runtime.world_size,
-            runtime.device,
+            runtime.device, config.data.row_order,
         )  # fmt: skip
-        self.forward = torch.compile(model, dynamic=False, fullgraph=True) if config.run.compile else model
+        self.forward = torch.compile(model, dynamic=False, fullgraph=True) if runtime.compiles else model
         self.optimizers = self.new_optimizers()
         self.average = WeightAverage(config.average)
         self.budget = Budget(config.train.iterations, config.train.max_wallclock_seconds)
@@ -52,7 +52,7 @@ class Trainer:
         self.step = 0
 
     def new_optimizers(self) -> Optimizers:
-        return Optimizers(self.model, self.config.optim, self.runtime, compile_muon=self.config.run.compile)
+        return Optimizers(self.model, self.config.optim, self.runtime, compile_muon=self.runtime.compiles and self.runtime.device.type == "cuda")
 
     def warm_up(self) -> None:
         """Compile and touch everything that training will run, then put weights and optimizers back."""

@@ -1,0 +1,86 @@
+"""Knobs: presets, environment, command line, and what is refused."""
+
+import json
+
+import pytest
+
+from golf.config import (
+    KNOBS,
+    PRESETS,
+    RETIRED_KNOBS,
+    Config,
+    ConfigError,
+    build_config,
+    config_dict,
+    config_from_dict,
+    config_hash,
+    iter_knobs,
+)
+
+
+def test_every_knob_has_one_name():
+    names = [knob for _, knob, _, _ in iter_knobs(Config())]
+    assert len(names) == len(set(names)) == len(KNOBS)
+    assert not {name.upper() for name in names} & set(RETIRED_KNOBS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_survive_json(preset):
+    config = build_config(preset, {}, {})
+    assert config_from_dict(json.loads(json.dumps(config_dict(config)))) == config
+
+
+def test_precedence_is_preset_environment_command_line():
+    environ = {"NUM_LAYERS": "5", "SEED": "7", "UNRELATED": "x"}
+    config = build_config("local", environ, {"num_layers": "4"})
+    assert (config.model.num_layers, config.run.seed, config.model.model_dim) == (4, 7, 128)
+
+
+@pytest.mark.parametrize("spelling", ["1", "true", "True"])
+def test_booleans_are_spelled_as_in_the_competition(spelling):
+    assert build_config("baseline", {"QAT_ENABLED": spelling}, {}).quant.qat_enabled is True
+    with pytest.raises(ConfigError, match="must be bool"):
+        build_config("local", {"QAT_ENABLED": "yes"}, {})
+
+
+@pytest.mark.parametrize("name", RETIRED_KNOBS)
+def test_retired_knobs_are_refused_by_name(name):
+    with pytest.raises(ConfigError, match="is not a knob here: set"):
+        build_config("local", {name: "1"}, {})
+
+
+def test_the_competitions_environment_is_understood():
+    environ = {
+        "RUN_ID": "x", "SEED": "1", "DATA_PATH": "d", "TOKENIZER_PATH": "t", "ITERATIONS": "5", "VAL_LOSS_EVERY": "2",
+        "MAX_WALLCLOCK_SECONDS": "30.5", "TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "512", "EVAL_STRIDE": "32",
+        "EVAL_SEQ_LEN": "1024", "NUM_LAYERS": "4", "MLP_MULT": "2", "BIGRAM_VOCAB_SIZE": "0", "MATRIX_LR": "0.01",
+        "TIED_EMBED_LR": "0.02", "GRAD_CLIP_NORM": "1", "PRUNE_FRAC": "0.1", "QK_GAIN_INIT": "2", "WARMUP_STEPS": "0",
+    }  # fmt: skip
+    knobs = {knob: value for _, knob, _, value in iter_knobs(build_config("local", environ, {}))}
+    for name, text in environ.items():
+        assert str(knobs[name.lower()]) in (text, f"{text}.0"), name
+
+
+def test_hash_is_equal_for_seeds_and_differs_for_knobs():
+    base = build_config("local", {}, {})
+    assert config_hash(base) == config_hash(build_config("local", {}, {"seed": "9", "run_id": "other"}))
+    assert config_hash(base) != config_hash(build_config("local", {}, {"matrix_lr": "0.5"}))
+
+
+def test_a_corpus_of_ones_own_replaces_the_presets_shards():
+    config = build_config("leaderboard", {}, {"corpus": "my.txt"})
+    assert config.data.corpus == "my.txt" and config.data.data_path == config.data.tokenizer_path == ""
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model_dim": "130"}, {"num_kv_heads": "3"}, {"num_heads": "0"}, {"bigram_vocab_size": "1"}, {"mlp_bits": "9"},
+        {"iterations": "0", "max_wallclock_seconds": "0"}, {"train_batch_tokens": "1000"}, {"embed_bits": "12"},
+        {"swa_start": "1"}, {"swa_start": "0.8", "swa_end": "0.7"}, {"prune_frac": "1"}, {"eval_stride": "0"},
+        {"eval_stride": "4096"}, {"seed": "x"}, {"vocab_size": "70000"}, {"corpus": "", "data_path": ""},
+    ],
+)  # fmt: skip
+def test_values_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        build_config("local", {}, wrong)

@@ -1,0 +1,111 @@
+"""The whole story: `bash run.sh` on a short cap, the bundle against the modules, and torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY_RUN = [
+    "vocab_size=400", "model_dim=32", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32", "iterations=8",
+    "max_wallclock_seconds=0", "train_batch_tokens=256", "micro_batch_tokens=256", "warmup_steps=1", "threads=1",
+    "swa_snapshots=2", "eval_seq_len=64", "eval_stride=32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Knobs that name a small prepared corpus: this project's own sources."""
+    folder = tmp_path_factory.mktemp("prepared") / "sources"
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = [path.read_text() for path in sorted((repository / "golf").rglob("*.py")) if path.stat().st_size]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [sys.executable, "data/prepare.py", "--input", corpus, "--tokenizer", "train:400", "--out", folder]
+    subprocess.run([*command, "--val-fraction", "0.2"], check=True, cwd=repository, capture_output=True)
+    return [f"data_path={folder}", f"tokenizer_path={folder / 'tokenizer.model'}"]
+
+
+def run_script(command: list[str | Path], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+def read_run(folder: Path) -> tuple[dict, list[float], bytes]:
+    """(result, training losses, artifact)"""
+    losses = [json.loads(line)["train_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((folder / "result.json").read_text()), losses, (folder / "model.golf").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def module_run(repository, prepared, tmp_path_factory) -> tuple[dict, list[float], bytes]:
+    """One run of train_gpt.py with its modules."""
+    root = tmp_path_factory.mktemp("modules")
+    script = [sys.executable, "train_gpt.py", "--preset", "local", f"runs_root={root}", "run_id=m"]
+    finished = run_script([*script, *prepared, *TINY_RUN], repository)
+    assert finished.returncode == 0, finished.stderr
+    return read_run(root / "m")
+
+
+def test_packed_bundle_in_an_empty_folder_equals_the_modules(module_run, repository, prepared, tmp_path):
+    """Same losses, same artifact, same score; and bytes_code is the size of the file that ran."""
+    script = tmp_path / "train_gpt.py"
+    subprocess.run([sys.executable, "tools/bundle.py", "--pack", "--out", script], check=True, cwd=repository)
+    command = [sys.executable, script, "--preset", "local", "run_id=b", *prepared, *TINY_RUN]
+    finished = run_script(command, tmp_path, PYTHONPATH="")
+    assert finished.returncode == 0, finished.stderr
+    result, losses, artifact = read_run(tmp_path / "runs" / "b")
+    expected_result, expected_losses, expected_artifact = module_run
+    assert losses == expected_losses and len(losses) == 8
+    assert artifact == expected_artifact
+    for key in ("val_loss", "val_bpb", "artifact_sha256", "config_hash", "data_id", "code_sha256"):
+        assert result[key] == expected_result[key], key
+    assert result["bytes_code"] == script.stat().st_size
+
+
+def test_torchrun_gives_the_same_run(module_run, repository, prepared, tmp_path):
+    """Two processes train, become fresh processes, and score: same curve, one folder, same score."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "train_gpt.py", "--preset", "local", f"runs_root={tmp_path}", "run_id=t"]
+    finished = run_script([*command, *prepared, *TINY_RUN, "qat_start=0.9"], repository)
+    assert finished.returncode == 0, finished.stderr
+    result, losses, _ = read_run(tmp_path / "t")
+    assert result["val_tokens"] == module_run[0]["val_tokens"] and result["val_bytes"] == module_run[0]["val_bytes"]
+    assert result["machine"].startswith("2 x")
+    assert abs(losses[0] - module_run[1][0]) < 1e-2
+
+
+@pytest.mark.slow
+def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
+    """The command of the README on the embedded text, 20 seconds of training."""
+    command = ["bash", "run.sh", f"runs_root={tmp_path}", "run_id=short", "max_wallclock_seconds=20", "eval_stride=256"]
+    finished = run_script(command, repository, PYTHON=sys.executable)
+    assert finished.returncode == 0, finished.stderr
+    result, losses, artifact = read_run(tmp_path / "short")
+    assert 0 < result["train_seconds"] <= 20 and result["steps"] == len(losses)
+    assert result["valid"] and result["preset"] == "local" and result["val_bpb"] < 8
+    assert result["bytes_model"] == len(artifact)
+    assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"] <= result["limit_bytes"] == 500_000
+    log = (tmp_path / "short" / "train.log").read_text()
+    assert f"final_int5int6_lzma_roundtrip_exact val_loss:{result['val_loss']:.8f}" in log
+    assert (tmp_path / "short" / "loss.png").stat().st_size > 5000
+    assert (tmp_path / "short" / "bytes.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["num_layer=3"], "unknown knob 'num_layer'"),
+        (["num_layers=three"], "num_layers='three' is not a valid value: it must be int"),
+        (["num_layers=1"], "num_layers must be at least 2"),
+        (["codec=lz4"], "it must be lzma or zstd or zlib or none"),
+        (["--preset", "huge"], "unknown preset 'huge'"),
+        (["warmdown_iters=3000"], "set warmdown_fraction"),
+        (["data_path=/nowhere", "tokenizer_path=/nowhere/t.model"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_anything_runs(arguments, message, repository, tmp_path):
+    command = [sys.executable, "train_gpt.py", f"runs_root={tmp_path}", *arguments]
+    finished = run_script(command, repository)
+    assert finished.returncode == 2 and finished.stdout == ""
+    assert message in finished.stderr and finished.stderr.count("\n") == 1
