@@ -165,7 +165,6 @@ run_job() {
     fi
     say "preset $preset, $((devices > 0 ? devices : 1)) process(es), $("$python" --version) at $python"
     "${command[@]}" "${arguments[@]}" --preset "$preset"
-    "$python" tools/report.py --last
 }
 
 run_tests() {

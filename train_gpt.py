@@ -18,28 +18,27 @@ import torch
 from golf.artifact.container import read_artifact, write_artifact
 from golf.artifact.sizes import size_report_dict
 from golf.artifact.weights import save_weights
-from golf.config import Config, config_hash
+from golf.config import Config, UserError
 from golf.data.shards import find_shards
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from golf.quant.prune import prune_state
 from golf.run.command import parse_command
-from golf.run.datasets import ValidationData, locate_data, open_training_data, open_validation_data
-from golf.run.findings import feature_findings
-from golf.run.folder import RunFolder, choose_run_id, create_run_folder
+from golf.run.datasets import TrainingData, ValidationData, locate_data, open_training_data, open_validation_data
+from golf.run.folder import RunFolder, choose_run_folder
 from golf.run.report import (
     final_lines,
     machine_description,
     opening_lines,
+    packing_lines,
     progress_text,
-    quantization_name,
     scoring_lines,
     step_line,
     stop_line,
     validation_line,
 )
-from golf.run.result import build_result
+from golf.run.result import build_result, training_record
 from golf.run.training import StepReport, Trainer
 from golf.runtime import ProgressLine, Runtime, start_runtime
 from golf.score.roundtrip import score_artifact
@@ -65,93 +64,87 @@ def train_and_pack(config: Config) -> RunFolder:
     """Everything from the text to the artifact's bytes."""
     with start_runtime(config.run, stage="train") as runtime:
         config = locate_data(config, runtime, SCRIPT.parent)
-        folder = open_run(config, runtime)
         data = open_training_data(config)
         validation = open_validation_data(config, data.tokenizer)
         model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        for line in opening_lines(config, runtime, parameters, data.shards, len(validation.tokens_N)):
-            runtime.print(line)
-
         trainer = Trainer(model, config, runtime, data.stream)
+        folder = open_run(trainer, data, validation)
+
         trainer.warm_up()
         last = train(trainer, validation, folder)
         trainer.finish()
-        score_before_export(trainer, validation, last)
+        score_before_export(trainer, validation, folder, last)
         if runtime.is_main:
             save_weights(folder.weights, model.state_dict(), config.model, config.quant, data.tokenizer.sha256)
+            folder.save_json(folder.training, training_record(trainer, data.data_id))
             pack(model, config, data.tokenizer.sha256, folder, runtime)
-            folder.save_json(
-                folder.training,
-                {
-                    "params": parameters,
-                    "steps": trainer.step,
-                    "train_seconds": trainer.clock.seconds,
-                    "train_tokens": trainer.step * config.train.train_batch_tokens,
-                    "swa_snapshots": trainer.average.count,
-                    "data_id": data.data_id,
-                    "findings": feature_findings(trainer),
-                },
-            )
         runtime.barrier()
     return folder
 
 
-def open_run(config: Config, runtime: Runtime) -> RunFolder:
+def open_run(trainer: Trainer, data: TrainingData, validation: ValidationData) -> RunFolder:
     """The run's folder, with its configuration and the code that runs, packed as it would be shipped."""
-    run_id = runtime.text_of_main(choose_run_id(config))
-    folder = RunFolder(Path(config.run.runs_root) / run_id)
+    config, runtime = trainer.config, trainer.runtime
+    folder = choose_run_folder(config, runtime)
     if runtime.is_main:
-        create_run_folder(config, run_id)
+        folder.create(config)
         runtime.log.attach(folder.log)
         freeze_code(folder)
-        runtime.print(f"{folder.log} preset:{config.run.preset} config_hash:{config_hash(config)}")
+        for line in opening_lines(trainer, data, len(validation.tokens_N), folder.log):
+            runtime.print(line)
     return folder
 
 
 def freeze_code(folder: RunFolder) -> None:
     if BUNDLED:
         shutil.copyfile(SCRIPT, folder.code)
-    else:
-        bundler = SCRIPT.parent / "tools" / "bundle.py"
-        subprocess.run([sys.executable, bundler, "--pack", "--out", folder.code], check=True, stdout=subprocess.DEVNULL)
+        return
+    bundler = SCRIPT.parent / "tools" / "bundle.py"
+    subprocess.run([sys.executable, bundler, "--pack", "--out", folder.code], check=True, stdout=subprocess.DEVNULL)
 
 
 def train(trainer: Trainer, validation: ValidationData, folder: RunFolder) -> StepReport:
     """Take steps until the budget is used up, and tell about them; returns the last one."""
     config, runtime = trainer.config, trainer.runtime
-    progress = ProgressLine(shown=runtime.is_main)
+    progress, averaging = ProgressLine(shown=runtime.is_main), False
     for report in trainer.steps():
         if runtime.is_main:
-            folder.append_metrics(**asdict(report))
+            folder.append_metrics(asdict(report))
             progress.update(progress_text(report, config))
         if report.step <= 10 or report.step % config.train.train_log_every == 0:
             progress.clear()
             runtime.print(step_line(report, config))
+        if trainer.average.count == 1 and not averaging:
+            averaging = True
+            runtime.print(f"swa:start step:{report.step}")
         if config.train.val_loss_every and report.step % config.train.val_loss_every == 0:
-            validate(trainer, validation, report, "last" + (",fake-quantized" if trainer.fake_quantized else ""))
+            grid = "fake-quantized" if trainer.fake_quantized else "not-quantized"
+            validate(trainer, validation, folder, report, f"last,{grid}")
     progress.clear()
     if report.step < config.train.iterations or not config.train.iterations:
         runtime.print(stop_line(report, config))
     return report
 
 
-def validate(trainer: Trainer, validation: ValidationData, report: StepReport, weights: str) -> None:
+def validate(trainer: Trainer, validation: ValidationData, folder: RunFolder, report: StepReport, weights: str) -> None:
     """Score the model in memory in plain rows. What it says is not the artifact's score, and the line says so."""
     config, runtime = trainer.config, trainer.runtime
     rows = max(1, config.train.val_batch_size // config.model.train_seq_len // runtime.world_size)
     settings = plain_settings(config.model, rows)
     score = score_stream(trainer.model, validation.tokens_N, validation.byte_table, settings, runtime, announce=False)
     runtime.print(validation_line(score, report, config, weights))
+    if runtime.is_main:
+        measured = {"val_loss": score.val_loss, "val_bpb": score.val_bpb, "weights": weights}
+        folder.append_metrics({"step": report.step, "elapsed": report.elapsed} | measured)
 
 
-def score_before_export(trainer: Trainer, validation: ValidationData, last: StepReport) -> None:
+def score_before_export(trainer: Trainer, validation: ValidationData, folder: RunFolder, last: StepReport) -> None:
     if trainer.runtime.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         trainer.runtime.print(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
     if trainer.average.applied:
         trainer.runtime.print(f"swa:applying averaged {trainer.average.count} checkpoints")
-    validate(trainer, validation, last, ("averaged" if trainer.average.applied else "last") + ",not-quantized")
+    validate(trainer, validation, folder, last, ("averaged" if trainer.average.applied else "last") + ",not-quantized")
 
 
 def pack(model: GPT, config: Config, tokenizer_sha256: str, folder: RunFolder, runtime: Runtime) -> None:
@@ -159,14 +152,10 @@ def pack(model: GPT, config: Config, tokenizer_sha256: str, folder: RunFolder, r
     pruned, prune_reports = prune_state(model.state_dict(), config.quant)
     stored = quantize_state(pruned, config.quant)
     sizes = write_artifact(folder.artifact, stored, config.model, tokenizer_sha256, config.quant.codec)
-    codes_changed = sum(tensor.codes_changed for tensor in prune_reports)
-    folder.save_json(folder.packing, {"pruned_codes": codes_changed, "sizes": size_report_dict(sizes)})
-    name = f"{quantization_name(config.quant)}+{config.quant.codec}"
-    bytes_model, bytes_code = folder.artifact.stat().st_size, folder.code.stat().st_size
-    runtime.print(f"pruning changed {codes_changed} of {sum(tensor.weights for tensor in prune_reports)} codes")
-    runtime.print(f"Serialized model {name}: {bytes_model} bytes")
-    runtime.print(f"Code size: {bytes_code} bytes")
-    runtime.print(f"Total submission size {name}: {bytes_model + bytes_code} bytes limit:{config.run.limit_bytes}")
+    pruned_codes = sum(tensor.codes_changed for tensor in prune_reports)
+    folder.save_json(folder.packing, {"pruned_codes": pruned_codes, "sizes": size_report_dict(sizes)})
+    for line in packing_lines(folder, config, pruned_codes, sum(tensor.weights for tensor in prune_reports)):
+        runtime.print(line)
 
 
 # ---- second process: reload, score, report ----
@@ -195,16 +184,24 @@ def reload_and_score(folder: RunFolder) -> int:
             runtime.print(line)
         if not runtime.is_main:
             return 0
-        result = build_result(folder, config, score, machine_description(runtime))
+        result = build_result(folder, config, artifact, score, machine_description(runtime))
         folder.save_json(folder.result, result)
         for finding in result["findings"]:
             runtime.print(f"INVALID: {finding}")
+        show_report(folder)
         return EXIT_FINDINGS if result["findings"] else 0
+
+
+def show_report(folder: RunFolder) -> None:
+    """The table and the pictures are a tool's work: not part of the code that a submission ships."""
+    tool = SCRIPT.parent / "tools" / "report.py"
+    if tool.exists():
+        subprocess.run([sys.executable, tool, folder.path], check=True)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # a user's mistake has one line; ours has a traceback
+    except (UserError, OSError) as error:  # a user's mistake has one line; ours has a traceback
         print(f"train_gpt.py: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -16,7 +16,11 @@ from typing import Any, Literal, get_args, get_origin
 CODECS = Literal["lzma", "zstd", "zlib", "none"]
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """What a person can mend: one clear line that says what is wrong and what to do. Every room has its own kind."""
+
+
+class ConfigError(UserError):
     """A knob that does not exist, a value that does not parse, or values that do not fit together."""
 
 
@@ -120,8 +124,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class AverageConfig:
     swa_enabled: bool = True
-    swa_start: float = 0.6
-    """Share of the budget after which weights are averaged."""
+    swa_start: float = 0.82
+    """Share of the budget after which weights are averaged (step 5,425 of 6,606 in the recipe's log)."""
     swa_end: float = 1.0
     """Share of the budget at which the average becomes the weights; below 1, training goes on from there."""
     swa_snapshots: int = 48
@@ -168,8 +172,8 @@ class Config:
 
 
 LOCAL: dict[str, Any] = dict(
-    limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", row_order="spread", compile="auto",
-    vocab_size=1024, num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0,
+    limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", row_order="spread", device="cpu",
+    compile="auto", vocab_size=1024, num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0,
     bigram_vocab_size=2048, bigram_dim=32, train_seq_len=256, max_wallclock_seconds=180.0,
     train_batch_tokens=4096, micro_batch_tokens=4096, warmup_steps=2, val_loss_every=0,
     train_log_every=50, val_batch_size=16_384, embed_bits=6,
@@ -266,13 +270,15 @@ def knobs_of_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def build_config(preset: str, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Config:
     """The resolved configuration: preset, then environment, then overrides. Raises ConfigError."""
+    chosen = knobs_of_environment(environ) | dict(overrides)
+    preset = chosen.pop("preset", preset)
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    config = with_knobs(Config(), PRESETS[preset] | {"preset": preset})
-    chosen = knobs_of_environment(environ) | dict(overrides)
+    if chosen.get("corpus") and chosen.get("data_path"):
+        raise ConfigError("corpus and data_path are both set: give the text, or the shards that were made of it")
     if chosen.get("corpus"):  # text of the user's own replaces the preset's shards
         chosen = {"data_path": "", "tokenizer_path": ""} | chosen
-    config = with_knobs(config, chosen)
+    config = with_knobs(with_knobs(Config(), PRESETS[preset] | {"preset": preset}), chosen)
     check_config(config)
     return config
 
@@ -286,8 +292,8 @@ POSITIVE_KNOBS = (
 def check_config(config: Config) -> None:
     """Raise ConfigError where values do not fit together, before anything has cost time."""
     for _, knob, _, value in iter_knobs(config):
-        if knob in POSITIVE_KNOBS and not value > 0:
-            raise ConfigError(f"{knob}={value} must be positive")
+        if isinstance(value, (int, float)) and (value < 0 or (knob in POSITIVE_KNOBS and value == 0)):
+            raise ConfigError(f"{knob}={value} must be {'positive' if knob in POSITIVE_KNOBS else 'at least 0'}")
     model, train, quant, score, average = config.model, config.train, config.quant, config.score, config.average
     rules = [
         (model.model_dim % model.num_heads == 0, "model_dim must be a multiple of num_heads"),
@@ -306,8 +312,12 @@ def check_config(config: Config) -> None:
         (all(2 <= bits <= 8 for bits in (quant.mlp_bits, quant.attn_bits, quant.bigram_bits)), "bits must be 2 to 8"),
         (2 <= quant.embed_bits <= 8 or quant.embed_bits == 16, "embed_bits must be 2 to 8, or 16"),
         (0 <= average.swa_start < average.swa_end <= 1, "swa_start and swa_end are shares, the start before the end"),
-        (average.swa_snapshots >= 2, "swa_snapshots must be at least 2 (an average of one is no average)"),
-        (1 <= score.eval_stride <= score.eval_seq_len, "eval_stride must be 1 to eval_seq_len"),
+        (average.swa_snapshots >= 2 or not average.swa_enabled, "swa_snapshots must be at least 2"),
+        (1 <= score.eval_stride <= score.eval_seq_len, "eval_stride must be 1 to eval_seq_len (equal: plain rows)"),
+        (
+            score.eval_rope == "none" or score.eval_seq_len > model.train_seq_len,
+            "eval_rope=ntk acts only where eval_seq_len is beyond train_seq_len: set eval_rope=none",
+        ),
         (bool(config.data.data_path) or bool(config.data.corpus), "set data_path, or corpus to prepare data from"),
     ]
     for holds, message in rules:

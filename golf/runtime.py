@@ -9,9 +9,11 @@ import os
 import random
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
@@ -76,14 +78,14 @@ class Runtime:
         self.max_over_ranks(0.0)
 
     def text_of_main(self, text: str) -> str:
-        """The main rank's `text`, on every rank (at most 255 bytes)."""
+        """The main rank's `text`, on every rank."""
         if self.world_size == 1:
             return text
-        data = text.encode()[:255] if self.is_main else b""
-        bytes_256 = torch.zeros(256, dtype=torch.uint8, device=self.device)
-        bytes_256[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-        dist.broadcast(bytes_256, src=0)
-        return bytes(bytes_256.tolist()).rstrip(b"\0").decode()
+        data_N = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        size = int(self.max_over_ranks(len(data_N) if self.is_main else 0))
+        data_N = data_N if self.is_main else torch.zeros(size, dtype=torch.uint8, device=self.device)
+        dist.broadcast(data_N, src=0)
+        return bytes(data_N.tolist()).decode()
 
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, so that a clock reading means something."""
@@ -108,9 +110,10 @@ def choose_device(wanted: str) -> torch.device:
 
 def choose_compile(wanted: str, device: torch.device) -> bool:
     """Whether to use torch.compile, which needs a C++ compiler on the CPU (1.3 to 1.5 times as fast there)."""
-    possible = device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++")))
+    headers = Path(sysconfig.get_path("include")) / "Python.h"  # what inductor builds for the CPU includes it
+    possible = device.type == "cuda" or (headers.exists() and any(map(shutil.which, ("c++", "g++", "clang++"))))
     if wanted == "on" and not possible:
-        raise ConfigError("compile=on was asked for, but there is no C++ compiler: install g++, or set compile=off")
+        raise ConfigError("compile=on needs a C++ compiler and Python.h: install g++ and python3-dev, or compile=off")
     return wanted != "off" and possible
 
 
@@ -122,6 +125,7 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
     process that replaced itself for the next stage must not read addresses that the last one left.
     """
     device = choose_device(run.device)
+    compiles = choose_compile(run.compile, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -134,12 +138,12 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
     if world_size > 1:
         store, rank, world_size = next(rendezvous("env://", rank, world_size))
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore(stage, store), rank=rank, world_size=world_size)
-    try:
-        yield Runtime(device, rank, world_size, log or Log(), choose_compile(run.compile, device))
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        store = dist.PrefixStore(stage, store)
+        # Long enough for the main rank to prepare a corpus while the others wait.
+        dist.init_process_group(backend, timedelta(hours=2), world_size, rank, store)
+    yield Runtime(device, rank, world_size, log or Log(), compiles)
+    if world_size > 1:  # not after an error: the others may be waiting for this rank, and torchrun ends them
+        dist.destroy_process_group()
 
 
 def write_file_atomically(path: Path, data: bytes | str) -> None:
@@ -193,12 +197,3 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         return self.total + (self.now() - self.started if self.started is not None else 0.0)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out of the count what happens inside."""
-        self.stop()
-        try:
-            yield
-        finally:
-            self.start()

@@ -32,10 +32,11 @@ from golf.data.shards import write_shard
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
+from golf.run.command import parse_overrides
 from golf.run.report import machine_description
 from golf.run.training import Trainer
 from golf.runtime import Log, Runtime, start_runtime
-from golf.score.scorer import score_stream, sliding_settings
+from golf.score.scorer import compiled_losses, score_stream, sliding_settings
 
 REPETITIONS = 3
 SCORED_BATCHES = 8
@@ -98,7 +99,7 @@ def bench_scoring(model: GPT, config: Config, runtime: Runtime) -> dict[str, flo
     settings = sliding_settings(config.score, config.model)
     windows = SCORED_BATCHES * settings.batch_seqs * runtime.world_size
     tokens_N = random_tokens(settings.seq_len + windows * settings.stride, config)
-    forward = torch.compile(model.token_losses, dynamic=False) if runtime.compiles else None
+    forward = compiled_losses(model) if runtime.compiles else None
     scores = [
         score_stream(model, tokens_N, OneBytePerToken(), settings, runtime, forward=forward, announce=False)
         for _ in range(REPETITIONS + 1)
@@ -136,7 +137,7 @@ def median_seconds(action: Callable[[], object]) -> float:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     try:
-        overrides = dict(override.split("=", 1) for override in options.overrides)
+        overrides = parse_overrides(options.overrides)
         config = build_config(options.preset, os.environ, {"device": options.device} | overrides)
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
@@ -147,6 +148,8 @@ def main() -> None:
         figures["score_to_train_speed"] = figures["score_tokens_per_s"] / figures["train_tokens_per_s"]
         figures |= bench_packing(model, config) if runtime.is_main else {}
         machine = machine_description(runtime)
+    if not runtime.is_main:
+        return
     if options.json:
         print(json.dumps({"preset": options.preset, "machine": machine} | figures))
         return

@@ -70,7 +70,8 @@ def print_table(result: dict, console: Console) -> None:
 
 def draw_loss(folder: RunFolder, result: dict) -> Path:
     """Training loss of every step against seconds, and its running mean."""
-    steps = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    steps = [row for row in rows if "train_loss" in row]
     seconds = [step["elapsed"] for step in steps]
     losses = [step["train_loss"] for step in steps]
     mean, smooth = losses[0], []

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
+from golf.config import UserError
+
 SAMPLE_BYTES = 2**20
 """Codec settings are chosen on this much of a stream: encoding all of it with each would take minutes."""
 LZMA_SETTINGS = ((2**12, 0, 0), (2**16, 0, 0), (2**26, 0, 0), (2**16, 3, 2))
@@ -22,7 +24,7 @@ ZSTD_SETTINGS = ((22, 7), (1, 7), (22, 3))
 LARGEST_WINDOW = 2**27
 
 
-class ArtifactError(ValueError):
+class ArtifactError(UserError):
     """Bytes that are not a sound artifact, or weights that cannot become one."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
 from golf.artifact.codecs import ArtifactError
-from golf.config import Config, ConfigError, ModelConfig, QuantConfig, TrainConfig, check_config
+from golf.config import Config, ConfigError, ModelConfig, QuantConfig, ScoreConfig, TrainConfig, check_config
 
 LARGEST_NUMBER = 2**24
 MOST_LAYERS = 1024
@@ -18,11 +18,9 @@ def model_from_json(values: object) -> ModelConfig:
     """The model configuration that parsed JSON spells. Raises ArtifactError."""
     model = ModelConfig(**checked_values(ModelConfig, values))
     row = TrainConfig(train_batch_tokens=model.train_seq_len, micro_batch_tokens=model.train_seq_len)
-    check_together(Config(model=model, train=row))
+    check_together(Config(model=model, train=row, score=ScoreConfig(eval_rope="none")))
     if model.num_layers > MOST_LAYERS:
         raise ArtifactError(f"num_layers is {model.num_layers}; at most {MOST_LAYERS} can be stored")
-    if model.bigram_vocab_size and not model.bigram_dim:
-        raise ArtifactError("bigram_dim is 0 though there is a bigram table")
     if not 1 <= model.mlp_mult * model.model_dim <= LARGEST_NUMBER or model.rope_base <= 0:
         raise ArtifactError("mlp_mult or rope_base is out of bounds")
     return model

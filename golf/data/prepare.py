@@ -21,6 +21,7 @@ from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, PreparedData, load
 from golf.data.shards import DataError, write_shard
 from golf.data.tokenizer import ByteTable, Tokenizer, check_byte_counts, load_tokenizer
 from golf.data.vocabulary import train_tokenizer
+from golf.runtime import write_file_atomically
 
 PREPARED_FORMAT = 1
 """Changes with anything that changes the prepared bytes."""
@@ -139,7 +140,7 @@ def write_prepared(
         "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": files[name]} for name in files},
         "data_id": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
     }
-    write_text_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+    write_file_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
 
 
 def write_split(
@@ -166,9 +167,3 @@ def write_split(
             waiting_N = waiting_N[SHARD_TOKENS:]
     write_next(waiting_N)
     return counts
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from golf.config import UserError
+from golf.runtime import write_file_atomically
+
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_WORDS = 256
@@ -20,7 +23,7 @@ SHARD_HEADER_BYTES = 4 * SHARD_HEADER_WORDS
 SHARD_NAME = re.compile(r"(?P<dataset>.+)_(?P<split>train|val)_(?P<index>\d{6})\.bin")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Text, tokenizer or token files that can't be used as they are."""
 
 
@@ -68,13 +71,7 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
         raise ShardError(f"{path}: token ids must be 0 to 65535; use a tokenizer of at most 65,536 pieces")
     header = np.zeros(SHARD_HEADER_WORDS, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens_N.size
-    partial = path.with_name(path.name + f".partial{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(header.tobytes())
-        file.write(tokens_N.astype("<u2").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_file_atomically(path, header.tobytes() + tokens_N.astype("<u2").tobytes())
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
@@ -98,8 +95,3 @@ def expand_glob(pattern: str) -> list[Path]:
     if not paths:
         raise ShardError(f"no file matches {pattern!r}; check the path (and quote the pattern in the shell)")
     return paths
-
-
-def shard_paths(source: str | Path, split: str) -> list[Path]:
-    """Shards of `split` in the folder `source`, or the files that the pattern `source` matches, sorted."""
-    return find_shards(source, split) if Path(source).is_dir() else expand_glob(str(source))

@@ -17,20 +17,22 @@ def build_model(config: ModelConfig, seed: int, compute_dtype: torch.dtype = tor
     nn.init.normal_(model.tok_emb.weight, std=config.tied_embed_init_std, generator=generator)
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            init_matrix(module.weight, name.endswith("proj"), config, generator)
+            init_matrix(module.weight, name, config, generator)
     if config.resid_mix_init == "phase":
         init_phase_mix(model)
     return model
 
 
-def init_matrix(weight_OI: Tensor, writes_stream: bool, config: ModelConfig, generator: torch.Generator) -> None:
+def init_matrix(weight_OI: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
     """Orthogonal, the matrices that write into the stream scaled by 1/sqrt(2L) (the stream sums 2L of them);
-    or torch's default for Linear with those matrices at zero (the baseline's).
+    or torch's default for Linear with the blocks' output matrices at zero (the baseline's).
+
+    The bigram's projection is never zero: its table is, and zero times zero would have no gradient for ever.
     """
     if config.matrix_init == "orthogonal":
-        gain = 1 / math.sqrt(2 * config.num_layers) if writes_stream else 1.0
+        gain = 1 / math.sqrt(2 * config.num_layers) if name.endswith("proj") else 1.0
         nn.init.orthogonal_(weight_OI, gain=gain, generator=generator)
-    elif not writes_stream:
+    elif not name.endswith(("attn.proj", "mlp.proj")):
         bound = 1 / math.sqrt(weight_OI.size(1))
         nn.init.uniform_(weight_OI, -bound, bound, generator=generator)
 

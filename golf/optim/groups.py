@@ -26,8 +26,9 @@ def split_parameters(model: GPT) -> tuple[list[Tensor], list[Tensor], list[Tenso
 class Optimizers:
     """The optimizers of a model under one learning-rate scale and one gradient clip."""
 
-    def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime, compile_muon: bool = False):
+    def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime):
         matrices, tables, vectors = split_parameters(model)
+        compile_muon = runtime.compiles and runtime.device.type == "cuda"  # five shapes take a minute on a CPU
         adam = dict(betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self.muon = Muon(
             matrices,
@@ -37,7 +38,7 @@ class Optimizers:
             config.muon_ns_steps,
             runtime.rank,
             runtime.world_size,
-            torch.compile(newton_schulz) if compile_muon else newton_schulz,
+            torch.compile(newton_schulz, dynamic=False, fullgraph=True) if compile_muon else newton_schulz,
         )
         self.all = [
             torch.optim.AdamW(tables, lr=config.tied_embed_lr, weight_decay=config.embed_weight_decay, **adam),

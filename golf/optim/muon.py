@@ -66,17 +66,19 @@ class Muon(torch.optim.Optimizer):
 
     def own_updates(self, group: dict) -> Tensor:
         """Orthogonalised updates_MRC of this rank's matrices: every world_size-th, from `rank` on."""
-        own = group["params"][self.rank :: self.world_size]
+        own, first = group["params"][self.rank :: self.world_size], group["params"][0]
+        dtype = torch.bfloat16 if first.is_cuda else torch.float32  # of every rank's message, empty ones too
         if not own:
-            return group["params"][0].new_empty(0, *group["params"][0].shape)
+            return first.new_empty(0, *first.shape, dtype=dtype)
         gradients = [matrix.grad for matrix in own]
-        buffers = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix)) for matrix in own]
+        for matrix in own:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        buffers = [self.state[matrix]["momentum"] for matrix in own]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, gradients)
         nesterov_MRC = torch.stack(torch._foreach_add(gradients, buffers, alpha=group["momentum"]))
-        if nesterov_MRC.is_cuda:
-            nesterov_MRC = nesterov_MRC.bfloat16()
-        return self.orthogonalize(nesterov_MRC, group["ns_steps"])
+        return self.orthogonalize(nesterov_MRC.to(dtype), group["ns_steps"])
 
     def gather_updates(self, own_MRC: Tensor, count: int) -> list[Tensor]:
         """The updates of all `count` matrices, in their order, as fp32."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import prod
 
-from golf.config import QuantConfig
+from golf.config import QuantConfig, UserError
 
 TENSOR_CLASSES = ("embed", "bigram", "attn", "mlp", "small")
 FP16_BITS = 16
@@ -13,7 +13,7 @@ CONTROL_NAMES = ("skip_weights", "resid_mix")
 """Stacks of per-dimension vectors: matrices by shape only."""
 
 
-class QuantError(ValueError):
+class QuantError(UserError):
     """A tensor that cannot be put on a grid."""
 
 

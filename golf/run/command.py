@@ -1,7 +1,7 @@
 """The command line of train_gpt.py: --preset NAME, --corpus PATH, key=value for every knob, --score FOLDER."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,14 @@ def list_knobs() -> str:
     return "\n".join(lines)
 
 
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """key=value words as a dictionary. Raises ConfigError."""
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+    return dict(word.split("=", 1) for word in words)
+
+
 def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
     """Read the command line. Raises ConfigError for a knob or a value that does not exist."""
     parser = argparse.ArgumentParser(
@@ -35,19 +43,17 @@ def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
         epilog="knobs (name, section, type, default), as key=value or as upper-case environment variables;\n"
         f"golf/config.py says what each means:\n{list_knobs()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     default_preset = "leaderboard" if torch.cuda.is_available() else "local"
     parser.add_argument("--preset", default=default_preset, help=f"{', '.join(PRESETS)}; here {default_preset}")
     parser.add_argument("--corpus", help="text to train on: embedded, .txt, .jsonl, .jsonl.xz, or a folder of them")
     parser.add_argument("--score", type=Path, metavar="FOLDER", help="only reload and score the artifact of this run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.score:
+        if options.overrides or options.corpus:
+            raise ConfigError("--score takes the run as it was configured: leave the other arguments out")
         return Command(None, options.score)
-    overrides = {"corpus": options.corpus} if options.corpus else {}
-    for override in options.overrides:
-        knob, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is not of the form key=value")
-        overrides[knob] = value
+    overrides = parse_overrides(options.overrides) | ({"corpus": options.corpus} if options.corpus else {})
     return Command(build_config(options.preset, environ, overrides), None)

@@ -37,7 +37,7 @@ def locate_data(config: Config, runtime: Runtime, root: Path) -> Config:
     code that a submission ships.
     """
     if config.data.data_path:
-        return config
+        return with_tokenizer_path(config)
     prepared = prepare_corpus_data(config, root) if runtime.is_main else ""
     folder = Path(runtime.text_of_main(prepared))
     if str(folder).startswith("!"):
@@ -47,13 +47,23 @@ def locate_data(config: Config, runtime: Runtime, root: Path) -> Config:
     )
 
 
+def with_tokenizer_path(config: Config) -> Config:
+    """`config` with the tokenizer that lies beside the shards, where none is named. Raises ConfigError."""
+    beside = Path(config.data.data_path) / "tokenizer.model"
+    if config.data.tokenizer_path:
+        return config
+    if not beside.exists():
+        raise ConfigError(f"tokenizer_path is not set, and there is no {beside}: name the shards' tokenizer")
+    return replace(config, data=replace(config.data, tokenizer_path=str(beside)))
+
+
 def prepare_corpus_data(config: Config, root: Path) -> str:
     """Folder of the prepared corpus; "!" and a message when preparation failed (so that all ranks hear of it)."""
     program = root / "data" / "prepare.py"
     if not program.exists():
         return f"!{program} is missing: set data_path and tokenizer_path to prepared shards and their tokenizer"
     command = [sys.executable, str(program), "--input", config.data.corpus, "--json"]
-    command += ["--tokenizer", f"train:{config.model.vocab_size}"]
+    command += ["--tokenizer", config.data.tokenizer_path or f"train:{config.model.vocab_size}"]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if finished.returncode:
         return f"!data/prepare.py failed (exit status {finished.returncode}); its message stands above"
@@ -64,7 +74,8 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size != config.model.vocab_size or tokenizer.bos_id != config.model.bos_id:
         raise ConfigError(
             f"{config.data.tokenizer_path} has {tokenizer.vocab_size} pieces and BOS {tokenizer.bos_id}; the model has "
-            f"vocab_size={config.model.vocab_size} and bos_id={config.model.bos_id}: make them agree"
+            f"vocab_size={config.model.vocab_size} and bos_id={config.model.bos_id}: "
+            f"run with vocab_size={tokenizer.vocab_size} bos_id={tokenizer.bos_id}, or name the right tokenizer"
         )
 
 

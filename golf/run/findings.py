@@ -1,5 +1,6 @@
 """What must hold of a finished run. A feature that was switched on and never acted makes the run invalid."""
 
+from golf.config import Config
 from golf.run.training import Trainer
 
 
@@ -16,10 +17,13 @@ def feature_findings(trainer: Trainer) -> list[str]:
     return findings
 
 
-def size_findings(bytes_total: int, limit_bytes: int) -> list[str]:
-    if bytes_total <= limit_bytes:
-        return []
-    return [
-        f"{bytes_total:,} bytes of code and artifact are {bytes_total - limit_bytes:,} over the limit of "
-        f"{limit_bytes:,}: use fewer parameters or fewer bits"
-    ]
+def packing_findings(config: Config, pruned_codes: int, bytes_total: int) -> list[str]:
+    findings, over = [], bytes_total - config.run.limit_bytes
+    if config.quant.prune_frac > 0 and pruned_codes == 0:
+        findings.append(f"prune_frac={config.quant.prune_frac} changed no code of the artifact: set prune_frac=0")
+    if over > 0:
+        findings.append(
+            f"{bytes_total:,} bytes of code and artifact are {over:,} over the limit of {config.run.limit_bytes:,}: "
+            "use fewer parameters or fewer bits"
+        )
+    return findings

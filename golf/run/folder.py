@@ -3,11 +3,12 @@
 import json
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from golf.config import Config, ConfigError, config_dict, config_from_dict, config_hash
-from golf.runtime import write_file_atomically
+from golf.runtime import Runtime, write_file_atomically
 
 
 class RunFolder:
@@ -38,27 +39,23 @@ class RunFolder:
     def save_json(self, path: Path, content: dict[str, Any]) -> None:
         write_file_atomically(path, json.dumps(content, indent=2) + "\n")
 
-    def append_metrics(self, **values: float | int | str) -> None:
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def create(self, config: Config) -> None:
+        """Make the folder; a run never writes into another's. Raises ConfigError."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(f"{self.path} exists: choose another run_id, or remove the folder") from None
+        self.save_config(config)
 
 
-def choose_run_id(config: Config) -> str:
-    """The id that was asked for, or preset, UTC time and seed."""
-    run_id = (
-        config.run.run_id or f"{config.run.preset}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{config.run.seed}"
-    )
+def choose_run_folder(config: Config, runtime: Runtime) -> RunFolder:
+    """The folder of the run id that was asked for, or of preset, UTC time and seed; the same on every rank."""
+    run = config.run
+    run_id = run.run_id or f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{run.seed}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_id):
         raise ConfigError(f"run_id={run_id!r} can't name a folder: use letters, digits, '.', '_' and '-'")
-    return run_id
-
-
-def create_run_folder(config: Config, run_id: str) -> RunFolder:
-    """Make the folder; a run never writes into another's."""
-    folder = RunFolder(Path(config.run.runs_root) / run_id)
-    try:
-        folder.path.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(f"{folder.path} exists: choose another run_id, or remove the folder") from None
-    folder.save_config(config)
-    return folder
+    return RunFolder(Path(run.runs_root) / runtime.text_of_main(run_id))

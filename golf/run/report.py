@@ -2,11 +2,14 @@
 
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
-from golf.config import Config, ModelConfig, QuantConfig
-from golf.run.training import StepReport
+from golf.config import Config, ModelConfig, QuantConfig, config_hash
+from golf.run.datasets import TrainingData
+from golf.run.folder import RunFolder
+from golf.run.training import StepReport, Trainer
 from golf.runtime import Runtime
 from golf.score.scorer import Score
 
@@ -16,25 +19,31 @@ def quantization_name(quant: QuantConfig) -> str:
     return f"int{quant.mlp_bits}" + (f"int{quant.attn_bits}" if quant.attn_bits != quant.mlp_bits else "")
 
 
-def opening_lines(config: Config, runtime: Runtime, parameters: int, train_shards: int, val_tokens: int) -> list[str]:
+def opening_lines(trainer: Trainer, data: TrainingData, val_tokens: int, log: Path) -> list[str]:
+    config, runtime = trainer.config, trainer.runtime
     model, train, optim, average, quant = config.model, config.train, config.optim, config.average, config.quant
-    score = config.score
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return [
+        f"{log}",
+        f"preset:{config.run.preset} config_hash:{config_hash(config)} data_id:{data.data_id} "
+        f"tokenizer_sha256:{data.tokenizer.sha256}",
+        f"machine:{machine_description(runtime)} compute:{runtime.compute_dtype} compile:{runtime.compiles} "
+        f"python:{platform.python_version()} torch:{torch.__version__}",
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.data.tokenizer_path}",
-        f"train_loader:dataset:{config.data.data_path} train_shards:{train_shards}",
+        f"train_loader:dataset:{config.data.data_path} train_shards:{data.shards}",
         f"val_loader:shards pattern={config.data.data_path}/*_val_*.bin tokens:{val_tokens}",
         f"model_params:{parameters}",
-        f"world_size:{runtime.world_size} device:{runtime.device} compute:{runtime.compute_dtype} "
-        f"compile:{runtime.compiles} python:{platform.python_version()} torch:{torch.__version__}",
+        f"world_size:{runtime.world_size} grad_accum_steps:{trainer.micro_steps}",
         f"attention_mode:gqa num_heads:{model.num_heads} num_kv_heads:{model.num_kv_heads}",
-        f"tie_embeddings:True embed_lr:{optim.tied_embed_lr} matrix_lr:{optim.matrix_lr} scalar_lr:{optim.scalar_lr}",
+        f"tie_embeddings:True embed_lr:{optim.tied_embed_lr} head_lr:0.0 matrix_lr:{optim.matrix_lr} "
+        f"scalar_lr:{optim.scalar_lr}",
         f"train_batch_tokens:{train.train_batch_tokens} train_seq_len:{model.train_seq_len} "
         f"iterations:{train.iterations} warmup_steps:{train.warmup_steps} "
         f"max_wallclock_seconds:{train.max_wallclock_seconds:.3f}",
         f"seed:{config.run.seed}",
         f"qat:{quant.qat_enabled}(start={quant.qat_start}) bigram:{model.bigram_vocab_size}x{model.bigram_dim} "
         f"swa:{average.swa_enabled}(start={average.swa_start},snapshots={average.swa_snapshots}) "
-        f"prune:{quant.prune_frac} eval_seq_len:{score.eval_seq_len} warmdown:{train.warmdown_shape}",
+        f"prune:{quant.prune_frac} eval_seq_len:{config.score.eval_seq_len} warmdown:{train.warmdown_shape}",
     ]
 
 
@@ -69,6 +78,19 @@ def progress_text(report: StepReport, config: Config) -> str:
         f"step {report.step}  loss {report.train_loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
         f"{report.progress:.0%}  {left:.0f} s left"
     )
+
+
+def packing_lines(folder: RunFolder, config: Config, pruned_codes: int, codes: int) -> list[str]:
+    name = f"{quantization_name(config.quant)}+{config.quant.codec}"
+    files = (folder.weights, folder.artifact, folder.code)
+    bytes_raw, bytes_model, bytes_code = (path.stat().st_size for path in files)
+    return [
+        f"prune:changed {pruned_codes} of {codes} codes",
+        f"Serialized model: {bytes_raw} bytes",
+        f"Code size: {bytes_code} bytes",
+        f"Serialized model {name}: {bytes_model} bytes",
+        f"Total submission size {name}: {bytes_model + bytes_code} bytes",
+    ]
 
 
 def scoring_lines(config: Config, model: ModelConfig) -> list[str]:

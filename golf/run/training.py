@@ -3,6 +3,7 @@
 B batch rows, T time.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golf.config import Config, ConfigError
+from golf.config import Config, ConfigError, UserError
 from golf.data.loader import BatchPrefetcher, TokenStream
 from golf.model.gpt import GPT
 from golf.optim.average import WeightAverage
@@ -18,6 +19,10 @@ from golf.optim.groups import Optimizers, average_gradients
 from golf.optim.schedule import Budget, learning_rate_scale, muon_momentum
 from golf.quant.qat import install_fake_quantization, remove_fake_quantization
 from golf.runtime import Runtime, Stopwatch
+
+
+class TrainingError(UserError):
+    """A training that can't go on."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,16 @@ class StepReport:
     elapsed: float
     """Seconds on the training clock."""
     progress: float
+    """Share of the budget that is used up."""
     lr_scale: float
 
 
 class Trainer:
     """A model with its optimizers, average and clock."""
 
-    def __init__(self, model: GPT, config: Config, runtime: Runtime, stream: TokenStream):
+    def __init__(
+        self, model: GPT, config: Config, runtime: Runtime, stream: TokenStream, clock: Stopwatch | None = None
+    ):
         self.model, self.config, self.runtime = model, config, runtime
         self.batches = BatchPrefetcher(
             stream, config.train.train_batch_tokens, config.model.train_seq_len, runtime.rank, runtime.world_size,
@@ -46,13 +54,13 @@ class Trainer:
         self.average = WeightAverage(config.average)
         self.budget = Budget(config.train.iterations, config.train.max_wallclock_seconds)
         self.micro_steps = count_micro_steps(config, runtime.world_size)
-        self.clock = Stopwatch()
+        self.clock = clock or Stopwatch()
         self.fake_quantized = False
         self.fake_quantized_steps = 0
         self.step = 0
 
     def new_optimizers(self) -> Optimizers:
-        return Optimizers(self.model, self.config.optim, self.runtime, compile_muon=self.runtime.compiles and self.runtime.device.type == "cuda")
+        return Optimizers(self.model, self.config.optim, self.runtime)
 
     def warm_up(self) -> None:
         """Compile and touch everything that training will run, then put weights and optimizers back."""
@@ -64,6 +72,7 @@ class Trainer:
             for step in range(self.config.train.warmup_steps):
                 self.accumulate_gradients(step)
                 self.optimizers.step(lr_scale=0.0, muon_momentum=self.config.optim.muon_momentum_start)
+                self.runtime.print(f"warmup_step:{step + 1}/{self.config.train.warmup_steps}")
         self.model.load_state_dict(before)
         self.optimizers = self.new_optimizers()
 
@@ -101,7 +110,10 @@ class Trainer:
             self.clock.stop()
             recent_seconds.append(now - elapsed)
             elapsed = now
-            yield StepReport(self.step, train_loss.item(), elapsed, progress, lr_scale)
+            loss = train_loss.item()
+            if not math.isfinite(loss):  # the same on every rank, so all stop
+                raise TrainingError(f"the loss is {loss} at step {self.step}: lower matrix_lr or tied_embed_lr")
+            yield StepReport(self.step, loss, elapsed, self.budget.progress(self.step, elapsed), lr_scale)
 
     def take_step(self, progress: float) -> tuple[Tensor, float]:
         quant = self.config.quant

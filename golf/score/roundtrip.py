@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from golf.artifact.container import Artifact
 from golf.artifact.restore import restore_model
 from golf.config import ScoreConfig
 from golf.data.loader import validation_tokens
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.runtime import Runtime
-from golf.score.scorer import Score, ScoreError, score_stream, sliding_settings
+from golf.score.scorer import Score, ScoreError, compiled_losses, score_stream, sliding_settings
 
 
 def score_artifact(
@@ -41,5 +39,5 @@ def score_artifact(
         ByteTable(tokenizer),
         sliding_settings(score, artifact.model),
         runtime,
-        forward=torch.compile(model.token_losses, dynamic=False) if compiled else None,
+        forward=compiled_losses(model) if compiled else None,
     )

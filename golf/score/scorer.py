@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from golf.config import ModelConfig, ScoreConfig
+from golf.config import ModelConfig, ScoreConfig, UserError
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.model.rotary import ntk_rope_base
@@ -29,7 +29,7 @@ Forward = Callable[[Tensor, Tensor, float | None], Tensor]
 """GPT.token_losses or its compiled form: (ids_BT, targets_BS, rope_base) -> fp32 nats of the last S positions, BS."""
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
     """A stream or settings that no honest score can be made from."""
 
 
@@ -122,6 +122,11 @@ def sliding_settings(score: ScoreConfig, model: ModelConfig) -> ScoreSettings:
 def plain_settings(model: ModelConfig, batch_seqs: int) -> ScoreSettings:
     """The evaluation used during training: rows of the training length, no overlap."""
     return ScoreSettings(model.train_seq_len, model.train_seq_len, batch_seqs)
+
+
+def compiled_losses(model: GPT) -> Forward:
+    """model.token_losses as one compiled graph of one shape."""
+    return torch.compile(model.token_losses, dynamic=False, fullgraph=True)
 
 
 def score_stream(

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from golf.config import UserError
+
 PROJECT_PACKAGE = "golf"
 OLDEST_PYTHON = (3, 10)
 ENTRY_ATTRIBUTES = frozenset({"__file__", "__name__"})
@@ -15,7 +17,7 @@ MODULE_ATTRIBUTES = ENTRY_ATTRIBUTES | {"__doc__", "__package__", "__spec__", "_
 IMPORT_ADVICE = f"write `from {PROJECT_PACKAGE}.x.y import name`"
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """Source that can't be made one file, or a file that was not packed here; the place is given as file:line."""
 
 
