@@ -140,7 +140,7 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.PrefixStore(stage, store)
         # Long enough for the main rank to prepare a corpus while the others wait.
-        dist.init_process_group(backend, timedelta(hours=2), world_size, rank, store)
+        dist.init_process_group(backend, timeout=timedelta(hours=2), world_size=world_size, rank=rank, store=store)
     yield Runtime(device, rank, world_size, log or Log(), compiles)
     if world_size > 1:  # not after an error: the others may be waiting for this rank, and torchrun ends them
         dist.destroy_process_group()
