@@ -178,7 +178,7 @@ def reload_and_score(folder: RunFolder) -> int:
             runtime.print(line)
         val_shards = find_shards(config.data.data_path, "val")
         score = score_artifact(
-            artifact, config.data.tokenizer_path, val_shards, config.score, runtime, compiled=runtime.compiles
+            artifact, config.data.tokenizer_path, val_shards, config.score, runtime, compiled=runtime.compiles_scoring
         )
         for line in final_lines(score, config.quant):
             runtime.print(line)

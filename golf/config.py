@@ -173,11 +173,11 @@ class Config:
 
 LOCAL: dict[str, Any] = dict(
     limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", row_order="spread", device="cpu",
-    compile="auto", vocab_size=1024, num_layers=3, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0,
-    bigram_vocab_size=2048, bigram_dim=32, train_seq_len=256, max_wallclock_seconds=180.0,
-    train_batch_tokens=4096, micro_batch_tokens=4096, warmup_steps=2, val_loss_every=0,
-    train_log_every=50, val_batch_size=16_384, embed_bits=6,
-    eval_seq_len=512, eval_stride=64, eval_batch_seqs=32,
+    compile="auto", vocab_size=2048, num_layers=2, model_dim=160, num_heads=4, num_kv_heads=2, mlp_mult=2.5,
+    bigram_vocab_size=1024, bigram_dim=32, train_seq_len=128, max_wallclock_seconds=180.0,
+    train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
+    swa_start=0.85, swa_snapshots=20, val_loss_every=0, train_log_every=100, val_batch_size=16_384, embed_bits=5,
+    eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
 )  # fmt: skip
 
 BASELINE: dict[str, Any] = dict(

@@ -99,7 +99,7 @@ def bench_scoring(model: GPT, config: Config, runtime: Runtime) -> dict[str, flo
     settings = sliding_settings(config.score, config.model)
     windows = SCORED_BATCHES * settings.batch_seqs * runtime.world_size
     tokens_N = random_tokens(settings.seq_len + windows * settings.stride, config)
-    forward = compiled_losses(model) if runtime.compiles else None
+    forward = compiled_losses(model) if runtime.compiles_scoring else None
     scores = [
         score_stream(model, tokens_N, OneBytePerToken(), settings, runtime, forward=forward, announce=False)
         for _ in range(REPETITIONS + 1)
