@@ -128,20 +128,26 @@ count = torch.cuda.device_count() if torch.cuda.is_available() else 0
 print(max(n for n in (0, 1, 2, 4, 8) if n <= count))'
 }
 
+# Prints a path, made absolute from where the command is given.
+absolute_path() {
+    case "$1" in
+        "" | /* | embedded) printf '%s\n' "$1" ;;
+        *) printf '%s\n' "$caller/$1" ;;
+    esac
+}
+
 # Prints an argument with a relative path in it made absolute.
 absolute_argument() {
-    local value="${1#*=}"
     case "$1" in
         --corpus=* | corpus=* | data_path=* | tokenizer_path=* | runs_root=*)
-            [[ -z "$value" || "$value" == /* || "$value" == embedded ]] || value="$caller/$value"
-            printf '%s=%s\n' "${1%%=*}" "$value"
+            printf '%s=%s\n' "${1%%=*}" "$(absolute_path "${1#*=}")"
             ;;
         *) printf '%s\n' "$1" ;;
     esac
 }
 
 run_job() {
-    local preset="" devices=0 expects="" argument
+    local preset="${PRESET:-}" devices=0 expects="" argument
     local arguments=(train_gpt.py) command
     for argument in "$@"; do
         [[ "$expects" == --corpus ]] && argument="--corpus=$argument" expects=""
@@ -151,6 +157,9 @@ run_job() {
             --preset=*) preset="${argument#*=}" ;;
             *) arguments+=("$(absolute_argument "$argument")") ;;
         esac
+    done
+    for argument in DATA_PATH TOKENIZER_PATH CORPUS RUNS_ROOT; do
+        [[ -z "${!argument:-}" ]] || export "$argument=$(absolute_path "${!argument}")"
     done
     [[ -z "$expects" ]] || { say "$expects needs a value"; exit 2; }
 

@@ -191,8 +191,8 @@ BASELINE: dict[str, Any] = dict(
 )  # fmt: skip
 
 BASELINE_LOCAL: dict[str, Any] = LOCAL | BASELINE | dict(
-    num_layers=3, train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096, val_loss_every=0,
-    train_log_every=50, eval_seq_len=256, eval_stride=256,
+    vocab_size=1024, num_layers=3, model_dim=128, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
+    val_loss_every=0, train_log_every=100, eval_seq_len=256, eval_stride=256,
 )  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -323,6 +323,14 @@ def check_config(config: Config) -> None:
     for holds, message in rules:
         if not holds:
             raise ConfigError(message)
+
+
+def changed_knobs(config: Config) -> dict[str, Any]:
+    """Knobs that differ from the preset's, but for where the data is."""
+    preset = with_knobs(Config(), PRESETS[config.run.preset] | {"preset": config.run.preset})
+    pairs = zip(iter_knobs(preset), iter_knobs(config), strict=True)
+    changed = {knob: value for (_, _, _, before), (_, knob, _, value) in pairs if value != before}
+    return {knob: value for knob, value in changed.items() if knob not in ("data_path", "tokenizer_path")}
 
 
 def config_dict(config: Config) -> dict[str, dict[str, Any]]:

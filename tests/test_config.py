@@ -11,6 +11,7 @@ from golf.config import (
     Config,
     ConfigError,
     build_config,
+    changed_knobs,
     config_dict,
     config_from_dict,
     config_hash,
@@ -33,7 +34,7 @@ def test_presets_are_valid_and_survive_json(preset):
 def test_precedence_is_preset_environment_command_line():
     environ = {"NUM_LAYERS": "5", "SEED": "7", "UNRELATED": "x"}
     config = build_config("local", environ, {"num_layers": "4"})
-    assert (config.model.num_layers, config.run.seed, config.model.model_dim) == (4, 7, 128)
+    assert (config.model.num_layers, config.run.seed, config.model.model_dim) == (4, 7, 160)
 
 
 @pytest.mark.parametrize("spelling", ["1", "true", "True"])
@@ -75,7 +76,7 @@ def test_a_corpus_of_ones_own_replaces_the_presets_shards():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"model_dim": "130"}, {"num_kv_heads": "3"}, {"num_heads": "0"}, {"bigram_vocab_size": "1"}, {"mlp_bits": "9"},
+        {"model_dim": "162"}, {"num_kv_heads": "3"}, {"num_heads": "0"}, {"bigram_vocab_size": "1"}, {"mlp_bits": "9"},
         {"iterations": "0", "max_wallclock_seconds": "0"}, {"train_batch_tokens": "1000"}, {"embed_bits": "12"},
         {"swa_start": "1"}, {"swa_start": "0.8", "swa_end": "0.7"}, {"prune_frac": "1"}, {"eval_stride": "0"},
         {"eval_stride": "4096"}, {"seed": "x"}, {"vocab_size": "70000"}, {"corpus": "", "data_path": ""},
@@ -84,3 +85,19 @@ def test_a_corpus_of_ones_own_replaces_the_presets_shards():
 def test_values_that_do_not_fit_are_refused(wrong):
     with pytest.raises(ConfigError):
         build_config("local", {}, wrong)
+
+
+def test_preset_is_chosen_by_the_nearest_word():
+    assert build_config("local", {"PRESET": "baseline"}, {}).model.num_layers == 9
+    config = build_config("local", {"PRESET": "baseline"}, {"preset": "leaderboard"})
+    assert (config.run.preset, config.model.num_layers) == ("leaderboard", 10)
+
+
+def test_changed_knobs_are_those_that_differ_from_the_preset():
+    assert changed_knobs(build_config("local", {}, {})) == {}
+    assert changed_knobs(build_config("local", {"SEED": "5"}, {"num_layers": "3"})) == {"seed": 5, "num_layers": 3}
+
+
+def test_corpus_and_shards_together_are_refused():
+    with pytest.raises(ConfigError, match="both set"):
+        build_config("local", {"CORPUS": "a.txt"}, {"data_path": "shards"})

@@ -1,4 +1,4 @@
-"""run.sh with stand-ins for torch, train_gpt.py and the report: which Python, which launcher, which status."""
+"""run.sh with stand-ins for torch and train_gpt.py: which Python, which launcher, which status."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ TORCH = "class cuda:\n    is_available = lambda: {count} > 0\n    device_count =
 def project(tmp_path, repository, write_tree):
     """A folder with run.sh and stand-ins; `python` on its path is the one that runs the tests."""
     root = tmp_path / "project"
-    files = {"train_gpt.py": TRAIN, "tools/report.py": "import sys\nprint('report', *sys.argv[1:])\n"}
+    files = {"train_gpt.py": TRAIN}
     files |= {
         "requirements.txt": "pytest>=7,<99  # is here\n",
         "requirements-dev.txt": "ruff\n",
@@ -53,10 +53,10 @@ def test_scripts_are_bash(repository, script):
     subprocess.run(["bash", "-n", repository / script], check=True)
 
 
-def test_without_a_gpu_the_local_preset_runs_and_is_reported(project):
+def test_without_a_gpu_the_local_preset_runs(project):
     finished = run_sh(project, "seed=2", "qat_start=0.5")
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == f"train {project} seed=2 qat_start=0.5 --preset local\nreport --last\n"
+    assert finished.stdout == f"train {project} seed=2 qat_start=0.5 --preset local\n"
     assert not (project / ".venv").exists()
 
 
@@ -81,9 +81,9 @@ def test_paths_are_meant_from_where_the_command_is_given(project, tmp_path):
     assert "--corpus=embedded" in run_sh(project, "--corpus=embedded", cwd=tmp_path).stdout
 
 
-def test_the_status_of_training_is_passed_on_and_nothing_reported(project):
+def test_the_status_of_training_is_passed_on(project):
     finished = run_sh(project, STATUS="7")
-    assert finished.returncode == 7 and "report" not in finished.stdout
+    assert finished.returncode == 7
 
 
 def test_an_option_without_its_value_is_a_usage_error(project):
@@ -137,3 +137,9 @@ def test_tests_run_with_the_arguments_given(project):
     )
     finished = run_sh(project, "test", "-q", "test_one.py", OMP_NUM_THREADS="")
     assert finished.returncode == 0 and "1 passed" in finished.stdout.splitlines()[-1], finished.stderr
+
+
+def test_path_variables_are_meant_from_where_the_command_is_given(project, tmp_path):
+    (project / "train_gpt.py").write_text("import os\nprint(os.environ['DATA_PATH'], os.environ['CORPUS'])\n")
+    finished = run_sh(project, cwd=tmp_path, DATA_PATH="shards", CORPUS="embedded")
+    assert finished.stdout == f"{tmp_path}/shards embedded\n", finished.stderr

@@ -95,10 +95,14 @@ def draw_loss(folder: RunFolder, result: dict) -> Path:
     return save_figure(figure, folder.path / "loss.png")
 
 
+def stream_name(stream: dict) -> str:
+    return stream["label"] if stream["role"] == stream["label"] else f"{stream['label']} {stream['role']}"
+
+
 def draw_bytes(folder: RunFolder, result: dict) -> Path:
     """Compressed bytes of every tensor class, and the code, against the limit."""
     streams = [stream for stream in result["sizes"]["streams"] if stream["elements"]]
-    names = [*(f"{stream['label']} {stream['role']}" for stream in streams), "header", "code"]
+    names = [*(stream_name(stream) for stream in streams), "header", "code"]
     sizes = [
         *(stream["compressed_bytes"] for stream in streams),
         result["sizes"]["overhead_bytes"],
@@ -111,6 +115,7 @@ def draw_bytes(folder: RunFolder, result: dict) -> Path:
     axes.set_xlim(0, 1.45 * max(sizes))
     axes.invert_yaxis()
     axes.set_xlabel("bytes")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{result['bytes_total']:,} of {result['limit_bytes']:,} bytes", loc="left")
     return save_figure(figure, folder.path / "bytes.png")

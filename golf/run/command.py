@@ -46,7 +46,7 @@ def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
         allow_abbrev=False,
     )
     default_preset = "leaderboard" if torch.cuda.is_available() else "local"
-    parser.add_argument("--preset", default=default_preset, help=f"{', '.join(PRESETS)}; here {default_preset}")
+    parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; here {default_preset}")
     parser.add_argument("--corpus", help="text to train on: embedded, .txt, .jsonl, .jsonl.xz, or a folder of them")
     parser.add_argument("--score", type=Path, metavar="FOLDER", help="only reload and score the artifact of this run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -55,5 +55,6 @@ def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
         if options.overrides or options.corpus:
             raise ConfigError("--score takes the run as it was configured: leave the other arguments out")
         return Command(None, options.score)
-    overrides = parse_overrides(options.overrides) | ({"corpus": options.corpus} if options.corpus else {})
-    return Command(build_config(options.preset, environ, overrides), None)
+    named = {"preset": options.preset, "corpus": options.corpus}
+    overrides = parse_overrides(options.overrides) | {knob: value for knob, value in named.items() if value}
+    return Command(build_config(default_preset, environ, overrides), None)

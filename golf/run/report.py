@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from golf.config import Config, ModelConfig, QuantConfig, config_hash
+from golf.config import Config, ModelConfig, QuantConfig, changed_knobs, config_hash
 from golf.run.datasets import TrainingData
 from golf.run.folder import RunFolder
 from golf.run.training import StepReport, Trainer
@@ -27,6 +27,8 @@ def opening_lines(trainer: Trainer, data: TrainingData, val_tokens: int, log: Pa
         f"{log}",
         f"preset:{config.run.preset} config_hash:{config_hash(config)} data_id:{data.data_id} "
         f"tokenizer_sha256:{data.tokenizer.sha256}",
+        "knobs changed from the preset: "
+        + (" ".join(f"{knob}={value}" for knob, value in changed_knobs(config).items()) or "none"),
         f"machine:{machine_description(runtime)} compute:{runtime.compute_dtype} compile:{runtime.compiles} "
         f"python:{platform.python_version()} torch:{torch.__version__}",
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.data.tokenizer_path}",
