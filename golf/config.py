@@ -126,8 +126,6 @@ class AverageConfig:
     swa_enabled: bool = True
     swa_start: float = 0.82
     """Share of the budget after which weights are averaged (step 5,425 of 6,606 in the recipe's log)."""
-    swa_end: float = 1.0
-    """Share of the budget at which the average becomes the weights; below 1, training goes on from there."""
     swa_snapshots: int = 48
     """Snapshots in the average, evenly spaced (fewer when fewer steps are left)."""
 
@@ -176,7 +174,7 @@ LOCAL: dict[str, Any] = dict(
     compile="auto", vocab_size=2048, num_layers=2, model_dim=160, num_heads=4, num_kv_heads=2, mlp_mult=2.5,
     bigram_vocab_size=1024, bigram_dim=32, train_seq_len=128, max_wallclock_seconds=180.0,
     train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
-    swa_start=0.85, swa_snapshots=20, val_loss_every=0, train_log_every=100, val_batch_size=16_384, embed_bits=5,
+    swa_start=0.94, swa_snapshots=16, val_loss_every=0, train_log_every=100, val_batch_size=16_384, embed_bits=5,
     eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
 )  # fmt: skip
 
@@ -311,7 +309,7 @@ def check_config(config: Config) -> None:
         (0 <= quant.prune_frac < 1, "prune_frac is a share, 0 to below 1"),
         (all(2 <= bits <= 8 for bits in (quant.mlp_bits, quant.attn_bits, quant.bigram_bits)), "bits must be 2 to 8"),
         (2 <= quant.embed_bits <= 8 or quant.embed_bits == 16, "embed_bits must be 2 to 8, or 16"),
-        (0 <= average.swa_start < average.swa_end <= 1, "swa_start and swa_end are shares, the start before the end"),
+        (0 <= average.swa_start < 1, "swa_start is a share, 0 to below 1"),
         (average.swa_snapshots >= 2 or not average.swa_enabled, "swa_snapshots must be at least 2"),
         (1 <= score.eval_stride <= score.eval_seq_len, "eval_stride must be 1 to eval_seq_len (equal: plain rows)"),
         (

@@ -78,7 +78,7 @@ def test_a_corpus_of_ones_own_replaces_the_presets_shards():
     [
         {"model_dim": "162"}, {"num_kv_heads": "3"}, {"num_heads": "0"}, {"bigram_vocab_size": "1"}, {"mlp_bits": "9"},
         {"iterations": "0", "max_wallclock_seconds": "0"}, {"train_batch_tokens": "1000"}, {"embed_bits": "12"},
-        {"swa_start": "1"}, {"swa_start": "0.8", "swa_end": "0.7"}, {"prune_frac": "1"}, {"eval_stride": "0"},
+        {"swa_start": "1"}, {"prune_frac": "1"}, {"eval_stride": "0"},
         {"eval_stride": "4096"}, {"seed": "x"}, {"vocab_size": "70000"}, {"corpus": "", "data_path": ""},
     ],
 )  # fmt: skip

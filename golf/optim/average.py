@@ -9,20 +9,18 @@ from golf.config import AverageConfig
 class WeightAverage:
     """The running mean of evenly spaced snapshots, accumulated in fp32 whatever the dtype of the weights.
 
-    Snapshots fall due at progress start + (end - start) k / n for k = 1 .. n, so that the last weights count too.
+    Snapshots fall due at progress start + (1 - start) k / n for k = 1 .. n, so that the last weights count too.
     """
 
     def __init__(self, config: AverageConfig):
-        self.enabled, self.start, self.end = config.swa_enabled, config.swa_start, config.swa_end
-        self.snapshots = config.swa_snapshots
+        self.enabled, self.start, self.snapshots = config.swa_enabled, config.swa_start, config.swa_snapshots
         self.count = 0
         self.slots_used = 0
         self.applied = False
         self.mean: dict[str, Tensor] = {}
 
     def slots_due(self, progress: float) -> int:
-        share = (min(progress, self.end) - self.start) / (self.end - self.start)
-        return int(share * self.snapshots + 1e-9)
+        return int((progress - self.start) / (1 - self.start) * self.snapshots + 1e-9)
 
     @torch.no_grad()
     def observe(self, model: nn.Module, progress: float) -> bool:

@@ -117,8 +117,6 @@ class Trainer:
 
     def take_step(self, progress: float) -> tuple[Tensor, float]:
         quant = self.config.quant
-        if self.config.average.swa_enabled and progress >= self.config.average.swa_end:
-            self.average.apply_to(self.model)
         self.set_fake_quantization(quant.qat_enabled and progress >= quant.qat_start)
         self.fake_quantized_steps += self.fake_quantized
         train_loss = self.accumulate_gradients(self.step)
