@@ -127,7 +127,15 @@ def test_torchrun_gives_the_same_run(module_run, repository, prepared, tmp_path)
 @pytest.mark.slow
 def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
     """The command of the README on the embedded text, 20 seconds of training."""
-    command = ["bash", "run.sh", f"runs_root={tmp_path}", "run_id=short", "max_wallclock_seconds=20", "eval_stride=160"]
+    command = [
+        "bash",
+        "run.sh",
+        f"runs_root={tmp_path}",
+        "run_id=short",
+        "max_wallclock_seconds=20",
+        "eval_stride=160",
+        "swa_start=0.5",
+    ]
     finished = run_script(command, repository, PYTHON=sys.executable)
     assert finished.returncode == 0, finished.stderr
     result, losses, artifact, log = read_run(tmp_path / "short")
