@@ -38,6 +38,12 @@ class RunConfig:
     """CPU threads of torch; 0: torch's own choice."""
     limit_bytes: int = 16_000_000
     """Most bytes that packed code and artifact may have together."""
+    reserve_bytes: int = 10_000
+    """Bytes to stay below the limit when weights had to be coarsened to fit."""
+    checkpoint_seconds: float = 60.0
+    """Seconds of training between checkpoints; 0: only at the end and on SIGTERM or SIGINT."""
+    rehearse: bool = True
+    """Quantize, pack, reload and score the untrained model before the first step, so that what is missing shows."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,8 @@ class ScoreConfig:
     """Windows in one forward pass on one rank."""
     eval_rope: Literal["ntk", "none"] = "ntk"
     """RoPE beyond the training length: NTK-aware base, or the training base as it is."""
+    max_eval_seconds: float = 600.0
+    """Most seconds of scoring: a stride that would take longer is raised before anything is scored; 0: no limit."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ Forward = Callable[[Tensor, Tensor, float | None], Tensor]
 """GPT.token_losses or its compiled form: (ids_BT, targets_BS, rope_base) -> fp32 nats of the last S positions, BS."""
 
 
+Recorder = Callable[[Tensor, Tensor], None]
+"""Told of every scored target, batch by batch: (numbers of the targets in the stream, their float64 nats)."""
+
+
 class ScoreError(UserError):
     """A stream or settings that no honest score can be made from."""
 
@@ -253,13 +257,14 @@ def score_windows(
     end: int,
     timer: ForwardTimer | None = None,
     progress: ScoreProgress | None = None,
+    recorder: Recorder | None = None,
 ) -> ScoreSums:
     """Sums of windows begin .. end - 1 on this rank alone, in evaluation_mode."""
     assert not any(module.training for module in job.model.modules()), "scoring needs evaluation_mode"
     timer = timer or ForwardTimer(job.tokens_N1.device)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=job.tokens_N1.device)
     for first, last, rows, scored in batch_shapes(job, begin, end):
-        sums_3 += score_batch(job, gather_windows(job, first, last, rows, scored), timer)
+        sums_3 += score_batch(job, gather_windows(job, first, last, rows, scored), timer, recorder)
         if progress:
             progress.advance(last - first)
     nats, tokens, byte_count = sums_3.tolist()
@@ -295,14 +300,17 @@ def gather_windows(job: ScoreJob, first: int, last: int, rows: int, scored: int)
     )
 
 
-def score_batch(job: ScoreJob, batch: WindowBatch, timer: ForwardTimer) -> Tensor:
+def score_batch(job: ScoreJob, batch: WindowBatch, timer: ForwardTimer, recorder: Recorder | None = None) -> Tensor:
     """float64 (nats, targets, bytes) of one forward pass."""
     assert not job.model.training, "the model left eval mode while it was being scored"
     # a compiled forward keeps its one shape: the long first window would make it compile again, for dynamic shapes
     forward = job.forward if batch.targets_BS.size(1) == job.plan.stride else job.model.token_losses
     with timer:
         losses_BS = forward(batch.ids_BT, batch.targets_BS, job.settings.rope_base)
-    nats = losses_BS.double().masked_fill(~batch.counted_BS, 0.0).sum()
+    nats_BS = losses_BS.double()
+    if recorder:
+        recorder(batch.index_BS[batch.counted_BS], nats_BS[batch.counted_BS])
+    nats = nats_BS.masked_fill(~batch.counted_BS, 0.0).sum()
     byte_count = (job.bytes_N[batch.index_BS] * batch.counted_BS).sum()
     return torch.stack((nats, batch.counted_BS.sum().double(), byte_count.double()))
 
