@@ -2,6 +2,7 @@
 # One command for everything:
 #
 #   bash run.sh [--preset NAME] [--corpus PATH] [key=value ...]    set up what is missing, then train, pack, reload, score
+#   bash run.sh --resume RUN_ID                                    go on with a run that was stopped or killed
 #   bash run.sh test [pytest arguments]                            set up what is missing, then run every test
 #   bash run.sh lint                                               set up what is missing, then check style
 #
@@ -147,14 +148,16 @@ absolute_argument() {
 }
 
 run_job() {
-    local preset="${PRESET:-}" devices=0 expects="" argument
+    local preset="${PRESET:-}" devices=0 expects="" resumes="" argument
     local arguments=(train_gpt.py) command
     for argument in "$@"; do
         [[ "$expects" == --corpus ]] && argument="--corpus=$argument" expects=""
         [[ "$expects" == --preset ]] && argument="--preset=$argument" expects=""
+        [[ "$expects" == --resume ]] && argument="--resume=$argument" expects=""
         case "$argument" in
-            --corpus | --preset) expects="$argument" ;;
+            --corpus | --preset | --resume) expects="$argument" ;;
             --preset=*) preset="${argument#*=}" ;;
+            --resume=*) resumes="${argument#*=}" ;;
             *) arguments+=("$(absolute_argument "$argument")") ;;
         esac
     done
@@ -164,23 +167,29 @@ run_job() {
     [[ -z "$expects" ]] || { say "$expects needs a value"; exit 2; }
 
     set_up requirements.txt
+    if [[ -n "$resumes" ]]; then # a run has its preset
+        unset PRESET
+        arguments+=(--resume "$resumes")
+        preset="$(sed -n 's/^ *"preset": "\(.*\)",$/\1/p' "$resumes/config.json" "${RUNS_ROOT:-runs}/$resumes/config.json" 2>/dev/null || true)"
+    fi
     # The small presets are made for one process; what they measure is compared with machines without a GPU.
-    [[ "$preset" == *local ]] || devices="$(usable_devices)"
+    [[ "$preset" == *local || " ${arguments[*]} " == *" --plan "* ]] || devices="$(usable_devices)"
     command=("$python")
     ((devices == 0)) || command+=(-m torch.distributed.run --standalone --nproc_per_node="$devices")
     if [[ -z "$preset" ]]; then
         preset=local
         ((devices == 0)) || preset=leaderboard
     fi
+    [[ -n "$resumes" ]] || arguments+=(--preset "$preset")
     say "preset $preset, $((devices > 0 ? devices : 1)) process(es), $("$python" --version) at $python"
-    "${command[@]}" "${arguments[@]}" --preset "$preset"
+    exec "${command[@]}" "${arguments[@]}" # in the place of this shell, so that signals reach the run
 }
 
 run_tests() {
     set_up requirements.txt requirements-dev.txt
     say "tests with $("$python" --version) at $python"
-    # Many small models: more threads than one only wait for each other.
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest "$@"
+    # Many small models: more threads than one only wait for each other, so there is a process for each core.
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest --numprocesses auto --dist loadfile "$@"
 }
 
 run_lint() {

@@ -1,207 +1,245 @@
 """From text and a wall-clock budget to the best language model that fits a byte budget, and its proven score.
 
-    config -> data -> model -> train -> average -> quantize -> pack | a fresh process: reload -> score -> report
+    config -> data -> train -> average -> quantize -> pack | a fresh process: reload -> score -> report
 
 Run it with `python train_gpt.py` or `torchrun --standalone --nproc_per_node=N train_gpt.py` (--help lists the
-knobs). Everything that a run leaves is in runs/<run_id>/. The words of this story are in golf/.
+knobs). Everything that a run leaves is in runs/<run_id>/, and `--resume <run_id>` goes on from wherever it was: every
+stage reads what the one before it left on the disk. The words of this story are in golf/.
 """
 
 import os
-import shutil
-import subprocess
 import sys
-from dataclasses import asdict
+import traceback
 from pathlib import Path
 
-import torch
-
-from golf.artifact.container import read_artifact, write_artifact
+from golf.artifact.container import pack_artifact, read_artifact
+from golf.artifact.fit import fit_to_limit
+from golf.artifact.restore import restore_model
 from golf.artifact.sizes import size_report_dict
-from golf.artifact.weights import save_weights
+from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
 from golf.config import Config, UserError
 from golf.data.shards import find_shards
-from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.quant.export import quantize_state
-from golf.quant.prune import prune_state
-from golf.run.command import parse_command
-from golf.run.datasets import TrainingData, ValidationData, locate_data, open_training_data, open_validation_data
+from golf.run.averaging import final_weights, prove_learned_features
+from golf.run.checkpoint import CheckpointWriter, newest_checkpoint, read_checkpoint
+from golf.run.code import Program
+from golf.run.command import Command, parse_command
+from golf.run.datasets import locate_data, open_training_data
 from golf.run.folder import RunFolder, choose_run_folder
-from golf.run.report import (
-    final_lines,
-    machine_description,
-    opening_lines,
-    packing_lines,
-    progress_text,
-    scoring_lines,
-    step_line,
-    stop_line,
-    validation_line,
-)
-from golf.run.result import build_result, training_record
-from golf.run.training import StepReport, Trainer
-from golf.runtime import ProgressLine, Runtime, start_runtime
-from golf.score.roundtrip import score_artifact
-from golf.score.scorer import plain_settings, score_stream
+from golf.run.loop import take_steps, take_up_checkpoint
+from golf.run.machine import machine_fingerprint
+from golf.run.parity import check_parity, ntk_effect, trained_record
+from golf.run.rehearsal import rehearse
+from golf.run.report import final_lines, opening_lines, packing_lines, partial_line, result_line, scoring_lines
+from golf.run.result import build_result, pruning_record, score_record, training_record
+from golf.run.session import Session, explain_error
+from golf.run.training import Trainer
+from golf.run.witness import Witness
+from golf.runtime import EXIT_BAD_INPUT, EXIT_FINDINGS, Runtime, start_runtime, write_file_atomically
+from golf.score.journal import ScoreJournal
+from golf.score.roundtrip import load_artifact_tokenizer, score_artifact, score_weights
 
 BUNDLED = False  # True in the single file that tools/bundle.py makes of this script and golf/
-SCRIPT = Path(__file__).resolve()
-EXIT_FINDINGS, EXIT_BAD_INPUT = 1, 2
+PROGRAM = Program(Path(__file__).resolve(), BUNDLED)
 
 
-def main() -> None:
-    command = parse_command(sys.argv[1:], os.environ)
-    if command.config is not None:
-        folder = train_and_pack(command.config)
-        start_fresh_process(folder)
-    sys.exit(reload_and_score(RunFolder(command.score)))
+def main(command: Command, session: Session) -> int:
+    if command.score:
+        return reload_and_score(RunFolder(command.score), session)
+    folder = train_and_pack(command, session)
+    return start_fresh_process(folder, command.debug)
 
 
 # ---- first process: train, average, quantize, pack ----
 
 
-def train_and_pack(config: Config) -> RunFolder:
-    """Everything from the text to the artifact's bytes."""
-    with start_runtime(config.run, stage="train") as runtime:
-        config = locate_data(config, runtime, SCRIPT.parent)
-        data = open_training_data(config)
-        validation = open_validation_data(config, data.tokenizer)
-        model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
-        trainer = Trainer(model, config, runtime, data.stream)
-        folder = open_run(trainer, data, validation)
-
-        trainer.warm_up()
-        last = train(trainer, validation, folder)
-        trainer.finish()
-        score_before_export(trainer, validation, folder, last)
-        if runtime.is_main:
-            save_weights(folder.weights, model.state_dict(), config.model, config.quant, data.tokenizer.sha256)
-            folder.save_json(folder.training, training_record(trainer, data.data_id))
-            pack(model, config, data.tokenizer.sha256, folder, runtime)
-        runtime.barrier()
+def train_and_pack(command: Command, session: Session) -> RunFolder:
+    """Everything from the text to the artifact's bytes; stages that a run has behind it are not done again."""
+    with start_runtime(command.config.run, "train", session.log) as runtime:
+        folder = take_up(command.resume, runtime) if command.resume else open_run(command.config, runtime)
+        session.open(folder, runtime)
+        config = folder.load_config()
+        session.do("train", lambda: train(config, session), together=True)
+        session.do("average", lambda: average(config, session))
+        session.do("quantize", lambda: quantize(config, session))
+        session.do("pack", lambda: pack(config, session))
+        session.ledger.settle()
     return folder
 
 
-def open_run(trainer: Trainer, data: TrainingData, validation: ValidationData) -> RunFolder:
-    """The run's folder, with its configuration and the code that runs, packed as it would be shipped."""
-    config, runtime = trainer.config, trainer.runtime
+def open_run(config: Config, runtime: Runtime) -> RunFolder:
+    """A new run's folder, with its configuration, its machine, and the code that runs as it would be shipped."""
+    config = locate_data(config, runtime, PROGRAM.script.parent)
+    open_training_data(config)  # what is wrong with it is said before there is a folder
     folder = choose_run_folder(config, runtime)
     if runtime.is_main:
         folder.create(config)
-        runtime.log.attach(folder.log)
-        freeze_code(folder)
-        for line in opening_lines(trainer, data, len(validation.tokens_N), folder.log):
-            runtime.print(line)
+        folder.save_json(folder.machine, machine_fingerprint(runtime, os.environ, folder.path, config))
+        PROGRAM.freeze(folder)
+    runtime.barrier()
     return folder
 
 
-def freeze_code(folder: RunFolder) -> None:
-    if BUNDLED:
-        shutil.copyfile(SCRIPT, folder.code)
-        return
-    bundler = SCRIPT.parent / "tools" / "bundle.py"
-    subprocess.run([sys.executable, bundler, "--pack", "--out", folder.code], check=True, stdout=subprocess.DEVNULL)
-
-
-def train(trainer: Trainer, validation: ValidationData, folder: RunFolder) -> StepReport:
-    """Take steps until the budget is used up, and tell about them; returns the last one."""
-    config, runtime = trainer.config, trainer.runtime
-    progress, averaging = ProgressLine(shown=runtime.is_main), False
-    for report in trainer.steps():
-        if runtime.is_main:
-            folder.append_metrics(asdict(report))
-            progress.update(progress_text(report, config))
-        if report.step <= 10 or report.step % config.train.train_log_every == 0:
-            progress.clear()
-            runtime.print(step_line(report, config))
-        if trainer.average.count == 1 and not averaging:
-            averaging = True
-            runtime.print(f"swa:start step:{report.step}")
-        if config.train.val_loss_every and report.step % config.train.val_loss_every == 0:
-            grid = "fake-quantized" if trainer.fake_quantized else "not-quantized"
-            validate(trainer, validation, folder, report, f"last,{grid}")
-    progress.clear()
-    if report.step < config.train.iterations or not config.train.iterations:
-        runtime.print(stop_line(report, config))
-    return report
-
-
-def validate(trainer: Trainer, validation: ValidationData, folder: RunFolder, report: StepReport, weights: str) -> None:
-    """Score the model in memory in plain rows. What it says is not the artifact's score, and the line says so."""
-    config, runtime = trainer.config, trainer.runtime
-    rows = max(1, config.train.val_batch_size // config.model.train_seq_len // runtime.world_size)
-    settings = plain_settings(config.model, rows)
-    score = score_stream(trainer.model, validation.tokens_N, validation.byte_table, settings, runtime, announce=False)
-    runtime.print(validation_line(score, report, config, weights))
+def take_up(path: Path, runtime: Runtime) -> RunFolder:
+    folder = RunFolder(path)
     if runtime.is_main:
-        measured = {"val_loss": score.val_loss, "val_bpb": score.val_bpb, "weights": weights}
-        folder.append_metrics({"step": report.step, "elapsed": report.elapsed} | measured)
+        PROGRAM.check(folder)
+    runtime.barrier()
+    return folder
 
 
-def score_before_export(trainer: Trainer, validation: ValidationData, folder: RunFolder, last: StepReport) -> None:
-    if trainer.runtime.device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-        trainer.runtime.print(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-    if trainer.average.applied:
-        trainer.runtime.print(f"swa:applying averaged {trainer.average.count} checkpoints")
-    validate(trainer, validation, folder, last, ("averaged" if trainer.average.applied else "last") + ",not-quantized")
+def train(config: Config, session: Session) -> list[Path]:
+    """Take steps until the budget is used up; what is left behind is a checkpoint."""
+    folder, runtime, ledger = session.folder, session.runtime, session.ledger
+    with ledger.phase("setup"):
+        data = open_training_data(config)
+        model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
+        trainer = Trainer(model, config, runtime, data.stream)
+        for line in opening_lines(trainer, data, folder):
+            runtime.print(line)
+    if config.run.rehearse and runtime.is_main:
+        with ledger.phase("rehearse"):
+            runtime.print(rehearse(trainer, data.tokenizer, folder))
+    with ledger.phase("compile"):
+        runtime.barrier()
+        trainer.warm_up()
+        take_up_checkpoint(trainer, folder)
+    writer = CheckpointWriter(folder.checkpoints, runtime.rank, runtime.world_size)
+    take_steps(trainer, data, session, writer)
+    trainer.finish()
+    last = writer.write(trainer.state(), trainer.step)
+    writer.close()
+    if runtime.is_main:
+        folder.save_json(folder.training, training_record(trainer, data.data_id, data.tokenizer.sha256))
+    return [last, folder.training]
 
 
-def pack(model: GPT, config: Config, tokenizer_sha256: str, folder: RunFolder, runtime: Runtime) -> None:
-    """Prune, quantize and compress the weights into the artifact."""
-    pruned, prune_reports = prune_state(model.state_dict(), config.quant)
-    stored = quantize_state(pruned, config.quant)
-    sizes = write_artifact(folder.artifact, stored, config.model, tokenizer_sha256, config.quant.codec)
-    pruned_codes = sum(tensor.codes_changed for tensor in prune_reports)
-    folder.save_json(folder.packing, {"pruned_codes": pruned_codes, "sizes": size_report_dict(sizes)})
-    for line in packing_lines(folder, config, pruned_codes, sum(tensor.weights for tensor in prune_reports)):
-        runtime.print(line)
+def average(config: Config, session: Session) -> list[Path]:
+    """From the last checkpoint to the weights that count."""
+    folder, training = session.folder, session.folder.load_json(session.folder.training)
+    state = read_checkpoint(newest_checkpoint(folder.checkpoints)[:1])
+    witness = Witness(config, state.numbers["witness"])
+    weights = final_weights(state, witness)
+    if training["swa_snapshots"] >= 2:
+        session.runtime.print(f"swa:applying averaged {training['swa_snapshots']} checkpoints")
+    folder.save_json(folder.effects, prove_learned_features(weights, training["steps"], witness))
+    save_weights(folder.weights, weights, config.model, config.quant, training["tokenizer_sha256"])
+    return [folder.weights, folder.effects]
+
+
+def quantize(config: Config, session: Session) -> list[Path]:
+    """From weights to integer codes; coarser ones where the artifact would be over the limit."""
+    folder, runtime, saved = session.folder, session.runtime, load_weights(session.folder.weights)
+    room = config.run.limit_bytes - folder.code.stat().st_size
+    fitted = fit_to_limit(
+        saved.state, config.quant, config.model, saved.tokenizer_sha256, room, config.run.reserve_bytes, runtime.print
+    )
+    session.packed = fitted.data, fitted.sizes
+    save_quantized(folder.quantized, fitted.stored)
+    folder.save_json(folder.pruning, pruning_record(fitted))
+    row = open_training_data(config).stream.tokens(0, config.model.train_seq_len + 1).tolist()
+    folder.save_json(folder.parity, trained_record(fitted.pruned, fitted.stored, config, row, runtime))
+    return [folder.quantized, folder.pruning, folder.parity]
+
+
+def pack(config: Config, session: Session) -> list[Path]:
+    """From codes to the artifact's bytes."""
+    folder, sha256 = session.folder, session.folder.load_json(session.folder.training)["tokenizer_sha256"]
+    stored = load_quantized(folder.quantized)
+    data, sizes = session.packed or pack_artifact(stored, config.model, sha256, config.quant.codec)
+    write_file_atomically(folder.artifact, data)
+    folder.save_json(folder.packing, {"sizes": size_report_dict(sizes)})
+    for line in packing_lines(folder, config):
+        session.runtime.print(line)
+    return [folder.artifact, folder.packing]
 
 
 # ---- second process: reload, score, report ----
 
 
-def start_fresh_process(folder: RunFolder) -> None:
+def start_fresh_process(folder: RunFolder, debug: bool) -> int:
     """Become a new process that knows nothing but the run's folder: what it scores is what the bytes say."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(SCRIPT), "--score", str(folder.path)])
+    options = ["--debug"] if debug else []
+    os.execv(sys.executable, [sys.executable, str(PROGRAM.script), "--score", str(folder.path), *options])
 
 
-def reload_and_score(folder: RunFolder) -> int:
+def reload_and_score(folder: RunFolder, session: Session) -> int:
     """Score the artifact and write result.json; returns the exit status."""
     config = folder.load_config()
-    with start_runtime(config.run, stage="score") as runtime:
-        if runtime.is_main:
-            runtime.log.attach(folder.log)
-        artifact = read_artifact(folder.artifact)
-        for line in scoring_lines(config, artifact.model):
-            runtime.print(line)
-        val_shards = find_shards(config.data.data_path, "val")
-        score = score_artifact(
-            artifact, config.data.tokenizer_path, val_shards, config.score, runtime, compiled=runtime.compiles_scoring
-        )
-        for line in final_lines(score, config.quant):
-            runtime.print(line)
-        if not runtime.is_main:
-            return 0
-        result = build_result(folder, config, artifact, score, machine_description(runtime))
-        folder.save_json(folder.result, result)
-        for finding in result["findings"]:
-            runtime.print(f"INVALID: {finding}")
-        show_report(folder)
-        return EXIT_FINDINGS if result["findings"] else 0
+    with start_runtime(config.run, "score", session.log) as runtime:
+        session.open(folder, runtime)
+        session.do("reload", lambda: reload(config, session))
+        session.do("score", lambda: score(config, session), together=True)
+        session.do("report", lambda: report(config, session))
+        return EXIT_FINDINGS if runtime.is_main and folder.load_json(folder.result)["findings"] else 0
 
 
-def show_report(folder: RunFolder) -> None:
-    """The table and the pictures are a tool's work: not part of the code that a submission ships."""
-    tool = SCRIPT.parent / "tools" / "report.py"
-    if tool.exists():
-        subprocess.run([sys.executable, tool, folder.path], check=True)
+def reload(config: Config, session: Session) -> list[Path]:
+    """The artifact's model must say what the trained one said, and the scorer must agree."""
+    folder, artifact = session.folder, read_artifact(session.folder.artifact)
+    table = load_artifact_tokenizer(artifact, config.data.tokenizer_path)
+    record, model = folder.load_json(folder.parity), restore_model(artifact, session.runtime)
+    parity = check_parity(model, record, table, session.runtime)
+    folder.save_json(folder.reload, {"parity": parity, "ntk_effect": ntk_effect(model, record, config.score)})
+    return [folder.reload]
+
+
+def score(config: Config, session: Session) -> list[Path]:
+    """Bits per byte of the artifact on the validation shards, then of the weights before they were quantized."""
+    folder, runtime, artifact = session.folder, session.runtime, read_artifact(session.folder.artifact)
+    journal = ScoreJournal(folder.journal(runtime.rank))
+    val_shards, tokenizer_path = find_shards(config.data.data_path, "val"), config.data.tokenizer_path
+
+    def check() -> None:
+        if session.interruption.requested:
+            runtime.print(partial_line(journal))
+        session.interruption.check(f"while scoring; go on with --resume {folder.path.name}")
+
+    for line in scoring_lines(config, artifact.model):
+        runtime.print(line)
+    measured, val_data_id = score_artifact(
+        artifact, tokenizer_path, val_shards, config.score, runtime,
+        compiled=runtime.compiles_scoring, journal=journal, check=check,
+    )  # fmt: skip
+    for line in final_lines(measured, config.quant):
+        runtime.print(line)
+    with session.ledger.phase("compare"):
+        state, rows = load_weights(folder.weights).state, config.train.val_batch_size // config.model.train_seq_len
+        unquantized = score_weights(state, artifact, tokenizer_path, val_shards, rows, runtime)
+        runtime.print(f"unquantized, plain rows: val_loss:{unquantized.val_loss:.4f} val_bpb:{unquantized.val_bpb:.4f}")
+    if runtime.is_main:
+        folder.save_json(folder.score, score_record(measured, val_data_id, unquantized))
+    return [folder.score, journal.path]
+
+
+def report(config: Config, session: Session) -> list[Path]:
+    """All that was measured, in result.json, with what is wrong with it; then a table and pictures."""
+    folder, runtime = session.folder, session.runtime
+    probed = PROGRAM.run_tool("check_run.py", folder.path, "--write") != EXIT_BAD_INPUT
+    result = build_result(config, session, probed)
+    folder.save_json(folder.result, result)
+    for finding in result["findings"]:
+        runtime.print(f"INVALID: {finding}")
+    runtime.print(result_line(result))
+    PROGRAM.run_tool("report.py", folder.path)
+    return [folder.result]
+
+
+def run_program(arguments: list[str]) -> int:
+    """The exit status of the whole. A user's mistake, a stop, a lost machine have one line each, ours a traceback."""
+    session = Session()
+    try:
+        if "--plan" in arguments:
+            return PROGRAM.run_tool("plan.py", *(word for word in arguments if word != "--plan"))
+        return main(parse_command(arguments, os.environ), session)
+    except (UserError, OSError, RuntimeError) as error:
+        status, message = explain_error(error, session.interruption.world_size)
+        if not status or "--debug" in arguments:
+            traceback.print_exc()
+        session.log.error(f"train_gpt.py: {message or error}")
+        return status or EXIT_FINDINGS
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:  # a user's mistake has one line; ours has a traceback
-        print(f"train_gpt.py: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(run_program(sys.argv[1:]))

@@ -101,10 +101,10 @@ class TrainConfig:
     """Share of the budget over which the learning rate falls to zero (272 of 600 s in the recipe's log)."""
     warmdown_shape: Literal["cosine", "linear"] = "cosine"
     val_loss_every: int = 500
-    """Steps between validations of the raw weights during training; 0: only at the end."""
+    """Steps between looks at the weights in training, on training text that is held out for it; 0: no look."""
     train_log_every: int = 100
     val_batch_size: int = 524_288
-    """Tokens of a validation batch over all ranks."""
+    """Training tokens held out for `val_loss_every`; and tokens of a batch that is scored in plain rows."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ LOCAL: dict[str, Any] = dict(
     bigram_vocab_size=1024, bigram_dim=32, train_seq_len=128, max_wallclock_seconds=180.0,
     train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
     swa_start=0.94, swa_snapshots=16, val_loss_every=0, train_log_every=100, val_batch_size=16_384, embed_bits=5,
-    eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
+    codec="zstd", eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
 )  # fmt: skip
 
 BASELINE: dict[str, Any] = dict(
@@ -352,7 +352,7 @@ def config_from_dict(sections: Mapping[str, Mapping[str, Any]]) -> Config:
 def config_hash(config: Config) -> str:
     """SHA-256 (16 hex digits) of all knobs that shape the result: equal for the seeds of one experiment."""
     sections = config_dict(config)
-    for knob in ("run_id", "seed", "runs_root", "threads"):
+    for knob in ("run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse"):
         del sections["run"][knob]
     for knob in ("data_path", "tokenizer_path"):  # data has its own identity, whatever folder it is in
         del sections["data"][knob]

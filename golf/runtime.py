@@ -5,6 +5,7 @@ The only module that starts torch.distributed. Everything works the same with on
 """
 
 import contextlib
+import hashlib
 import os
 import random
 import shutil
@@ -24,6 +25,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from golf.config import ConfigError, RunConfig
 
+EXIT_FINDINGS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE = 1, 2, 4, 5
+"""Exit statuses; 3 is run.sh's, where the set-up failed."""
+
 
 class Log:
     """Lines to the terminal and, once a file is attached, flushed one by one to it."""
@@ -34,6 +38,12 @@ class Log:
 
     def attach(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
+
+    def error(self, text: str) -> None:
+        """A line for people, in the file too."""
+        print(text, file=sys.stderr, flush=True)
+        if self.file:
+            print(text, file=self.file, flush=True)
 
     def line(self, text: str) -> None:
         print(text, file=self.terminal, flush=True)
@@ -72,12 +82,13 @@ class Runtime:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
-    def max_over_ranks(self, value: float) -> float:
+    def max_over_ranks(self, *values: float) -> list[float]:
+        """The largest of each value over all ranks, in one message."""
         if self.world_size == 1:
-            return value
-        value_1 = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(value_1, op=dist.ReduceOp.MAX)
-        return value_1.item()
+            return list(values)
+        values_N = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values_N, op=dist.ReduceOp.MAX)
+        return values_N.tolist()
 
     def barrier(self) -> None:
         self.max_over_ranks(0.0)
@@ -87,7 +98,7 @@ class Runtime:
         if self.world_size == 1:
             return text
         data_N = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        size = int(self.max_over_ranks(len(data_N) if self.is_main else 0))
+        size = int(self.max_over_ranks(len(data_N) if self.is_main else 0)[0])
         data_N = data_N if self.is_main else torch.zeros(size, dtype=torch.uint8, device=self.device)
         dist.broadcast(data_N, src=0)
         return bytes(data_N.tolist()).decode()
@@ -161,8 +172,20 @@ def write_file_atomically(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too
+        os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """64 hex digits, in bounded memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class ProgressLine:
@@ -189,6 +212,12 @@ class Stopwatch:
         self.now = now
         self.total = 0.0
         self.started: float | None = None
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def start(self) -> None:
         assert self.started is None

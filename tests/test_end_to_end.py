@@ -56,7 +56,8 @@ def test_result_has_what_readers_look_for(module_run):
     for key in (
         "run_id", "preset", "config_hash", "seed", "params", "steps", "train_seconds", "eval_seconds", "val_loss",
         "val_bpb", "val_tokens", "val_bytes", "val_docs", "bytes_code", "bytes_model", "bytes_total", "limit_bytes",
-        "artifact_sha256", "data_id", "tokenizer_sha256", "valid", "findings",
+        "artifact_sha256", "data_id", "tokenizer_sha256", "valid", "findings", "val_data_id", "resumes", "witness",
+        "parity", "ledger", "probes", "fingerprint", "fit_actions", "unquantized",
     ):  # fmt: skip
         assert key in result
     bytes_per_token = result["val_bytes"] / result["val_tokens"]
@@ -66,7 +67,7 @@ def test_result_has_what_readers_look_for(module_run):
 LOG_LINES = r"""
 val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=\S+
 train_loader:dataset:\S+ train_shards:\d+
-val_loader:shards pattern=\S+ tokens:\d+
+val_loader:shards pattern=\S+, closed until the artifact is scored
 model_params:\d+
 world_size:\d+ grad_accum_steps:\d+
 attention_mode:gqa num_heads:\d+ num_kv_heads:\d+
@@ -75,17 +76,17 @@ train_batch_tokens:\d+ train_seq_len:\d+ iterations:\d+ warmup_steps:\d+ max_wal
 seed:\d+
 warmup_step:\d+/\d+
 step:\d+/\d+ train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms
-swa:start step:\d+
 swa:applying averaged \d+ checkpoints
-step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms weights:averaged,not-quantized
 Serialized model: \d+ bytes
 Code size: \d+ bytes
-Serialized model int5int6\+lzma: \d+ bytes
-Total submission size int5int6\+lzma: \d+ bytes
+Serialized model int5int6\+zstd: \d+ bytes
+Total submission size int5int6\+zstd: \d+ bytes
 eval_seq_len:64 \(NTK-scaled RoPE, 64 tokens\)
 final_eval_mode:sliding_window stride:\d+ batch_seqs:\d+
-final_int5int6_lzma_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms
-final_int5int6_lzma_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}
+final_int5int6_zstd_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms
+final_int5int6_zstd_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}
+unquantized, plain rows: val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4}
+result: valid val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} bytes_total:\d+ steps:8 train_seconds:\S+ .* artifact_sha256:\w+
 """
 
 
@@ -144,7 +145,7 @@ def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
     assert result["valid"] and result["preset"] == "local" and result["val_bpb"] < 8
     assert result["bytes_model"] == len(artifact)
     assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"] <= result["limit_bytes"] == 500_000
-    assert f"final_int5int6_lzma_roundtrip_exact val_loss:{result['val_loss']:.8f}" in log
+    assert f"final_int5int6_zstd_roundtrip_exact val_loss:{result['val_loss']:.8f}" in log
     assert (tmp_path / "short" / "loss.png").stat().st_size > 5000
     assert (tmp_path / "short" / "bytes.png").stat().st_size > 5000
 

@@ -128,11 +128,9 @@ def test_average_equals_the_float64_mean(dtype):
     assert dtype == torch.float32 or (naive.double() - truth).norm() > 1e-3 * truth.norm()
 
 
-def test_average_is_applied_once_and_only_if_there_is_one():
+def test_a_snapshot_is_taken_once_when_it_is_due():
     model = nn.Linear(2, 2)
     average = WeightAverage(AverageConfig(swa_start=0.5, swa_snapshots=4))
-    assert not average.observe(model, 0.55) and not average.apply_to(model)
+    assert not average.observe(model, 0.55) and not average.mean
     assert average.observe(model, 0.7) and not average.observe(model, 0.71)
-    assert not average.apply_to(model)
     assert average.observe(model, 1.0) and average.count == 2
-    assert average.apply_to(model) and not average.apply_to(model)

@@ -163,7 +163,7 @@ def test_data_identity(corpus, prepared, tmp_path):
         (bare / path.name).write_bytes(path.read_bytes())
     identity = data_identity(bare, tokenizer)
     assert identity == data_identity(bare, tokenizer) != data_identity(bare, other)
-    shard = find_shards(bare, "val")[0]
+    shard = find_shards(bare, "train")[0]
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
     assert data_identity(bare, tokenizer) != identity
 

@@ -25,7 +25,7 @@ ENVIRONMENT_READERS = {
     "golf/runtime.py": {"RANK", "WORLD_SIZE", "LOCAL_RANK"},  # what torchrun tells each process; no knobs
 }
 """Files that may read the environment, and which variables; knobs reach golf/config.py as an argument."""
-ENVIRONMENT_TAKERS = {"build_config", "parse_command"}
+ENVIRONMENT_TAKERS = {"build_config", "machine_fingerprint", "parse_command"}
 """Functions that os.environ may be handed to: the way from a script to golf/config.py."""
 
 

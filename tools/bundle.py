@@ -33,6 +33,10 @@ class BundleCommand:
     """File to write."""
     pack: bool = False
     """Write the self-extracting form (minified, lzma, base85) and not the readable one."""
+    readable_out: Path | None = None
+    """File for the readable form, beside `out`."""
+    sizes: bool = True
+    """Measure all three forms, for which the script is packed even where the readable form is asked for."""
     json: bool = False
     """Print one JSON object and no table."""
 
@@ -40,16 +44,17 @@ class BundleCommand:
 def write_bundle(command: BundleCommand) -> dict[str, int | str]:
     """Write the script; the sizes of its three forms, and what was written. Raises BundleError, OSError."""
     readable = bundle_source(command.entry, REPOSITORY)
-    packed = pack_source(readable)
+    packed = pack_source(readable) if command.pack or command.sizes else None
     written = packed if command.pack else readable
     command.out.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(command.out, written)
+    if command.readable_out:
+        write_file_atomically(command.readable_out, readable)
+    sizes = {"readable": readable, "minified": minify_source(readable), "packed": packed} if command.sizes else {}
     return {
         "out": str(command.out),
         "form": "packed" if command.pack else "readable",
-        "bytes_readable": len(readable.encode()),
-        "bytes_minified": len(minify_source(readable).encode()),
-        "bytes_packed": len(packed.encode()),
+        **{f"bytes_{form}": len(text.encode()) for form, text in sizes.items()},
         "bytes_code": len(written.encode()),
         "sha256": hashlib.sha256(written.encode()).hexdigest(),
     }
@@ -58,8 +63,9 @@ def write_bundle(command: BundleCommand) -> dict[str, int | str]:
 def print_bundle(report: dict[str, int | str]) -> None:
     table = Table("form", "bytes", title=f"{report['out']} ({report['form']})", title_justify="left")
     table.columns[1].justify = "right"
-    for form in ("readable", "minified", "packed"):
-        table.add_row(form, f"{report[f'bytes_{form}']:,}")
+    for form in ("readable", "minified", "packed", "code"):
+        if f"bytes_{form}" in report:
+            table.add_row(form, f"{report[f'bytes_{form}']:,}")
     Console().print(table)
 
 

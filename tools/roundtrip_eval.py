@@ -8,7 +8,7 @@ Exit status: 0 scored, 2 bad input.
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,6 +43,8 @@ class Arguments:
     """Targets that a window scores; 0: 64, or the window where that is shorter."""
     rope: Literal["ntk", "none"] = "ntk"
     """RoPE beyond the training length: NTK-aware base, or the training base as it is."""
+    max_seconds: float = 0.0
+    """Most seconds of scoring: a stride that would take longer is raised before anything is scored; 0: no limit."""
     batch: int = 0
     """Windows in one forward pass of a process; 0: what fits the device."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -58,7 +60,7 @@ def score_config(arguments: Arguments, model: ModelConfig, device: str) -> Score
     """The arguments, with what was left open filled in for this model and device."""
     window = arguments.window or 2 * model.train_seq_len
     batch = arguments.batch or max(1, BATCH_TOKENS[device] // window)
-    return ScoreConfig(window, arguments.stride or min(64, window), batch, arguments.rope)
+    return ScoreConfig(window, arguments.stride or min(64, window), batch, arguments.rope, arguments.max_seconds)
 
 
 def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, processes: int) -> dict[str, object]:
@@ -98,10 +100,11 @@ def evaluate(arguments: Arguments) -> None:
         config = score_config(arguments, artifact.model, device)
         compiled = runtime.compiles and (arguments.compile == "on" or device == "cuda")
         shards = expand_glob(arguments.val)
-        score = score_artifact(artifact, arguments.tokenizer, shards, config, runtime, compiled=compiled)
+        score, val_data_id = score_artifact(artifact, arguments.tokenizer, shards, config, runtime, compiled=compiled)
         if not runtime.is_main:
             return
-        values = report(artifact, config, score, device, runtime.world_size)
+        config = replace(config, eval_stride=score.stride)
+        values = report(artifact, config, score, device, runtime.world_size) | {"val_data_id": val_data_id}
     if arguments.json:
         print(json.dumps(values))
     else:

@@ -15,6 +15,7 @@ from golf.artifact.container import check_sha256, check_shapes
 from golf.artifact.settings import model_from_json, quant_from_json
 from golf.artifact.shapes import expected_shapes
 from golf.config import ModelConfig, QuantConfig
+from golf.quant.export import QuantizedState, QuantizedTensor
 from golf.runtime import write_file_atomically
 
 METADATA_ENTRIES = ("model", "quant", "tokenizer_sha256")
@@ -59,6 +60,34 @@ def load_weights(path: Path) -> SavedWeights:
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"tensor {name!r} in {path} has NaN or infinite values")
     return SavedWeights({name: state[name].float() for name in shapes}, model, quant, metadata["tokenizer_sha256"])
+
+
+def save_quantized(path: Path, stored: QuantizedState) -> None:
+    """Write codes, scales and fp16 tensors as they are, the file put in place at once."""
+    tensors, bits = {}, {}
+    for name, entry in stored.items():
+        if isinstance(entry, QuantizedTensor):
+            tensors |= {f"{name}:codes": entry.codes_RC.contiguous(), f"{name}:scale": entry.scale_R.contiguous()}
+            bits[name] = entry.bits
+        else:
+            tensors[name] = entry.contiguous()
+    write_file_atomically(path, save(tensors, {"bits": json.dumps(bits), "names": json.dumps(list(stored))}))
+
+
+def load_quantized(path: Path) -> QuantizedState:
+    """Inverse of save_quantized. Raises ArtifactError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            bits, names = (json.loads(file.metadata()[key]) for key in ("bits", "names"))
+            take = file.get_tensor
+            return {
+                name: QuantizedTensor(take(f"{name}:codes"), take(f"{name}:scale"), bits[name])
+                if name in bits
+                else take(name)
+                for name in names
+            }
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"cannot read quantized weights from {path}: {error}") from None
 
 
 def load_metadata_json(text: str) -> object:

@@ -15,16 +15,34 @@ from golf.data.shards import DataError, read_shard
 
 
 class TokenStream:
-    """The tokens of several shards, in order, as one endless stream that starts over at its end."""
+    """The tokens of several shards, in order, as one endless stream that starts over at its end.
 
-    def __init__(self, paths: Sequence[str | Path]):
+    The last `held_out` tokens are not part of it: they are there to look at a training without validation data.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], held_out: int = 0):
         if not paths:
             raise DataError("a token stream needs at least one shard")
         self.shards = [read_shard(path) for path in paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.held_out = held_out
+        if 10 * held_out > self.starts[-1]:
+            raise DataError(
+                f"{self.starts[-1]} training tokens are too few to hold {held_out} out of them: "
+                "set val_loss_every=0, or a smaller val_batch_size"
+            )
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.starts[-1]) - self.held_out
+
+    def held_out_tokens(self, bos_id: int) -> np.ndarray:
+        """The held-out tokens from their first document start on, uint16 (N,). Raises DataError."""
+        pairs = zip(self.starts[:-1], self.shards, strict=True)
+        rest = np.concatenate([shard[max(0, len(self) - start) :] for start, shard in pairs])
+        starts = np.flatnonzero(rest == bos_id)
+        if not len(starts):
+            raise DataError(f"no document starts in the last {self.held_out} training tokens: set val_loss_every=0")
+        return rest[starts[0] :]
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         """Tokens start, ..., start + count - 1 of the endless stream, int64 (count,)."""
@@ -34,7 +52,7 @@ class TokenStream:
             position = (start + filled) % len(self)
             index = int(np.searchsorted(self.starts, position, side="right")) - 1
             offset = position - int(self.starts[index])
-            part = self.shards[index][offset : offset + count - filled]
+            part = self.shards[index][offset : offset + min(count - filled, len(self) - position)]
             tokens_N[filled : filled + len(part)] = part
             filled += len(part)
         return tokens_N

@@ -57,9 +57,9 @@ def data_identity(folder: str | Path, tokenizer: Tokenizer) -> str:
     """The data id that runs record: 16 hex digits.
 
     A prepared folder has it in its manifest. For any other folder of shards it is a hash over the tokenizer
-    and, of each shard, name, size, and first and last 4 KiB (the header among them): quick on 10 billion
-    tokens, and different for anything but deliberate changes. Raises DataError, also when the tokenizer is
-    not the one that made a prepared folder.
+    and, of each training shard, name, size, and first and last 4 KiB (the header among them): quick on 10 billion
+    tokens, and different for anything but deliberate changes; validation shards stay closed. Raises DataError,
+    also when the tokenizer is not the one that made a prepared folder.
     """
     folder = Path(folder)
     if (folder / MANIFEST_NAME).is_file():
@@ -68,7 +68,7 @@ def data_identity(folder: str | Path, tokenizer: Tokenizer) -> str:
             raise DataError(f"{folder} was not made with {tokenizer.name}; use {prepared.tokenizer_path}")
         return prepared.data_id
     digest = hashlib.sha256(tokenizer.sha256.encode())
-    for path in find_shards(folder, "train") + find_shards(folder, "val"):
+    for path in find_shards(folder, "train"):
         size = SHARD_HEADER_BYTES + 2 * shard_token_count(path)
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

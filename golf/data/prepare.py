@@ -21,21 +21,13 @@ from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, PreparedData, load
 from golf.data.shards import DataError, write_shard
 from golf.data.tokenizer import ByteTable, Tokenizer, check_byte_counts, load_tokenizer
 from golf.data.vocabulary import train_tokenizer
-from golf.runtime import write_file_atomically
+from golf.runtime import file_sha256, write_file_atomically
 
 PREPARED_FORMAT = 1
 """Changes with anything that changes the prepared bytes."""
 VAL_FRACTION = 0.05
 SHARD_TOKENS = 100_000_000
 ENCODING_BATCH = 256
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def source_identity(source: str | Path) -> str:

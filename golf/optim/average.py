@@ -16,7 +16,6 @@ class WeightAverage:
         self.enabled, self.start, self.snapshots = config.swa_enabled, config.swa_start, config.swa_snapshots
         self.count = 0
         self.slots_used = 0
-        self.applied = False
         self.mean: dict[str, Tensor] = {}
 
     def slots_due(self, progress: float) -> int:
@@ -34,12 +33,4 @@ class WeightAverage:
                 self.mean[name] = weight.detach().float().clone()
             else:
                 self.mean[name].lerp_(weight.detach().float(), 1 / self.count)
-        return True
-
-    def apply_to(self, model: nn.Module) -> bool:
-        """Load the mean into the model, once; False if fewer than two snapshots were taken (nothing to average)."""
-        if self.count < 2 or self.applied:
-            return False
-        model.load_state_dict(self.mean)
-        self.applied = True
         return True

@@ -49,18 +49,31 @@ class Optimizers:
         self.base_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
         self.clip_norm = config.grad_clip_norm
 
-    def step(self, lr_scale: float, muon_momentum: float) -> None:
-        """Clip, update every parameter, and forget the gradients."""
+    def step(self, lr_scale: float, muon_momentum: float) -> Tensor | None:
+        """Clip, update every parameter, forget the gradients; returns their norm where it is clipped."""
         for optimizer, base in zip(self.all, self.base_lr, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * lr_scale
         for group in self.muon.param_groups:
             group["momentum"] = muon_momentum
-        if self.clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm) if self.clip_norm > 0 else None
         for optimizer in self.all:
             optimizer.step()
         self.zero_grad()
+        return norm
+
+    def state_tensors(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
+        """All state by optimizer.<parameter>.<entry>; of Muon, what this rank holds."""
+        states = [state for optimizer in self.all for state in optimizer.state.items()]
+        return {f"optimizer.{names[p]}.{entry}": value for p, values in states for entry, value in values.items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor], names: dict[Tensor, str]) -> None:
+        """Inverse of state_tensors; entries of every rank may be among them."""
+        for optimizer in self.all:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                start = f"optimizer.{names[parameter]}."
+                own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+                optimizer.state[parameter].update({key: value.to(parameter.device) for key, value in own.items()})
 
     def zero_grad(self) -> None:
         for optimizer in self.all:

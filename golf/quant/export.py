@@ -36,12 +36,19 @@ def check_storable(name: str, tensor: Tensor, bits: int) -> None:
         raise QuantError(f"tensor {name!r} has values beyond {limit:,.0f}, the most that {bits} bits can store")
 
 
-def quantize_state(state: Mapping[str, Tensor], quant: QuantConfig) -> QuantizedState:
-    """Each tensor in the form that its class gets under `quant`, on the CPU. Raises QuantError."""
+def quantize_state(
+    state: Mapping[str, Tensor], quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
+) -> QuantizedState:
+    """Each tensor in the form that its class gets under `quant`, on the CPU; those in `tensor_bits` with those bits.
+
+    Raises QuantError.
+    """
+    for name in (tensor_bits or {}).keys() - state.keys():
+        raise QuantError(f"tensor_bits names {name!r}, which is no tensor of the model")
     stored: QuantizedState = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().float()
-        bits = bits_of(name, tensor.shape, quant)
+        bits = (tensor_bits or {}).get(name) or bits_of(name, tensor.shape, quant)
         check_storable(name, tensor, bits)
         stored[name] = tensor.half() if bits == FP16_BITS else QuantizedTensor(*quantize_rows(tensor, bits), bits)
     return stored

@@ -50,11 +50,16 @@ def prune_tensor(name: str, weight_RC: Tensor, bits: int, share: float) -> tuple
     return pruned_RC, PruneReport(name, weight_RC.numel(), zeroed, codes_changed)
 
 
-def prune_state(state: Mapping[str, Tensor], quant: QuantConfig) -> tuple[dict[str, Tensor], list[PruneReport]]:
-    """`state` with prune_frac of each quantized matrix set to zero where that changes codes, and a report of each."""
+def prune_state(
+    state: Mapping[str, Tensor], quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
+) -> tuple[dict[str, Tensor], list[PruneReport]]:
+    """`state` with prune_frac of each quantized matrix set to zero where that changes codes, and a report of each.
+
+    Tensors in `tensor_bits` get those bits instead of their class's.
+    """
     pruned, reports = dict(state), []
     for name, tensor in state.items():
-        bits = bits_of(name, tensor.shape, quant)
+        bits = (tensor_bits or {}).get(name) or bits_of(name, tensor.shape, quant)
         if bits < FP16_BITS and quant.prune_frac > 0:
             pruned[name], report = prune_tensor(name, tensor, bits, quant.prune_frac)
             reports.append(report)

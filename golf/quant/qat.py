@@ -1,9 +1,10 @@
 """Quantization-aware training: put the export grid between a matrix and its use, or take it away again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from golf.config import QuantConfig
@@ -24,19 +25,30 @@ def fake_quantizable_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuanti
             yield path, cast(FakeQuantizable, module)
 
 
-def install_fake_quantization(model: nn.Module, quant: QuantConfig) -> list[str]:
+def install_fake_quantization(
+    model: nn.Module, quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
+) -> list[str]:
     """Train through the grid that export will use. Returns the names of the weights it acts on.
 
-    Weights that are exported as fp16 are left alone.
+    Weights that are exported as fp16 are left alone; those in `tensor_bits` get those bits.
     """
     names = []
     for path, module in fake_quantizable_modules(model):
         name = f"{path}.weight"
-        bits = bits_of(name, module.weight.shape, quant)
+        bits = (tensor_bits or {}).get(name) or bits_of(name, module.weight.shape, quant)
         if bits < FP16_BITS:
             module.fake_quantize = partial(fake_quantize_rows, bits=bits)
             names.append(name)
     return names
+
+
+@torch.no_grad()
+def quantize_in_place(model: nn.Module, quant: QuantConfig) -> None:
+    """Move every weight that goes to a grid onto it."""
+    for path, module in fake_quantizable_modules(model):
+        bits = bits_of(f"{path}.weight", module.weight.shape, quant)
+        if bits < FP16_BITS:
+            module.weight.copy_(fake_quantize_rows(module.weight, bits))
 
 
 def remove_fake_quantization(model: nn.Module) -> None:

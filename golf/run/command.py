@@ -1,4 +1,4 @@
-"""The command line of train_gpt.py: --preset NAME, --corpus PATH, key=value for every knob, --score FOLDER."""
+"""The command line of train_gpt.py: a run to start, to go on with or to score; key=value for every knob."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,19 @@ from pathlib import Path
 import torch
 
 from golf.config import PRESETS, Config, ConfigError, build_config, iter_knobs
+from golf.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Command:
-    """A run to start (`config`), or the folder of a packed run to score (`score`)."""
+    """What to do; `config` is the run's, also of one that is taken up again."""
 
-    config: Config | None
-    score: Path | None
+    config: Config
+    resume: Path | None = None
+    """Folder of the run to go on with."""
+    score: Path | None = None
+    """Folder of the run whose artifact is only reloaded and scored."""
+    debug: bool = False
 
 
 def list_knobs() -> str:
@@ -35,26 +40,39 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
-    """Read the command line. Raises ConfigError for a knob or a value that does not exist."""
+def command_parser(default_preset: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_gpt.py",
-        description="Train, average, quantize, pack, reload in a fresh process, score.",
+        description="Train, average, quantize, pack, reload in a fresh process, score, report.",
         epilog="knobs (name, section, type, default), as key=value or as upper-case environment variables;\n"
         f"golf/config.py says what each means:\n{list_knobs()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    default_preset = "leaderboard" if torch.cuda.is_available() else "local"
     parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; here {default_preset}")
     parser.add_argument("--corpus", help="text to train on: embedded, .txt, .jsonl, .jsonl.xz, or a folder of them")
+    parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run from wherever it was (or its folder)")
     parser.add_argument("--score", type=Path, metavar="FOLDER", help="only reload and score the artifact of this run")
+    parser.add_argument("--plan", action="store_true", help="print what would happen when (tools/plan.py --help)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args(arguments)
-    if options.score:
-        if options.overrides or options.corpus:
-            raise ConfigError("--score takes the run as it was configured: leave the other arguments out")
-        return Command(None, options.score)
+    return parser
+
+
+def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
+    """Read the command line. Raises ConfigError for a knob or a value that does not exist."""
+    default_preset = "leaderboard" if torch.cuda.is_available() else "local"
+    options = command_parser(default_preset).parse_intermixed_args(arguments)
+    overrides = parse_overrides(options.overrides)
+    if options.resume or options.score:
+        if options.corpus or options.preset or set(overrides) - {"runs_root"}:
+            raise ConfigError("a run goes on as it was configured: leave the other arguments out")
+        runs_root = Path(build_config("local", environ, {"preset": "local"} | overrides).run.runs_root)
+        folder = options.score or next(filter(Path.is_dir, (Path(options.resume), runs_root / options.resume)), None)
+        if folder is None:
+            raise ConfigError(f"there is no run {options.resume!r} under {runs_root}: name one that is there")
+        config = RunFolder(folder).load_config()
+        return Command(config, None if options.score else folder, options.score, debug=options.debug)
     named = {"preset": options.preset, "corpus": options.corpus}
-    overrides = parse_overrides(options.overrides) | {knob: value for knob, value in named.items() if value}
-    return Command(build_config(default_preset, environ, overrides), None)
+    overrides |= {knob: value for knob, value in named.items() if value}
+    return Command(build_config(default_preset, environ, overrides), debug=options.debug)

@@ -6,13 +6,11 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from golf.config import Config, ConfigError
-from golf.data.loader import TokenStream, validation_tokens
+from golf.data.loader import TokenStream
 from golf.data.manifest import data_identity
 from golf.data.shards import find_shards
-from golf.data.tokenizer import ByteTable, Tokenizer, load_tokenizer
+from golf.data.tokenizer import Tokenizer, load_tokenizer
 from golf.runtime import Runtime
 
 
@@ -22,12 +20,6 @@ class TrainingData:
     shards: int
     tokenizer: Tokenizer
     data_id: str
-
-
-@dataclass(frozen=True)
-class ValidationData:
-    tokens_N: np.ndarray
-    byte_table: ByteTable
 
 
 def locate_data(config: Config, runtime: Runtime, root: Path) -> Config:
@@ -84,8 +76,8 @@ def open_training_data(config: Config) -> TrainingData:
     tokenizer = load_tokenizer(config.data.tokenizer_path)
     check_vocabulary(config, tokenizer)
     shards = find_shards(config.data.data_path, "train")
-    return TrainingData(TokenStream(shards), len(shards), tokenizer, data_identity(config.data.data_path, tokenizer))
-
-
-def open_validation_data(config: Config, tokenizer: Tokenizer) -> ValidationData:
-    return ValidationData(validation_tokens(find_shards(config.data.data_path, "val")), ByteTable(tokenizer))
+    held_out = config.train.val_batch_size if config.train.val_loss_every else 0
+    stream = TokenStream(shards, held_out)
+    if held_out:
+        stream.held_out_tokens(config.model.bos_id)  # so that it fails now, and not after hours
+    return TrainingData(stream, len(shards), tokenizer, data_identity(config.data.data_path, tokenizer))

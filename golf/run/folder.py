@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from golf.config import Config, ConfigError, config_dict, config_from_dict, config_hash
+from golf.run.guard import AccessGuard
 from golf.runtime import Runtime, write_file_atomically
 
 
@@ -19,11 +20,23 @@ class RunFolder:
         self.config = path / "config.json"
         self.log = path / "train.log"
         self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
         self.weights = path / "weights.safetensors"
         self.training = path / "training.json"
+        self.effects = path / "effects.json"
+        self.pruning = path / "pruning.json"
+        self.quantized = path / "quantized.safetensors"
         self.artifact = path / "model.golf"
         self.packing = path / "packing.json"
+        self.parity = path / "parity.json"
         self.code = path / "train_gpt.py"
+        self.readable_code = path / "train_gpt_readable.py"
+        self.machine = path / "machine.json"
+        self.ledger = path / "ledger.jsonl"
+        self.access = path / "access.json"
+        self.reload = path / "reload.json"
+        self.score = path / "score.json"
+        self.probes = path / "probes.json"
         self.result = path / "result.json"
 
     def save_config(self, config: Config) -> None:
@@ -32,12 +45,39 @@ class RunFolder:
     def load_config(self) -> Config:
         if not self.config.exists():
             raise ConfigError(f"{self.config} is missing: {self.path} is not the folder of a run")
-        sections = json.loads(self.config.read_text())
+        try:
+            sections = self.load_json(self.config)
+        except ValueError:
+            raise ConfigError(f"{self.config} is not JSON: it was changed; start a new run") from None
         del sections["config_hash"]
         return config_from_dict(sections)
 
     def save_json(self, path: Path, content: dict[str, Any]) -> None:
         write_file_atomically(path, json.dumps(content, indent=2) + "\n")
+
+    def load_json(self, path: Path) -> dict[str, Any]:
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def save_access(self, guard: AccessGuard) -> None:
+        """Add what this process has opened to what earlier ones did."""
+        earlier = self.load_json(self.access)["opened"] if self.access.exists() else {}
+        self.save_json(self.access, guard.record(earlier))
+
+    def journal(self, rank: int) -> Path:
+        """Where a rank's scoring is journaled."""
+        return self.path / f"score-rank{rank}.jsonl"
+
+    def metrics_rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that a killed process left half-written is none."""
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1] if self.metrics.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def trim_metrics(self, step: int) -> float:
+        """Forget rows after `step`, which will be taken again; returns the last clock reading of all rows."""
+        rows = self.metrics_rows()
+        kept = [row for row in rows if row["step"] <= step]
+        write_file_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        return max((row["elapsed"] for row in rows), default=0.0)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -47,6 +87,7 @@ class RunFolder:
         """Make the folder; a run never writes into another's. Raises ConfigError."""
         try:
             self.path.mkdir(parents=True)
+            self.checkpoints.mkdir()
         except FileExistsError:
             raise ConfigError(f"{self.path} exists: choose another run_id, or remove the folder") from None
         self.save_config(config)

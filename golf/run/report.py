@@ -2,7 +2,8 @@
 
 import platform
 import sys
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,7 +11,8 @@ from golf.config import Config, ModelConfig, QuantConfig, changed_knobs, config_
 from golf.run.datasets import TrainingData
 from golf.run.folder import RunFolder
 from golf.run.training import StepReport, Trainer
-from golf.runtime import Runtime
+from golf.runtime import Runtime, file_sha256
+from golf.score.journal import ScoreJournal
 from golf.score.scorer import Score
 
 
@@ -19,21 +21,21 @@ def quantization_name(quant: QuantConfig) -> str:
     return f"int{quant.mlp_bits}" + (f"int{quant.attn_bits}" if quant.attn_bits != quant.mlp_bits else "")
 
 
-def opening_lines(trainer: Trainer, data: TrainingData, val_tokens: int, log: Path) -> list[str]:
+def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> list[str]:
     config, runtime = trainer.config, trainer.runtime
     model, train, optim, average, quant = config.model, config.train, config.optim, config.average, config.quant
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return [
-        f"{log}",
+        f"{folder.log}",
         f"preset:{config.run.preset} config_hash:{config_hash(config)} data_id:{data.data_id} "
-        f"tokenizer_sha256:{data.tokenizer.sha256}",
+        f"tokenizer_sha256:{data.tokenizer.sha256} code_sha256:{file_sha256(folder.code)}",
         "knobs changed from the preset: "
         + (" ".join(f"{knob}={value}" for knob, value in changed_knobs(config).items()) or "none"),
         f"machine:{machine_description(runtime)} compute:{runtime.compute_dtype} compile:{runtime.compiles} "
         f"python:{platform.python_version()} torch:{torch.__version__}",
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={config.data.tokenizer_path}",
         f"train_loader:dataset:{config.data.data_path} train_shards:{data.shards}",
-        f"val_loader:shards pattern={config.data.data_path}/*_val_*.bin tokens:{val_tokens}",
+        f"val_loader:shards pattern={config.data.data_path}/*_val_*.bin, closed until the artifact is scored",
         f"model_params:{parameters}",
         f"world_size:{runtime.world_size} grad_accum_steps:{trainer.micro_steps}",
         f"attention_mode:gqa num_heads:{model.num_heads} num_kv_heads:{model.num_kv_heads}",
@@ -63,12 +65,12 @@ def stop_line(report: StepReport, config: Config) -> str:
     return f"stopping_early: wallclock_cap train_time:{milliseconds:.0f}ms step:{report.step}/{config.train.iterations}"
 
 
-def validation_line(score: Score, report: StepReport, config: Config, weights: str) -> str:
-    """`weights` says which weights were scored: a score before quantization is not the artifact's."""
+def holdout_line(score: Score, report: StepReport, config: Config) -> str:
+    """A look at the last weights, before averaging and quantization, on training text: not the artifact's score."""
     milliseconds = 1000 * report.elapsed
     return (
-        f"step:{report.step}/{config.train.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} "
-        f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(report.step, 1):.2f}ms weights:{weights}"
+        f"step:{report.step}/{config.train.iterations} holdout_loss:{score.val_loss:.4f} "
+        f"holdout_bpb:{score.val_bpb:.4f} train_time:{milliseconds:.0f}ms"
     )
 
 
@@ -82,12 +84,13 @@ def progress_text(report: StepReport, config: Config) -> str:
     )
 
 
-def packing_lines(folder: RunFolder, config: Config, pruned_codes: int, codes: int) -> list[str]:
+def packing_lines(folder: RunFolder, config: Config) -> list[str]:
     name = f"{quantization_name(config.quant)}+{config.quant.codec}"
     files = (folder.weights, folder.artifact, folder.code)
     bytes_raw, bytes_model, bytes_code = (path.stat().st_size for path in files)
+    pruning = folder.load_json(folder.pruning)
     return [
-        f"prune:changed {pruned_codes} of {codes} codes",
+        f"prune:changed {pruning['pruned_codes']} of {pruning['codes']} codes",
         f"Serialized model: {bytes_raw} bytes",
         f"Code size: {bytes_code} bytes",
         f"Serialized model {name}: {bytes_model} bytes",
@@ -109,6 +112,23 @@ def final_lines(score: Score, quant: QuantConfig) -> list[str]:
         f"{name} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f} eval_time:{1000 * score.seconds:.0f}ms",
         f"{name}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}",
     ]
+
+
+def partial_line(journal: ScoreJournal) -> str:
+    """What a stopped scoring has so far: no score, and not to be taken for one."""
+    done = journal.sums
+    return f"score:partial tokens:{done.tokens} nats:{done.nats:.4f} of this process, no score: go on with --resume"
+
+
+def result_line(result: Mapping[str, Any]) -> str:
+    """The last line of a log, which says the same as result.json."""
+    return (
+        f"result: {'valid' if result['valid'] else 'INVALID'} val_loss:{result['val_loss']:.8f} "
+        f"val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']} steps:{result['steps']} "
+        f"train_seconds:{result['train_seconds']:.1f} eval_seconds:{result['eval_seconds']:.1f} "
+        f"config_hash:{result['config_hash']} code_sha256:{result['code_sha256']} "
+        f"artifact_sha256:{result['artifact_sha256']}"
+    )
 
 
 def machine_description(runtime: Runtime) -> str:

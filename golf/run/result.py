@@ -1,63 +1,124 @@
 """result.json: what a run measured, from the bytes on the disk."""
 
 import hashlib
-import json
+import platform
 from typing import Any
 
-from golf.artifact.container import Artifact
+import torch
+
+from golf.artifact.container import read_artifact
+from golf.artifact.fit import FittedArtifact
 from golf.config import Config, config_hash
-from golf.run.findings import feature_findings, packing_findings
-from golf.run.folder import RunFolder
+from golf.run.findings import run_findings
+from golf.run.report import machine_description
+from golf.run.session import Session
 from golf.run.training import Trainer
+from golf.run.witness import Witness
 from golf.score.scorer import Score
 
 
-def training_record(trainer: Trainer, data_id: str) -> dict[str, Any]:
-    """training.json: what the training measured; the process that scores knows it only from here."""
+def training_record(trainer: Trainer, data_id: str, tokenizer_sha256: str) -> dict[str, Any]:
+    """training.json: what the training measured."""
     return {
         "params": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "steps": trainer.step,
         "train_seconds": trainer.clock.seconds,
+        "train_seconds_lost": trainer.lost_seconds,
         "train_tokens": trainer.step * trainer.config.train.train_batch_tokens,
         "swa_snapshots": trainer.average.count,
         "data_id": data_id,
+        "tokenizer_sha256": tokenizer_sha256,
         "world_size": trainer.runtime.world_size,
         "compiled": trainer.runtime.compiles,
-        "findings": feature_findings(trainer),
     }
 
 
-def build_result(folder: RunFolder, config: Config, artifact: Artifact, score: Score, machine: str) -> dict[str, Any]:
-    """All figures of the run; `findings` is empty when it is valid."""
-    training = json.loads(folder.training.read_text())
-    packing = json.loads(folder.packing.read_text())
-    code = folder.code.read_bytes()
-    bytes_total = artifact.byte_count + len(code)
-    findings = training.pop("findings") + packing_findings(config, packing["pruned_codes"], bytes_total)
+def pruning_record(fitted: FittedArtifact) -> dict[str, Any]:
+    """pruning.json: what was taken away from the weights."""
     return {
+        "pruned_codes": sum(tensor.codes_changed for tensor in fitted.prune_reports),
+        "codes": sum(tensor.weights for tensor in fitted.prune_reports),
+        "fit_actions": fitted.actions,
+    }
+
+
+def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str, Any]:
+    """score.json: the artifact's score; and that of the weights before quantization."""
+    return {
+        "val_loss": score.val_loss,
+        "val_bpb": score.val_bpb,
+        "val_tokens": score.tokens,
+        "of_tokens": score.tokens,
+        "partial": False,
+        "val_bytes": score.bytes,
+        "val_docs": score.documents,
+        "val_data_id": val_data_id,
+        "eval_stride": score.stride,
+        "eval_windows": score.windows,
+        "eval_seconds": score.seconds,
+        "eval_tokens_per_second": score.window_tokens / score.seconds,
+        "unquantized": {
+            "val_loss": unquantized.val_loss,
+            "val_bpb": unquantized.val_bpb,
+            "note": "averaged weights before pruning and quantization, rows of the training length without overlap",
+        },
+    }
+
+
+def full_witness(config: Config, session: Session) -> Witness:
+    """The witness of training and averaging, with what the later stages tell."""
+    folder = session.folder
+    witness = Witness(config, folder.load_json(folder.effects))
+    pruned, reloaded = folder.load_json(folder.pruning), folder.load_json(folder.reload)
+    if config.quant.prune_frac > 0:
+        witness.act("prune", count=pruned["pruned_codes"])
+        witness.prove(
+            "prune", pruned["pruned_codes"] > 0, f"changed {pruned['pruned_codes']} of {pruned['codes']} codes"
+        )
+    if config.score.eval_rope == "ntk":
+        witness.act("ntk_rope", count=folder.load_json(folder.score)["eval_windows"])
+        effect = reloaded["ntk_effect"]
+        witness.prove("ntk_rope", effect > 0, f"changes a token's nats by up to {effect:.3g}")
+    return witness
+
+
+def build_result(config: Config, session: Session, probed: bool) -> dict[str, Any]:
+    """All figures of the run; `findings` is empty when it is valid. `probed`: the legality probes did not break."""
+    folder, runtime = session.folder, session.runtime
+    artifact, code = read_artifact(folder.artifact), folder.code.read_bytes()
+    witness = full_witness(config, session)
+    figures = {
         "run_id": folder.path.name,
         "preset": config.run.preset,
         "config_hash": config_hash(config),
         "seed": config.run.seed,
-        "valid": not findings,
-        "findings": findings,
-        **training,
-        "eval_seconds": score.seconds,
-        "val_loss": score.val_loss,
-        "val_bpb": score.val_bpb,
-        "val_tokens": score.tokens,
-        "val_bytes": score.bytes,
-        "val_docs": score.documents,
+        **folder.load_json(folder.training),
+        **folder.load_json(folder.score),
+        **folder.load_json(folder.pruning),
+        **folder.load_json(folder.packing),
         "eval_seq_len": config.score.eval_seq_len,
-        "eval_stride": config.score.eval_stride,
-        "eval_tokens_per_second": score.window_tokens / score.seconds,
+        "eval_stride_asked": config.score.eval_stride,
+        "max_wallclock_seconds": config.train.max_wallclock_seconds,
+        "max_eval_seconds": config.score.max_eval_seconds,
+        "iterations": config.train.iterations,
         "bytes_code": len(code),
         "bytes_model": artifact.byte_count,
-        "bytes_total": bytes_total,
+        "bytes_total": len(code) + artifact.byte_count,
         "limit_bytes": config.run.limit_bytes,
-        "tokenizer_sha256": artifact.tokenizer_sha256,
         "artifact_sha256": artifact.sha256,
         "code_sha256": hashlib.sha256(code).hexdigest(),
-        "machine": machine,
-        **packing,
+        "tokenizer_kind": "sentencepiece",
+        "machine": machine_description(runtime),
+        "device": runtime.device.type,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "resumes": len({row["session"] for row in session.ledger.rows}) - 1,
+        "fingerprint": folder.load_json(folder.machine),
+        "witness": witness.record(),
+        "parity": folder.load_json(folder.reload)["parity"],
+        "probes": folder.load_json(folder.probes) if folder.probes.exists() else {},
+        "ledger": session.ledger.summary(),
     }
+    broken = [] if probed else ["tools/check_run.py could not probe the score; see its message"]
+    findings = [*witness.findings(), *run_findings(figures), *broken]
+    return figures | {"valid": not findings, "findings": findings}

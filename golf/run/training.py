@@ -5,7 +5,7 @@ B batch rows, T time.
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,13 @@ from golf.model.gpt import GPT
 from golf.optim.average import WeightAverage
 from golf.optim.groups import Optimizers, average_gradients
 from golf.optim.schedule import Budget, learning_rate_scale, muon_momentum
-from golf.quant.qat import install_fake_quantization, remove_fake_quantization
+from golf.quant.qat import install_fake_quantization, quantize_in_place, remove_fake_quantization
+from golf.run.checkpoint import TrainingState, generator_tensors, restore_generators
+from golf.run.witness import Witness
 from golf.runtime import Runtime, Stopwatch
+
+STEP_MARGIN = 1.5
+"""A step may take so many times the longest of the last hundred: the cap holds on a machine that stumbles."""
 
 
 class TrainingError(UserError):
@@ -55,9 +60,13 @@ class Trainer:
         self.budget = Budget(config.train.iterations, config.train.max_wallclock_seconds)
         self.micro_steps = count_micro_steps(config, runtime.world_size)
         self.clock = clock or Stopwatch()
+        self.recent_seconds: deque[float] = deque([0.0], maxlen=100)
+        self.witness = Witness(config)
         self.fake_quantized = False
-        self.fake_quantized_steps = 0
-        self.step = 0
+        self.step = self.averaged_step = 0
+        self.lost_seconds = 0.0
+        """Training time that kills made void: it is on the clock, its steps are not in the weights."""
+        self.stop_agreed = False
 
     def new_optimizers(self) -> Optimizers:
         return Optimizers(self.model, self.config.optim, self.runtime)
@@ -73,8 +82,28 @@ class Trainer:
                 self.accumulate_gradients(step)
                 self.optimizers.step(lr_scale=0.0, muon_momentum=self.config.optim.muon_momentum_start)
                 self.runtime.print(f"warmup_step:{step + 1}/{self.config.train.warmup_steps}")
-        self.model.load_state_dict(before)
+            self.model.load_state_dict(before)
+            if fake_quantized:
+                self.prove_fake_quantization()
+            self.model.load_state_dict(before)
         self.optimizers = self.new_optimizers()
+
+    def prove_fake_quantization(self) -> None:
+        """The step as it is compiled must see the export grid: weights moved onto it give the loss that they gave.
+
+        A graph without the grid sees the move; how much, is measured with the grid taken out.
+        """
+        inputs_BT, targets_BT = (part_BT.chunk(self.micro_steps)[0] for part_BT in self.batches.get(0))
+        on = self.forward(inputs_BT, targets_BT).item()
+        self.set_fake_quantization(False)
+        with torch.no_grad():
+            off = self.model(inputs_BT, targets_BT).item()
+            quantize_in_place(self.model, self.config.quant)
+            off_moved = self.model(inputs_BT, targets_BT).item()
+        self.set_fake_quantization(True)
+        on_moved = self.forward(inputs_BT, targets_BT).item()
+        holds = abs(on - on_moved) < abs(off - off_moved) / 2
+        self.witness.prove("qat", holds, f"loss without the grid {off:.6f}, on it {off_moved:.6f}, compiled {on:.6f}")
 
     def set_fake_quantization(self, wanted: bool) -> None:
         if wanted and not self.fake_quantized:
@@ -95,42 +124,103 @@ class Trainer:
         average_gradients(self.optimizers.parameters, self.runtime.world_size)
         return self.runtime.sum_over_ranks(loss_sum / (self.micro_steps * self.runtime.world_size))
 
-    def steps(self) -> Iterator[StepReport]:
-        """Train until the budget is used up; the clock stands still while the caller looks at a report."""
-        recent_seconds: deque[float] = deque([0.0], maxlen=10)
-        elapsed = 0.0
-        while not self.budget.exhausted(self.step, elapsed, max(recent_seconds)):
+    def steps(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
+        """Train until the budget is used up; the clock stands still while the caller looks at a report.
+
+        Once any rank's `stop_requested` says so, `stop_agreed` is set on all of them, after the same step.
+        """
+        elapsed = self.clock.seconds
+        while not self.budget.exhausted(self.step, elapsed, STEP_MARGIN * max(self.recent_seconds)):
             self.clock.start()
             progress = self.budget.progress(self.step, elapsed)
-            train_loss, lr_scale = self.take_step(progress)
+            train_loss, gradient_norm, lr_scale = self.take_step(progress)
             self.runtime.synchronize()
             self.step += 1
-            now = self.runtime.max_over_ranks(self.clock.seconds)
-            self.average.observe(self.model, self.budget.progress(self.step, now))
+            now, stop = self.runtime.max_over_ranks(self.clock.seconds, float(stop_requested()))
+            self.observe(self.budget.progress(self.step, now))
             self.clock.stop()
-            recent_seconds.append(now - elapsed)
-            elapsed = now
+            self.recent_seconds.append(now - elapsed)
+            elapsed, self.stop_agreed = now, stop > 0
             loss = train_loss.item()
             if not math.isfinite(loss):  # the same on every rank, so all stop
                 raise TrainingError(f"the loss is {loss} at step {self.step}: lower matrix_lr or tied_embed_lr")
+            self.note_acts(progress, gradient_norm)
             yield StepReport(self.step, loss, elapsed, self.budget.progress(self.step, elapsed), lr_scale)
 
-    def take_step(self, progress: float) -> tuple[Tensor, float]:
+    def observe(self, progress: float) -> None:
+        """Let the average take a snapshot if one is due."""
+        if self.average.observe(self.model, progress):
+            self.witness.act("swa", self.step)
+            self.averaged_step = self.step
+
+    def take_step(self, progress: float) -> tuple[Tensor, Tensor | None, float]:
+        """(loss, norm of the gradients where they are clipped, learning-rate scale)"""
         quant = self.config.quant
         self.set_fake_quantization(quant.qat_enabled and progress >= quant.qat_start)
-        self.fake_quantized_steps += self.fake_quantized
         train_loss = self.accumulate_gradients(self.step)
         lr_scale = learning_rate_scale(progress, self.config.train)
-        self.optimizers.step(lr_scale, muon_momentum(progress, self.config.optim))
-        return train_loss, lr_scale
+        norm = self.optimizers.step(lr_scale, muon_momentum(progress, self.config.optim))
+        return train_loss, norm, lr_scale
+
+    def note_acts(self, progress: float, gradient_norm: Tensor | None) -> None:
+        """Tell the witness what acted in the step that is over."""
+        optim, step = self.config.optim, self.step
+        if self.fake_quantized:
+            self.witness.act("qat", step)
+        lr_scale = learning_rate_scale(progress, self.config.train)
+        if lr_scale < 1:
+            self.witness.act("warmdown", step)
+            self.witness.prove("warmdown", True, f"learning rate down to {lr_scale:.4f} of its height")
+        momentum = muon_momentum(progress, optim)
+        if momentum != optim.muon_momentum and "muon_momentum_warmup" in self.witness.testimonies:
+            self.witness.act("muon_momentum_warmup", step)
+            effect = f"momentum from {optim.muon_momentum_start} to {momentum:.4f}"
+            self.witness.prove("muon_momentum_warmup", True, effect)
+        if gradient_norm is not None and (norm := gradient_norm.item()) > optim.grad_clip_norm:
+            self.witness.act("grad_clip", step)
+            self.witness.prove("grad_clip", True, f"norm {norm:.3f} cut to {optim.grad_clip_norm}")
 
     def finish(self) -> None:
-        """Put the averaged weights in place, without the training grid."""
+        """The last weights count in the average, however early the cap struck."""
         self.batches.close()
         self.set_fake_quantization(False)
-        if self.config.average.swa_enabled:
-            self.average.observe(self.model, progress=1.0)  # the last weights count, however early the cap struck
-            self.average.apply_to(self.model)
+        if self.step != self.averaged_step:
+            self.observe(progress=1.0)
+
+    def state(self) -> TrainingState:
+        """All that it takes to go on after the last step."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        tensors = self.optimizers.state_tensors(names) | generator_tensors()
+        if self.runtime.is_main:  # the same on every rank
+            tensors |= {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
+            tensors |= {f"average.{name}": mean for name, mean in self.average.mean.items()}
+        numbers = {
+            "step": self.step,
+            "elapsed": self.clock.seconds,
+            "lost_seconds": self.lost_seconds,
+            "recent_seconds": list(self.recent_seconds),
+            "average": [self.average.count, self.average.slots_used, self.averaged_step],
+            "witness": self.witness.record(),
+        }
+        return TrainingState(tensors, numbers)
+
+    def load_state(self, state: TrainingState, latest: float) -> None:
+        """Go on from `state`. The clock goes on from `latest`, the last reading of a process that was killed later."""
+        device, numbers = self.runtime.device, state.numbers
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
+        for name, tensor in state.tensors.items():
+            kind, _, rest = name.partition(".")
+            parts.get(kind, {})[rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.average.mean = {name: mean.to(device) for name, mean in parts["average"].items()}
+        self.average.count, self.average.slots_used, self.averaged_step = numbers["average"]
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.optimizers.load_state_tensors(state.tensors, names)
+        restore_generators(state.tensors)
+        self.step, self.clock.total = numbers["step"], max(numbers["elapsed"], latest)
+        self.lost_seconds = numbers["lost_seconds"] + self.clock.total - numbers["elapsed"]
+        self.recent_seconds.extend(numbers["recent_seconds"])
+        self.witness = Witness(self.config, numbers["witness"])
 
 
 def count_micro_steps(config: Config, world_size: int) -> int:

@@ -44,7 +44,12 @@ class ScoreProgress:
         self.runtime, self.windows, self.window_length, self.share = runtime, windows, window_length, share
         self.line = ProgressLine(shown=runtime.is_main)
         self.started = self.warm_at = time.perf_counter()
-        self.batches = self.done = self.warm_windows = self.tenths = 0
+        self.batches = self.done = self.skipped = self.warm_windows = self.tenths = 0
+
+    def skip(self, windows: int) -> None:
+        """`windows` of this rank's share were scored by an earlier process."""
+        self.done += windows
+        self.skipped += windows
 
     def advance(self, windows: int) -> None:
         """`windows` more of this rank's share were asked of the device."""
@@ -69,7 +74,7 @@ class ScoreProgress:
 
     def show(self) -> None:
         elapsed, part = time.perf_counter() - self.started, self.done / self.share
-        left = elapsed / part - elapsed
+        left = elapsed * (self.share - self.done) / (self.done - self.skipped)
         if self.line.shown:
             self.line.update(f"score {part:.1%}  {elapsed:.0f} s, {left:.0f} s left")
             if part == 1:

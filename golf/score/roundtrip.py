@@ -1,15 +1,59 @@
 """The score that counts: from the artifact's bytes, the tokenizer and the validation shards, and nothing else."""
 
-from collections.abc import Sequence
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 from golf.artifact.container import Artifact
 from golf.artifact.restore import restore_model
 from golf.config import ScoreConfig
 from golf.data.loader import validation_tokens
 from golf.data.tokenizer import ByteTable, load_tokenizer
+from golf.model.gpt import GPT
 from golf.runtime import Runtime
-from golf.score.scorer import Score, ScoreError, compiled_losses, score_stream, sliding_settings
+from golf.score.deadline import settle_stride
+from golf.score.journal import ScoreJournal
+from golf.score.scorer import (
+    Score,
+    ScoreError,
+    compiled_losses,
+    plain_settings,
+    score_stream,
+    sliding_settings,
+)
+
+
+def load_artifact_tokenizer(artifact: Artifact, path: str | Path) -> ByteTable:
+    """The byte table of the artifact's tokenizer. Raises ScoreError where the file is another one."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.sha256 != artifact.tokenizer_sha256:
+        raise ScoreError(
+            f"{path}: SHA-256 {tokenizer.sha256[:12]}... is not that of the artifact's tokenizer,"
+            f" {artifact.tokenizer_sha256[:12]}...: give the tokenizer that made the training shards"
+        )
+    return ByteTable(tokenizer)
+
+
+def stream_identity(tokens: np.ndarray) -> str:
+    """16 hex digits of SHA-256 over a stream of tokens: the identity of validation data."""
+    return hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()[:16]
+
+
+def score_weights(
+    state: Mapping[str, Tensor], artifact: Artifact, tokenizer_path: str | Path, val_paths: Sequence[str | Path],
+    rows: int, runtime: Runtime,
+) -> Score:  # fmt: skip
+    """What the weights of the artifact's model scored before they were quantized, in plain rows."""
+    model = GPT(artifact.model, runtime.compute_dtype)
+    model.load_state_dict(state)
+    settings = plain_settings(artifact.model, max(1, rows // runtime.world_size))
+    tokens, table = validation_tokens(val_paths), load_artifact_tokenizer(artifact, tokenizer_path)
+    return score_stream(model.to(runtime.device), tokens, table, settings, runtime, announce=False)
 
 
 def score_artifact(
@@ -20,24 +64,33 @@ def score_artifact(
     runtime: Runtime,
     *,
     compiled: bool = False,
-) -> Score:
+    journal: ScoreJournal | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Score, str]:
     """Score the model in `artifact` on the validation shards, over all ranks, with sliding windows.
 
-    Raises ScoreError for a tokenizer that is not the artifact's, or a stream that can't be scored; DataError for
-    files that can't be read.
+    Returns the score and the identity of the validation data. A `journal` is taken up where a killed process left
+    it; `check` is called between its chunks, and may raise. Raises ScoreError for a tokenizer that is not the
+    artifact's, or a stream that can't be scored; DataError for files that can't be read.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.sha256 != artifact.tokenizer_sha256:
-        raise ScoreError(
-            f"{tokenizer_path}: SHA-256 {tokenizer.sha256[:12]}... is not that of the artifact's tokenizer,"
-            f" {artifact.tokenizer_sha256[:12]}...: give the tokenizer that made the training shards"
-        )
-    model = restore_model(artifact, runtime)
-    return score_stream(
-        model,
-        validation_tokens(val_paths),
-        ByteTable(tokenizer),
-        sliding_settings(score, artifact.model),
-        runtime,
-        forward=compiled_losses(model) if compiled else None,
-    )
+    started = time.perf_counter()
+    byte_table = load_artifact_tokenizer(artifact, tokenizer_path)
+    model, tokens = restore_model(artifact, runtime), validation_tokens(val_paths)
+    forward = compiled_losses(model) if compiled else model.token_losses
+    settings = sliding_settings(score, artifact.model)
+    subject = {
+        "artifact": artifact.sha256, "data": stream_identity(tokens), "asked": asdict(settings),
+        "rank": runtime.rank, "world_size": runtime.world_size,
+    }  # fmt: skip
+    begun = (journal and journal.identity) or {}
+    if not runtime.max_over_ranks(float(not subject.items() <= begun.items()))[0]:  # all ranks can go on
+        settings = replace(settings, stride=begun["stride"])
+    else:
+        settings = settle_stride(model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds)
+    preparing = time.perf_counter() - started
+    if journal:
+        journal.start(subject | {"stride": settings.stride})
+    measured = score_stream(
+        model, tokens, byte_table, settings, runtime, forward=forward, journal=journal, check=check
+    )  # fmt: skip
+    return replace(measured, seconds=measured.seconds + preparing), subject["data"]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.model.rotary import ntk_rope_base
 from golf.runtime import Runtime
+from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.progress import ForwardTimer, ScoreProgress
 from golf.score.windows import WindowPlan, plan_windows, rank_share
 
@@ -31,6 +33,10 @@ Forward = Callable[[Tensor, Tensor, float | None], Tensor]
 
 Recorder = Callable[[Tensor, Tensor], None]
 """Told of every scored target, batch by batch: (numbers of the targets in the stream, their float64 nats)."""
+
+
+CHUNKS = 100
+"""Parts that a rank's scoring is journaled in."""
 
 
 class ScoreError(UserError):
@@ -50,15 +56,6 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True)
-class ScoreSums:
-    """What a range of windows adds to the score. Ranges add up, in any order, on any rank."""
-
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
 class Score:
     """The score of a whole stream, over all ranks."""
 
@@ -70,8 +67,9 @@ class Score:
     windows: int
     window_tokens: int
     """Tokens that went through the forward pass: windows times their length."""
+    stride: int
     seconds: float
-    """Wall clock of the slowest rank."""
+    """Wall clock of the slowest rank, with what a journal holds of killed processes."""
     forward_share: float
     """Part of the main rank's seconds that its device spent in the batched forward."""
 
@@ -142,20 +140,23 @@ def score_stream(
     *,
     forward: Forward | None = None,
     announce: bool = True,
+    journal: ScoreJournal | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score every target of `tokens` (N + 1 integers, a document start first) once, over all ranks.
 
     `forward` replaces `model.token_losses` for the windows that share a shape (pass its compiled form);
-    `announce` prints a forecast of the time and progress. Raises ScoreError.
+    `announce` prints a forecast of the time and progress. Chunks that a started `journal` holds are not scored
+    again; `check` is called between chunks, and may raise. Raises ScoreError.
     """
     started = time.perf_counter()
     job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
     begin, end = rank_share(len(job.plan), runtime.rank, runtime.world_size)
     timer = ForwardTimer(runtime.device)
     progress = ScoreProgress(runtime, len(job.plan), job.plan.length, end - begin) if announce else None
+    earlier_seconds = journal.seconds if journal else 0.0
     with evaluation_mode(model):
-        local = score_windows(job, begin, end, timer, progress)
-    runtime.synchronize()
+        local = score_chunks(job, begin, end, timer, progress, journal, check)
     seconds = time.perf_counter() - started
     total = sum_sums(local, runtime)
     assert total.tokens == len(tokens) - 1, f"{total.tokens} targets scored of {len(tokens) - 1}"
@@ -166,7 +167,8 @@ def score_stream(
         documents=job.documents,
         windows=len(job.plan),
         window_tokens=len(job.plan) * job.plan.length,
-        seconds=runtime.max_over_ranks(seconds),
+        stride=job.plan.stride,
+        seconds=runtime.max_over_ranks(earlier_seconds + seconds)[0],
         forward_share=timer.seconds() / seconds,
     )
 
@@ -251,6 +253,39 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def chunk_ranges(job: ScoreJob, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Windows begin .. end - 1 in about CHUNKS ranges that cut between batches."""
+    rows = min(job.settings.batch_seqs, len(job.plan))
+    size = rows * max(1, -(-(end - begin) // (rows * CHUNKS)))
+    alone = 1 if begin == 0 and job.plan.length > job.plan.stride else 0  # the long first window is a batch of its own
+    cuts = [begin, *range(begin + alone + size, end, size), end]
+    return ((first, last) for first, last in pairwise(cuts) if first < last)
+
+
+def score_chunks(
+    job: ScoreJob,
+    begin: int,
+    end: int,
+    timer: ForwardTimer,
+    progress: ScoreProgress | None,
+    journal: ScoreJournal | None,
+    check: Callable[[], None],
+) -> ScoreSums:
+    """Sums of windows begin .. end - 1 on this rank, chunk by chunk, in evaluation_mode."""
+    total = ScoreSums()
+    for first, last in chunk_ranges(job, begin, end):
+        sums, started = journal.sums_of(first, last) if journal else None, time.perf_counter()
+        if sums and progress:
+            progress.skip(last - first)
+        if sums is None:
+            sums = score_windows(job, first, last, timer, progress)
+            if journal:
+                journal.add(first, last, sums, time.perf_counter() - started)
+            check()
+        total += sums
+    return total
+
+
 def score_windows(
     job: ScoreJob,
     begin: int,
@@ -260,7 +295,7 @@ def score_windows(
     recorder: Recorder | None = None,
 ) -> ScoreSums:
     """Sums of windows begin .. end - 1 on this rank alone, in evaluation_mode."""
-    assert not any(module.training for module in job.model.modules()), "scoring needs evaluation_mode"
+    assert not any(module.training for module in job.model.modules()), "scoring needs eval mode: evaluation_mode"
     timer = timer or ForwardTimer(job.tokens_N1.device)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=job.tokens_N1.device)
     for first, last, rows, scored in batch_shapes(job, begin, end):

@@ -49,7 +49,7 @@ def minify_source(source: str) -> str:
             ),
             remove_literal_statements=True,
             hoist_literals=False,
-            rename_locals=False,
+            rename_locals=True,
             rename_globals=False,
             preserve_shebang=False,
         )

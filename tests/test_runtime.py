@@ -1,4 +1,4 @@
-"""What makes a run invalid, and what a result says of it."""
+"""What a run stands on: its folder, files that appear at once, devices and compilers that are there or not."""
 
 from dataclasses import replace
 
@@ -6,23 +6,8 @@ import pytest
 import torch
 
 from golf.config import ConfigError, build_config
-from golf.run.findings import packing_findings
 from golf.run.folder import RunFolder, choose_run_folder
 from golf.runtime import Runtime, choose_compile, choose_device, write_file_atomically
-
-
-def test_one_byte_over_the_limit_is_found():
-    config = build_config("leaderboard", {}, {})
-    assert packing_findings(config, pruned_codes=1, bytes_total=16_000_000) == []
-    (finding,) = packing_findings(config, pruned_codes=1, bytes_total=16_000_001)
-    assert "1 over the limit of 16,000,000" in finding
-
-
-def test_pruning_that_changed_nothing_is_found():
-    config = build_config("leaderboard", {}, {})
-    assert "prune_frac" in packing_findings(config, pruned_codes=0, bytes_total=1)[0]
-    config = replace(config, quant=replace(config.quant, prune_frac=0.0))
-    assert packing_findings(config, pruned_codes=0, bytes_total=1) == []
 
 
 def test_two_runs_never_share_a_folder(tmp_path):

@@ -1,0 +1,123 @@
+"""Checkpoints of a training: all that it takes to go on, in safetensors files that appear at once.
+
+Every rank writes its own file, because Muon keeps the momentum of a matrix on one rank; a checkpoint is whole when
+the files of all ranks are there. The training waits only while its tensors are copied; a thread writes the copy.
+"""
+
+import json
+import random
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from golf.config import UserError
+from golf.runtime import write_file_atomically
+
+CHECKPOINT_NAME = re.compile(r"step(\d{7})-rank(\d+)of(\d+)\.safetensors")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that can't be read or does not fit."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """Tensors by name, and plain numbers."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+def generator_tensors() -> dict[str, Tensor]:
+    """The states of all random number generators that a run may draw from."""
+    states = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["rng.cuda"] = torch.cuda.get_rng_state()
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    states["rng.numpy"] = torch.from_numpy(keys.astype(np.int64))
+    states["rng.numpy_rest"] = torch.tensor([position, has_gauss, gauss], dtype=torch.float64)
+    states["rng.python"] = torch.tensor(random.getstate()[1], dtype=torch.int64)
+    return states
+
+
+def restore_generators(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["rng.torch"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    position, has_gauss, gauss = tensors["rng.numpy_rest"].tolist()
+    keys = tensors["rng.numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
+    random.setstate((3, tuple(tensors["rng.python"].tolist()), None))
+
+
+def checkpoint_path(folder: Path, step: int, rank: int, world_size: int) -> Path:
+    return folder / f"step{step:07d}-rank{rank}of{world_size}.safetensors"
+
+
+class CheckpointWriter:
+    """Writes this rank's part of checkpoints in a thread, and keeps the last two."""
+
+    def __init__(self, folder: Path, rank: int, world_size: int):
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending: Future | None = None
+
+    def write(self, state: TrainingState, step: int) -> Path:
+        """Copy the state and leave the writing to the thread, after the write before is done. Raises its OSError."""
+        self.wait()
+        path = checkpoint_path(self.folder, step, self.rank, self.world_size)
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
+        self.pending = self.thread.submit(self.put, path, tensors, {"numbers": json.dumps(state.numbers)})
+        return path
+
+    def put(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        write_file_atomically(path, save(tensors, metadata))
+        for old in checkpoint_files(self.folder, self.rank)[:-2]:
+            old.unlink()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises the OSError of a write that failed."""
+        if self.pending:
+            self.pending.result()
+        self.pending = None
+
+    def close(self) -> None:
+        self.wait()
+        self.thread.shutdown()
+
+
+def checkpoint_files(folder: Path, rank: int) -> list[Path]:
+    """The files of one rank, oldest first."""
+    matches = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob("step*.safetensors")]
+    return [path for match, path in sorted(matches, key=lambda pair: pair[1].name) if match and int(match[2]) == rank]
+
+
+def newest_checkpoint(folder: Path) -> list[Path]:
+    """The files of the newest whole checkpoint, rank 0 first; empty where there is none."""
+    for path in reversed(checkpoint_files(folder, rank=0)):
+        step, _, world_size = map(int, CHECKPOINT_NAME.fullmatch(path.name).groups())
+        files = [checkpoint_path(folder, step, rank, world_size) for rank in range(world_size)]
+        if all(file.exists() for file in files):
+            return files
+    return []
+
+
+def read_checkpoint(files: list[Path]) -> TrainingState:
+    """The state in the files of all ranks; where two have a tensor, the first one's counts. Raises CheckpointError."""
+    tensors, numbers = {}, {}
+    for path in reversed(files):
+        try:
+            with safe_open(path, framework="pt") as file:
+                numbers = json.loads((file.metadata() or {})["numbers"])
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} can't be read ({error}): remove it, and the one before is used") from None
+    return TrainingState(tensors, numbers)

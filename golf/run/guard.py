@@ -1,0 +1,64 @@
+"""What a process may touch in the stage that it is in, enforced where Python opens files and sockets (PEP 578)."""
+
+import os
+import sys
+from typing import Any
+
+from golf.config import UserError
+from golf.data.shards import SHARD_NAME
+
+CLOSED_SPLITS = {
+    "train": ("val",),
+    "average": ("val",),
+    "quantize": ("val",),
+    "pack": ("val", "train"),
+    "reload": ("val", "train"),
+    "score": ("train",),
+}
+"""Shards that are closed in a stage: validation before it is scored, training text once calibration is over."""
+NETWORK_EVENTS = ("socket.connect", "socket.getaddrinfo", "socket.sendto")
+
+
+class GuardError(UserError):
+    """Data or network out of its stage."""
+
+
+class AccessGuard:
+    """Refuses shards and network out of their stage, and keeps what was opened in which stage."""
+
+    def __init__(self) -> None:
+        self.stage = "setup"
+        self.opened: dict[str, list[str]] = {}
+
+    def watch(self) -> None:
+        """From now on, for the life of the process: an audit hook can't be taken away."""
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, arguments: tuple) -> None:
+        if event == "open":
+            name = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else ""
+            if match := SHARD_NAME.fullmatch(os.path.basename(name)):
+                self.touch(match["split"], name)
+        elif event in NETWORK_EVENTS:
+            self.touch("network", f"{event} {arguments[1:]}")
+
+    def touch(self, kind: str, what: str) -> None:
+        if kind not in self.opened.setdefault(self.stage, []):
+            self.opened[self.stage].append(kind)
+        closed = ("network",) if self.stage == "score" else ()
+        if kind in (*CLOSED_SPLITS.get(self.stage, ()), *closed):
+            raise GuardError(f"{what} in the {self.stage} stage, where {kind} is closed: the run would be void")
+
+    def record(self, earlier: dict[str, list[str]]) -> dict[str, Any]:
+        """access.json, from this process and `earlier` ones."""
+        stages = earlier | self.opened
+        opened = {stage: sorted({*earlier.get(stage, []), *self.opened.get(stage, [])}) for stage in stages}
+        before, after = ("setup", "train", "average", "quantize", "pack", "reload"), ("pack", "reload", "score")
+        return {
+            "watched": True,
+            "validation_opened_before_score": any("val" in opened.get(stage, []) for stage in before),
+            "training_opened_after_calibration": any("train" in opened.get(stage, []) for stage in after),
+            "network_during_scoring": "network" in opened.get("score", []),
+            "violations": [],
+            "opened": opened,
+        }

@@ -1,0 +1,106 @@
+"""The time ledger: every second of every process of a run belongs to exactly one phase."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PHASES = {
+    "setup": ("", "train"),
+    "compile": ("", "train"),
+    "rehearse": ("", "train"),
+    "train": ("train", "train"),
+    "hold out": ("", "train"),
+    "calibrate": ("train", "train"),
+    "average": ("", "train"),
+    "quantize": ("", "train"),
+    "pack": ("", "train"),
+    "load": ("", "eval"),
+    "score": ("eval", "eval"),
+    "compare": ("", ""),
+    "report": ("", ""),
+}
+"""Which budget a phase counts against: by the script's timers (the competition's habit), by the process's clock."""
+IMPORTED_AT = time.monotonic()
+
+
+def process_identity() -> tuple[str, float]:
+    """(a name that this process keeps when it replaces itself by exec, its age in seconds).
+
+    Where there is no /proc the age counts from the import of this module.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return str(os.getpid()), time.monotonic() - IMPORTED_AT
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), in ticks since the boot
+    return f"{os.getpid()}-{fields[19]}", time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+class Ledger:
+    """Seconds by phase, appended to a file whenever the phase changes, so that a killed process is in it too."""
+
+    def __init__(self, phase: str, now=time.monotonic, identity=process_identity):
+        self.now, self.phase_name, self.path = now, phase, None
+        self.session, age = identity()
+        self.mark = now() - age
+        self.rows: list[dict[str, Any]] = []
+
+    def attach(self, path: Path) -> None:
+        """Go on in a run's file; what this process did before it replaced itself is in there already."""
+        earlier = read_ledger(path)
+        self.mark += sum(row["seconds"] for row in earlier if row["session"] == self.session)
+        self.path, self.rows, waiting = path, earlier, self.rows
+        for row in waiting:
+            self.write(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def settle(self) -> None:
+        """Write down the phase in progress up to now."""
+        now = self.now()
+        self.write({"session": self.session, "phase": self.phase_name, "seconds": now - self.mark})
+        self.mark = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time inside belongs to `name`, and to nothing else."""
+        assert name in PHASES, name
+        self.settle()
+        outer, self.phase_name = self.phase_name, name
+        try:
+            yield
+        finally:
+            self.settle()
+            self.phase_name = outer
+
+    def seconds(self, phase: str) -> float:
+        return sum(row["seconds"] for row in self.rows if row["phase"] == phase)
+
+    def summary(self) -> dict[str, Any]:
+        """For result.json: phases, and sums under both conventions. Settles first."""
+        self.settle()
+        phases = [
+            {"phase": name, "seconds": self.seconds(name), "script": script, "process": process}
+            for name, (script, process) in PHASES.items()
+            if self.seconds(name)
+        ]
+        sums = {
+            kind: {budget: sum(row["seconds"] for row in phases if row[kind] == budget) for budget in ("train", "eval")}
+            for kind in ("script", "process")
+        }
+        earlier = sum(row["seconds"] for row in self.rows if row["session"] != self.session)
+        return {"phases": phases, **sums, "process_seconds": earlier + process_identity()[1]}
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ledger; a last line that a killed process left half-written is no row."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,72 @@
+"""Parity: the trained model on its grid, the reloaded artifact and the scorer say the same of one row of text."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from golf.config import Config, ScoreConfig, UserError
+from golf.data.tokenizer import ByteTable
+from golf.model.gpt import GPT
+from golf.quant.export import QuantizedState, QuantizedTensor
+from golf.quant.qat import install_fake_quantization
+from golf.runtime import Runtime
+from golf.score.scorer import evaluation_mode, plain_settings, score_stream, sliding_settings
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Largest difference of a token's nats, by compute dtype."""
+
+
+class ParityError(UserError):
+    """Two forms of one model that score the same text differently."""
+
+
+@torch.no_grad()
+def trained_record(
+    weights: Mapping[str, Tensor], stored: QuantizedState, config: Config, ids: list[int], runtime: Runtime
+) -> dict[str, Any]:
+    """parity.json: a row of training text, and the nats of its tokens by the trained weights, through the forward
+    and the grid of training (what is stored as fp16 is rounded to it)."""
+    model = GPT(config.model, runtime.compute_dtype)
+    bits = {name: entry.bits for name, entry in stored.items() if isinstance(entry, QuantizedTensor)}
+    model.load_state_dict({name: part if name in bits else part.half().float() for name, part in weights.items()})
+    install_fake_quantization(model, config.quant, bits)
+    return {"ids": ids, "losses": row_losses(model.to(runtime.device), ids).tolist()}
+
+
+@torch.no_grad()
+def row_losses(model: GPT, ids: list[int]) -> Tensor:
+    """fp32 nats of every token but the first."""
+    ids_1T = torch.tensor([ids], device=model.skip_weights.device)
+    return model.token_losses(ids_1T[:, :-1], ids_1T[:, 1:])[0].cpu()
+
+
+@torch.no_grad()
+def ntk_effect(model: GPT, record: Mapping[str, Any], score: ScoreConfig) -> float:
+    """Largest change of a token's nats in the row by the scaled RoPE base; 0 where none is used."""
+    ids_1T = torch.tensor([record["ids"]], device=model.skip_weights.device)
+    scaled_base = sliding_settings(score, model.config).rope_base
+    plain_1T, scaled_1T = (model.token_losses(ids_1T[:, :-1], ids_1T[:, 1:], base) for base in (None, scaled_base))
+    return (plain_1T - scaled_1T).abs().max().item()
+
+
+def check_parity(model: GPT, record: Mapping[str, Any], byte_table: ByteTable, runtime: Runtime) -> dict[str, float]:
+    """Mean nats of the row by the trained model, the reloaded one and the scorer. Raises ParityError."""
+    trained_N = torch.tensor(record["losses"])
+    with evaluation_mode(model):
+        reloaded_N = row_losses(model, record["ids"])
+    alone = replace(runtime, rank=0, world_size=1)
+    tokens, settings = np.array(record["ids"], dtype=np.uint16), plain_settings(model.config, batch_seqs=1)
+    score = score_stream(model, tokens, byte_table, settings, alone, announce=False)
+    difference = (trained_N - reloaded_N).abs().max().item()
+    means = {"trained": trained_N.mean().item(), "reloaded": reloaded_N.mean().item(), "scorer": score.val_loss}
+    tolerance = TOLERANCES[runtime.compute_dtype]
+    if not (difference <= tolerance and abs(means["scorer"] - means["reloaded"]) <= tolerance):
+        raise ParityError(
+            f"one row of text has {means['trained']:.6f} nats by the trained model, {means['reloaded']:.6f} by the "
+            f"reloaded artifact, {means['scorer']:.6f} by the scorer: the artifact is not the model that was trained"
+        )
+    return means | {"largest_difference": difference}

@@ -1,0 +1,49 @@
+"""The way after training, walked once before it with the untrained model, so that what is missing shows at once."""
+
+import shutil
+
+import numpy as np
+
+from golf.artifact.container import read_artifact, write_artifact
+from golf.artifact.restore import restore_model
+from golf.config import UserError
+from golf.data.tokenizer import ByteTable, Tokenizer
+from golf.quant.export import quantize_state
+from golf.quant.prune import prune_state
+from golf.run.folder import RunFolder
+from golf.run.training import Trainer
+from golf.score.scorer import evaluation_mode, prepare_job, score_windows, sliding_settings
+
+STATE_COPIES = 12
+"""Bytes on the disk for each fp32 byte of weights: three checkpoints of weights, optimizer state and average."""
+
+
+class RehearsalError(UserError):
+    """Something that the stages after training need is not there."""
+
+
+def rehearse(trainer: Trainer, tokenizer: Tokenizer, folder: RunFolder) -> str:
+    """Quantize, pack, reload and score a sliver of training text at the real shapes; returns a line for the log.
+
+    Raises what the stages after training would raise, and RehearsalError for a disk that is too full.
+    """
+    config, state, runtime = trainer.config, trainer.model.state_dict(), trainer.runtime
+    needed, free = STATE_COPIES * sum(4 * part.numel() for part in state.values()), shutil.disk_usage(folder.path).free
+    if free < needed:
+        raise RehearsalError(f"{folder.path}: {free >> 20} MiB are free, and a run needs {needed >> 20}: free some")
+    path = folder.path / "rehearsal.golf"
+    try:
+        pruned, _ = prune_state(state, config.quant)
+        stored = quantize_state(pruned, config.quant)
+        sizes = write_artifact(path, stored, config.model, tokenizer.sha256, config.quant.codec)
+        model = restore_model(read_artifact(path), runtime)
+    finally:
+        path.unlink(missing_ok=True)
+    settings = sliding_settings(config.score, config.model)
+    count = settings.seq_len + settings.stride * settings.batch_seqs
+    tokens = trainer.batches.stream.tokens(0, count + 1).astype(np.uint16)
+    job = prepare_job(model, tokens, ByteTable(tokenizer), settings, runtime.device)
+    with evaluation_mode(model):
+        sums = score_windows(job, 0, len(job.plan))
+    assert sums.tokens == count
+    return f"rehearsal: untrained artifact {sizes.total_bytes} bytes, {sums.nats / sums.tokens:.4f} nats per token"

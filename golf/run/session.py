@@ -1,0 +1,65 @@
+"""What surrounds the work of a run's stages: which are done, on which clock, with what doors closed."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from golf.artifact.sizes import SizeReport
+from golf.config import UserError
+from golf.run.folder import RunFolder
+from golf.run.guard import AccessGuard
+from golf.run.interruption import Interrupted, Interruption
+from golf.run.ledger import Ledger
+from golf.run.stages import STAGES, StageBook
+from golf.runtime import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, Log, Runtime
+
+LOST_PEER = re.compile("gloo|nccl|peer|socket|connection|store", re.IGNORECASE)
+
+
+def explain_error(error: Exception, world_size: int) -> tuple[int, str]:
+    """(exit status, one line) of an error that is not a mistake of ours; (0, "") for one that is."""
+    if isinstance(error, Interrupted):
+        return EXIT_INTERRUPTED, str(error)
+    if isinstance(error, UserError):
+        return EXIT_BAD_INPUT, str(error)
+    if isinstance(error, OSError):
+        return EXIT_MACHINE, f"{error}: mend that, then go on with --resume; what was written before is whole"
+    if isinstance(error, RuntimeError) and world_size > 1 and LOST_PEER.search(str(error)):
+        first = str(error).strip().splitlines()[0][:200]
+        return EXIT_MACHINE, f"another process of the run was lost ({first}); go on with --resume"
+    return 0, ""
+
+
+class Session:
+    """One process of a run; `open` binds it to the run's folder once that is known."""
+
+    def __init__(self) -> None:
+        self.log, self.guard, self.ledger, self.interruption = Log(), AccessGuard(), Ledger("setup"), Interruption()
+        self.packed: tuple[bytes, SizeReport] | None = None
+        """The artifact as the quantize stage measured it, so that the pack stage need not pack again."""
+        self.guard.watch()
+        self.interruption.watch()
+
+    def open(self, folder: RunFolder, runtime: Runtime) -> None:
+        self.folder, self.runtime, self.book = folder, runtime, StageBook(folder.path)
+        self.interruption.world_size = runtime.world_size
+        if runtime.is_main:
+            self.log.attach(folder.log)
+            self.ledger.attach(folder.ledger)
+
+    def do(self, stage: str, work: Callable[[], Sequence[Path]], together: bool = False) -> None:
+        """Do a stage unless it is finished: `work`, on the main rank or on all together, returns the files it left."""
+        if stage in self.book:
+            return
+        self.interruption.check(f"before the {stage} stage; go on with --resume {self.folder.path.name}")
+        before = STAGES[: STAGES.index(stage)][-1:]
+        if before and self.runtime.is_main:
+            self.book.verify(before[0])
+        self.guard.stage = stage
+        if together or self.runtime.is_main:
+            with self.ledger.phase({"reload": "load"}.get(stage, stage)):
+                outputs = work()
+        if self.runtime.is_main:
+            self.folder.save_access(self.guard)
+            self.book.finish(stage, outputs)
+        self.runtime.barrier()

@@ -1,0 +1,74 @@
+"""Every switched-on feature counts its acts and proves an effect once; one that did not makes the run invalid."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from golf.config import Config
+
+
+@dataclass
+class Testimony:
+    """What one armed feature did. Steps are those of training, None for features that act elsewhere."""
+
+    first: int | None = None
+    last: int | None = None
+    count: int = 0
+    effect: str = ""
+    proven: bool = False
+
+
+def armed_features(config: Config) -> dict[str, str]:
+    """The features that are switched on, with what to do about one that never acts."""
+    model, train, optim, quant, score = config.model, config.train, config.optim, config.quant, config.score
+    longer = "train longer, or "
+    armed = {
+        "warmdown": (train.warmdown_fraction > 0, longer + "set warmdown_fraction=0"),
+        "muon_momentum_warmup": (
+            optim.muon_momentum_warmup_fraction > 0 and optim.muon_momentum_start != optim.muon_momentum,
+            "set muon_momentum_warmup_fraction=0",
+        ),
+        "grad_clip": (optim.grad_clip_norm > 0, "lower grad_clip_norm, or set it to 0"),
+        "qat": (quant.qat_enabled, longer + "lower qat_start"),
+        "swa": (config.average.swa_enabled, longer + "lower swa_start"),
+        "smear_gate": (model.smear_gate, "set smear_gate=0"),
+        "bigram_hash": (model.bigram_vocab_size > 0, "set bigram_vocab_size=0"),
+        "validation": (train.val_loss_every > 0, longer + "set val_loss_every=0"),
+        "prune": (quant.prune_frac > 0, "set prune_frac=0, or raise it"),
+        "ntk_rope": (score.eval_rope == "ntk", "set eval_rope=none"),
+    }
+    return {feature: advice for feature, (is_armed, advice) in armed.items() if is_armed}
+
+
+class Witness:
+    """Testimonies of the armed features. Acts of features that are not armed are a mistake of ours."""
+
+    def __init__(self, config: Config, values: Mapping[str, Mapping[str, Any]] | None = None):
+        self.advice = armed_features(config)
+        self.testimonies = {feature: Testimony(**(values or {}).get(feature, {})) for feature in self.advice}
+
+    def act(self, feature: str, step: int | None = None, count: int = 1) -> None:
+        """`feature` acted `count` times, at `step` of the training."""
+        testimony = self.testimonies[feature]
+        testimony.count += count
+        if step is not None:
+            testimony.first = step if testimony.first is None else testimony.first
+            testimony.last = step
+
+    def prove(self, feature: str, holds: bool, effect: str) -> None:
+        """Whether the effect of `feature` was seen, and what it was."""
+        self.testimonies[feature].proven, self.testimonies[feature].effect = bool(holds), effect
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        return {feature: asdict(testimony) for feature, testimony in self.testimonies.items()}
+
+    def findings(self) -> list[str]:
+        """One line for each feature that was armed and did not act, or acted without effect."""
+        findings = []
+        for feature, testimony in self.testimonies.items():
+            if testimony.count == 0:
+                findings.append(f"{feature} was switched on and never acted: {self.advice[feature]}")
+            elif not testimony.proven:
+                effect = testimony.effect or "no measurement"
+                findings.append(f"{feature} acted {testimony.count} times, but its effect was not seen ({effect})")
+        return findings

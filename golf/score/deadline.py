@@ -1,0 +1,55 @@
+"""A stride that can be scored in time, chosen before anything is scored: by timing batches and throwing them away."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from golf.data.tokenizer import ByteTable
+from golf.model.gpt import GPT
+from golf.runtime import Runtime
+from golf.score.scorer import Forward, ScoreSettings, evaluation_mode, prepare_job, score_windows
+from golf.score.windows import rank_share
+
+TIMED_BATCHES = 3
+MARGIN = 1.05
+"""Kept back of the time that is left, because a few batches are timed and not all."""
+
+
+def forecast_seconds(
+    model: GPT, tokens: np.ndarray, byte_table: ByteTable, settings: ScoreSettings, runtime: Runtime, forward: Forward
+) -> float:
+    """Seconds that scoring `tokens` would take on the slowest rank, from batches of its own share; no score is kept."""
+    job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
+    begin, end = rank_share(len(job.plan), runtime.rank, runtime.world_size)
+    first = min(begin + 1, end)  # not the long first window
+    last = min(first + settings.batch_seqs, end)
+    with evaluation_mode(model):
+        score_windows(job, first, last)  # compiles, and warms up
+        started = time.perf_counter()
+        for _ in range(TIMED_BATCHES):
+            score_windows(job, first, last)
+    seconds = (time.perf_counter() - started) * (end - begin) / max(TIMED_BATCHES * (last - first), 1)
+    return runtime.max_over_ranks(seconds)[0]
+
+
+def settle_stride(
+    model: GPT,
+    tokens: np.ndarray,
+    byte_table: ByteTable,
+    settings: ScoreSettings,
+    runtime: Runtime,
+    forward: Forward,
+    max_seconds: float,
+) -> ScoreSettings:
+    """`settings`, the stride doubled until the forecast is within what is left of `max_seconds`; 0 is no limit."""
+    started = time.perf_counter()
+    while max_seconds:
+        seconds = MARGIN * forecast_seconds(model, tokens, byte_table, settings, runtime, forward)
+        left = max_seconds - runtime.max_over_ranks(time.perf_counter() - started)[0]
+        if seconds <= left or settings.stride == settings.seq_len:
+            break
+        wider = min(2 * settings.stride, settings.seq_len)
+        runtime.print(f"score:stride {settings.stride} -> {wider}: {seconds:.0f} s forecast, {left:.0f} s left")
+        settings = replace(settings, stride=wider)
+    return settings

@@ -1,0 +1,62 @@
+"""The journal of a scoring: sums of every finished chunk of windows, so that a killed scoring goes on from there."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from golf.runtime import write_file_atomically
+
+
+@dataclass(frozen=True)
+class ScoreSums:
+    """What a range of windows adds to the score. Ranges add up, in any order, on any rank."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "ScoreSums") -> "ScoreSums":
+        return ScoreSums(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+
+class ScoreJournal:
+    """One rank's lines: what is scored how, then chunks in order with their sums and seconds.
+
+    Sums are written with all digits, so that a scoring in parts adds up the same numbers in the same order.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        self.identity: dict[str, Any] | None = json.loads(lines[0]) if lines else None
+        self.chunks = [json.loads(line) for line in lines[1:]]
+        self.file: TextIO | None = None
+
+    def start(self, identity: Mapping[str, Any]) -> None:
+        """Go on if the journal is about the same scoring; else begin it anew."""
+        if self.identity != identity:
+            self.identity, self.chunks = dict(identity), []
+        write_file_atomically(self.path, "".join(json.dumps(row) + "\n" for row in (self.identity, *self.chunks)))
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def sums_of(self, begin: int, end: int) -> ScoreSums | None:
+        """The sums of windows begin .. end - 1, if they are scored."""
+        row = next((row for row in self.chunks if (row["begin"], row["end"]) == (begin, end)), None)
+        return ScoreSums(row["nats"], row["tokens"], row["bytes"]) if row else None
+
+    def add(self, begin: int, end: int, sums: ScoreSums, seconds: float) -> None:
+        self.chunks.append({"begin": begin, "end": end, **asdict(sums), "seconds": seconds})
+        self.file.write(json.dumps(self.chunks[-1]) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    @property
+    def seconds(self) -> float:
+        return sum(row["seconds"] for row in self.chunks)
+
+    @property
+    def sums(self) -> ScoreSums:
+        return sum((ScoreSums(row["nats"], row["tokens"], row["bytes"]) for row in self.chunks), ScoreSums())

@@ -1,0 +1,93 @@
+"""Runs train_gpt.py and kills it with SIGKILL at a given point: `python tests/kill_at.py POINT ARGUMENTS...`
+
+POINT: none, before:STAGE (its outputs are there, its record is not), after:STAGE, step:N, moment:N (in the midst of
+step N), checkpoint:N (while the N-th checkpoint of the process is written), chunk:N (after chunk N is scored), torn:N
+(half of chunk N's line is written). The fresh process that scores is watched in the same way. The code of the run is
+not packed here (a small file stands for it), and pictures are not drawn: both have their own tests.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import golf.run.checkpoint
+import train_gpt
+from golf.run.code import Program
+from golf.run.stages import StageBook
+from golf.run.training import Trainer
+from golf.score.journal import ScoreJournal
+
+KIND, _, WHERE = sys.argv[1].partition(":")
+
+
+def die_at(kind: str, where: object) -> None:
+    if (kind, str(where)) == (KIND, WHERE):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch_stages() -> None:
+    finish = StageBook.finish
+
+    def watched(self: StageBook, stage: str, outputs) -> None:
+        die_at("before", stage)
+        finish(self, stage, outputs)
+        die_at("after", stage)
+
+    StageBook.finish = watched
+
+
+def watch_training() -> None:
+    take_step, accumulate = Trainer.take_step, Trainer.accumulate_gradients
+
+    def watched_step(self: Trainer, progress: float):
+        die_at("step", self.step)
+        return take_step(self, progress)
+
+    def watched_gradients(self: Trainer, step: int):
+        loss = accumulate(self, step)
+        if self.recent_seconds[-1]:  # a step of the training, not of the warm-up
+            die_at("moment", self.step)
+        return loss
+
+    Trainer.take_step, Trainer.accumulate_gradients = watched_step, watched_gradients
+    write, written = golf.run.checkpoint.write_file_atomically, []
+
+    def watched_write(path: Path, data: bytes) -> None:
+        written.append(path)
+        if KIND == "checkpoint" and len(written) == int(WHERE):
+            path.with_name(f".{path.name}.torn.tmp").write_bytes(data[: len(data) // 2])
+        die_at("checkpoint", len(written))
+        write(path, data)
+
+    golf.run.checkpoint.write_file_atomically = watched_write
+
+
+def watch_scoring() -> None:
+    add = ScoreJournal.add
+
+    def watched(self: ScoreJournal, begin: int, end: int, sums, seconds: float) -> None:
+        if KIND == "torn" and len(self.chunks) == int(WHERE):
+            self.file.write('{"begin": ' + str(begin))
+            self.file.flush()
+            die_at("torn", WHERE)
+        add(self, begin, end, sums, seconds)
+        die_at("chunk", len(self.chunks))
+
+    ScoreJournal.add = watched
+
+
+def stay_watched() -> None:
+    """The process that scores is started through this file too, and what is slow has no part in it."""
+    execute = os.execv
+    os.execv = lambda program, words: execute(program, [program, __file__, sys.argv[1], *words[2:]])
+    Program.freeze = lambda self, folder: folder.code.write_text("# code\n")
+    Program.check = lambda self, folder: None
+    Program.run_tool = lambda self, name, *arguments: 0
+
+
+for watch in (watch_stages, watch_training, watch_scoring, stay_watched):
+    watch()
+sys.exit(train_gpt.run_program(sys.argv[2:]))
