@@ -17,7 +17,7 @@ from golf.artifact.fit import fit_to_limit
 from golf.artifact.restore import restore_model
 from golf.artifact.sizes import size_report_dict
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
-from golf.config import Config, UserError
+from golf.config import EXIT_BAD_INPUT, EXIT_FINDINGS, Config, UserError
 from golf.data.shards import find_shards
 from golf.model.init import build_model
 from golf.run.averaging import final_weights, prove_learned_features
@@ -35,7 +35,7 @@ from golf.run.result import build_result, pruning_record, score_record, training
 from golf.run.session import Session, explain_error
 from golf.run.training import Trainer
 from golf.run.witness import Witness
-from golf.runtime import EXIT_BAD_INPUT, EXIT_FINDINGS, Runtime, start_runtime, write_file_atomically
+from golf.runtime import Runtime, start_runtime, write_file_atomically
 from golf.score.journal import ScoreJournal
 from golf.score.roundtrip import load_artifact_tokenizer, score_artifact, score_weights
 

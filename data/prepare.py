@@ -1,4 +1,9 @@
-"""Text to token shards: python data/prepare.py --input embedded --tokenizer train:1024 [--out DIR]"""
+"""Split documents, tokenize them, and write shards, tokenizer and manifest to a folder.
+
+python data/prepare.py --input embedded --tokenizer train:1024 [--out DIR] [--json]
+
+Exit status: 0 prepared, or found as it is; 2 bad input.
+"""
 
 import json
 import os
@@ -8,7 +13,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -18,14 +22,13 @@ from golf.data.manifest import PreparedData
 from golf.data.prepare import VAL_FRACTION, prepare_corpus, prepared_folder
 from golf.data.shards import DataError
 from golf.data.tokenizer import load_tokenizer
+from golf.submit.tool import ToolOptions, run_command
 
 CACHE = Path(os.path.relpath(Path(__file__).resolve().parent / "cache"))
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Split documents, tokenize them, and write shards, tokenizer and manifest to a folder."""
-
+class Options(ToolOptions):
     input: str = "embedded"
     """`embedded` (texts of Python's standard library), or a .txt, .jsonl, .jsonl.xz file or a folder of them."""
     tokenizer: str = "train:1024"
@@ -34,19 +37,17 @@ class Arguments:
     """Folder to make, left as it is when it holds the same data already; by default one in data/cache/."""
     val_fraction: float = VAL_FRACTION
     """Share of the documents that is held out, by the hash of their text."""
-    json: bool = False
-    """Print the manifest as JSON instead of a table."""
 
 
-def prepare(arguments: Arguments) -> PreparedData:
-    """Do what the arguments ask for. Raises DataError."""
-    vocabulary = re.fullmatch(r"train:(\d+)", arguments.tokenizer)
-    if vocabulary is None and arguments.tokenizer.startswith("train:"):
-        raise DataError(f"--tokenizer {arguments.tokenizer}: write train:1024, or give a .model file")
-    model = None if vocabulary else Path(arguments.tokenizer)
+def prepare(options: Options) -> PreparedData:
+    """Do what the options ask for. Raises DataError."""
+    vocabulary = re.fullmatch(r"train:(\d+)", options.tokenizer)
+    if vocabulary is None and options.tokenizer.startswith("train:"):
+        raise DataError(f"--tokenizer {options.tokenizer}: write train:1024, or give a .model file")
+    model = None if vocabulary else Path(options.tokenizer)
     vocab_size = int(vocabulary[1]) if vocabulary else load_tokenizer(model).vocab_size
-    out = arguments.out or prepared_folder(arguments.input, vocab_size, CACHE, arguments.val_fraction, model)
-    return prepare_corpus(arguments.input, out, vocab_size, arguments.val_fraction, model)
+    out = options.out or prepared_folder(options.input, vocab_size, CACHE, options.val_fraction, model)
+    return prepare_corpus(options.input, out, vocab_size, options.val_fraction, model)
 
 
 def print_table(prepared: PreparedData, seconds: float) -> None:
@@ -59,15 +60,10 @@ def print_table(prepared: PreparedData, seconds: float) -> None:
     Console().print(table)
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments)
+def work(options: Options) -> int:
     started = time.perf_counter()
-    try:
-        prepared = prepare(arguments)
-    except (DataError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
-    if arguments.json:
+    prepared = prepare(options)
+    if options.json:
         print(json.dumps({"folder": str(prepared.folder), **prepared.manifest}))
     else:
         print_table(prepared, time.perf_counter() - started)
@@ -75,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, __doc__, work))

@@ -16,6 +16,10 @@ from typing import Any, Literal, get_args, get_origin
 CODECS = Literal["lzma", "zstd", "zlib", "none"]
 
 
+EXIT_FINDINGS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE = 1, 2, 4, 5
+"""Exit statuses of all programs; 3 is run.sh's, where the set-up failed."""
+
+
 class UserError(ValueError):
     """What a person can mend: one clear line that says what is wrong and what to do. Every room has its own kind."""
 

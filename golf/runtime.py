@@ -25,10 +25,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from golf.config import ConfigError, RunConfig
 
-EXIT_FINDINGS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE = 1, 2, 4, 5
-"""Exit statuses; 3 is run.sh's, where the set-up failed."""
-
-
 class Log:
     """Lines to the terminal and, once a file is attached, flushed one by one to it."""
 
@@ -43,7 +39,8 @@ class Log:
         """A line for people, in the file too."""
         print(text, file=sys.stderr, flush=True)
         if self.file:
-            print(text, file=self.file, flush=True)
+            with contextlib.suppress(OSError):  # a full disk may be what the line tells
+                print(text, file=self.file, flush=True)
 
     def line(self, text: str) -> None:
         print(text, file=self.terminal, flush=True)
@@ -162,21 +159,31 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
         dist.destroy_process_group()
 
 
-def write_file_atomically(path: Path, data: bytes | str) -> None:
-    """Write beside `path`, flush to the disk, rename: a reader sees the old file or the new one, never a part."""
-    data = data.encode() if isinstance(data, str) else data
+def flush_to_disk(path: Path) -> None:
+    """A file's bytes, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`; it takes its place once it is on the disk, so that a reader never sees a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        flush_to_disk(temporary)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
-        os.close(folder)
+        flush_to_disk(path.parent)  # the new name
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file_atomically(path: Path, data: bytes | str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def file_sha256(path: Path) -> str:

@@ -219,6 +219,17 @@ def test_source_of_a_newer_python_is_not_packed():
         pack_source("type Pair = tuple[int, int]\n")
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"\x89PNG", r"golf/settings.py: not UTF-8 \(byte 0\)"), (b"x = 1\n\0", r"golf/settings.py:\d: .*null bytes")],
+)
+def test_what_is_no_text_is_no_script(toy, data, message):
+    entry, root = toy()
+    (root / "golf" / "settings.py").write_bytes(data)
+    with pytest.raises(BundleError, match=message):
+        bundle_source(entry, root)
+
+
 def test_quotes_in_f_strings_stay_those_of_the_oldest_python():
     assert minify_source("""d={'a':1}\nprint(f"{d['a']}")\n""").strip().endswith("""print(f"{d['a']}")""")
 
@@ -263,7 +274,7 @@ def test_the_command_writes_at_once_and_reports_sizes(tmp_path, repository):
     (tmp_path / "train_gpt.py").write_text("import golf\n")
     before = out.read_bytes()
     refused = run_script(tool, "--out", str(out))
-    assert refused.returncode == 2 and refused.stderr.startswith("bundle.py: train_gpt.py:1:")
+    assert refused.returncode == 2 and refused.stderr.startswith("bundle: train_gpt.py:1:")
     assert refused.stderr.count("\n") == 1 and out.read_bytes() == before
 
 

@@ -22,6 +22,7 @@ from golf.quant.export import quantize_state
 from golf.runtime import Runtime
 from golf.score.roundtrip import stream_identity
 from golf.score.scorer import score_stream, sliding_settings
+from golf.submit.tool import run_command
 
 CPU = Runtime(torch.device("cpu"))
 SENTENCES = [f"The {n} small models said: “naïve café, {n * n} bytes” to the {n % 7} old ones." for n in range(120)]
@@ -108,9 +109,7 @@ def check(repository, monkeypatch, capsys):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["check_run.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            tool.main()
-        return stop.value.code, *capsys.readouterr()
+        return run_command(tool.Options, tool.__doc__, tool.work), *capsys.readouterr()
 
     return call
 
@@ -228,9 +227,3 @@ def test_another_artifact_or_text_than_was_scored_is_refused(check, run, key):
     change_json(run / "score.json", **{key: "0" * 16})
     status, _, complaint = check(run)
     assert status == 2 and "scored" in complaint
-
-
-def test_debug_shows_the_traceback(repository, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["check_run.py", str(tmp_path), "--debug"])
-    with pytest.raises(ValueError, match="config.json"):
-        load_tool(repository).main()

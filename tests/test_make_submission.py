@@ -241,6 +241,7 @@ REFUSED = {
     "probe failed": (failed_probe, "R08-probe"),
     "sum of bytes": (lambda run: edit_result(run, bytes_total=400), "R09-bytes-sum"),
     "readable script edited": (lambda run: edit_text(run / READABLE, "pi", "tau"), "R16-readable-differs"),
+    "readable not text": (lambda run: (run / READABLE).write_bytes(b"\xff\0"), "R16-readable-differs"),
     "readable comment edited": (lambda run: edit_text(run / READABLE, "a comment", "b"), "R16-readable-differs"),
 }  # fmt: skip
 

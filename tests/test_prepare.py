@@ -112,13 +112,6 @@ def test_two_processes_do_not_race(corpus, prepared, tmp_path, repository):
     assert {answer["folder"] for answer in answers} == {str(tmp_path / "own")}
 
 
-def test_the_tool_says_what_is_wrong_in_one_line(tmp_path, repository):
-    command = [sys.executable, "data/prepare.py", "--input", str(tmp_path / "none.txt"), "--out", str(tmp_path / "o")]
-    finished = subprocess.run(command, cwd=repository, capture_output=True, text=True)
-    assert finished.returncode == 2 and finished.stdout == ""
-    assert finished.stderr.startswith("prepare: ") and finished.stderr.count("\n") == 1
-
-
 def test_folder_names_follow_text_and_settings(corpus, tmp_path):
     copy = tmp_path / "own.jsonl"
     copy.write_bytes(corpus.read_bytes())
@@ -140,6 +133,9 @@ def test_damage_is_found(corpus, tmp_path):
         load_prepared(folder)
     shard.unlink()
     with pytest.raises(DataError, match=r"val_000000.bin: is missing"):
+        load_prepared(folder)
+    (folder / "manifest.json").write_bytes(b"\xff\xff")
+    with pytest.raises(DataError, match="not a manifest"):
         load_prepared(folder)
     (folder / "manifest.json").write_text("[]")
     with pytest.raises(DataError, match="not a manifest"):

@@ -187,6 +187,17 @@ def test_a_target_that_can_not_be_written_is_one_clear_line(runs):
     assert finished.returncode == 5 and finished.stderr.count("\n") == 1 and "/dev/null/runs" in finished.stderr
 
 
+def test_a_run_is_at_work_in_one_process_only(runs):
+    command = runs.command("none", *runs.start("busy", "iterations=100000", "val_loss_every=0"))
+    process = subprocess.Popen(command, cwd=runs.repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stdout if line.startswith("step:1/"))
+    second = runs.run("none", runs.resume("busy"))
+    assert second.returncode == 2 and "is at work in another process" in second.stderr
+    assert second.stderr.count("\n") == 1 and process.poll() is None
+    process.kill()
+    process.communicate()
+
+
 def test_a_changed_output_is_not_taken_for_the_stage_that_left_it(runs):
     finished = runs.run("after:quantize", runs.start("changed"))
     assert finished.returncode == -signal.SIGKILL

@@ -24,6 +24,7 @@ from golf.model.init import build_model
 from golf.quant.export import dequantize_state, quantize_state
 from golf.runtime import Runtime
 from golf.score.scorer import score_stream, sliding_settings
+from golf.submit.tool import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "roundtrip_eval.py"
@@ -64,7 +65,7 @@ def bundle(tmp_path_factory) -> Path:
 
 def arguments(**changes: str) -> list[str]:
     options = dict(artifact="model.bin", val="*_val_*.bin", tokenizer="tokens.model", device="cpu", threads="1")
-    return [word for name, value in (options | changes).items() for word in (f"--{name}", value)]
+    return [word for name, value in (options | changes).items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def load_tool() -> ModuleType:
@@ -111,11 +112,8 @@ def run_tool(folder: Path, monkeypatch, *options: str) -> int:
     """Exit status of the tool, run in this process."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["roundtrip_eval.py", *options])
-    try:
-        load_tool().main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    tool = load_tool()
+    return run_command(tool.Options, tool.__doc__, tool.work)
 
 
 def test_options_reach_the_scorer(bundle, monkeypatch, capsys):
@@ -140,6 +138,8 @@ def test_options_reach_the_scorer(bundle, monkeypatch, capsys):
         (dict(stride="65", window="64"), "stride"),
         (dict(window="-4"), "positive"),
         (dict(batch="-1"), "positive"),
+        (dict(threads="-1"), "threads=-1"),
+        (dict(max_seconds="-1"), "max_eval_seconds=-1.0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(bundle, monkeypatch, capsys, tmp_path, changes, message):
@@ -148,7 +148,7 @@ def test_bad_input_is_one_line_and_status_two(bundle, monkeypatch, capsys, tmp_p
         train_tokenizer(folder / "other", SENTENCES[:60], 350)
     assert run_tool(folder, monkeypatch, *arguments(**changes)) == 2
     complaint = capsys.readouterr().err.strip()
-    assert complaint.startswith("error: ") and message in complaint and "\n" not in complaint
+    assert complaint.startswith("roundtrip_eval: ") and message in complaint and "\n" not in complaint
 
 
 def test_restored_model_gives_the_logits_of_the_quantized_model(bundle):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf.score.windows import plan_windows, rank_share
+from golf.score.windows import WindowError, plan_windows, rank_share
 
 WORLD_SIZES = (1, 2, 3, 8)
 
@@ -70,5 +70,5 @@ def test_tail_that_the_stride_does_not_divide():
 
 @pytest.mark.parametrize(("targets", "length", "stride"), [(0, 4, 2), (8, 4, 0), (8, 4, 5), (8, 0, 0)])
 def test_impossible_sizes_are_refused(targets, length, stride):
-    with pytest.raises(ValueError, match="stream|stride"):
+    with pytest.raises(WindowError, match="stream|stride"):
         plan_windows(targets, length, stride)

@@ -26,7 +26,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.config import Config, build_config
+from golf.config import Config, ConfigError, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.gpt import GPT
@@ -37,21 +37,21 @@ from golf.run.report import machine_description
 from golf.run.training import Trainer
 from golf.runtime import Log, Runtime, start_runtime
 from golf.score.scorer import compiled_losses, score_stream, sliding_settings
+from golf.submit.synthetic import random_tokens
+from golf.submit.tool import ToolOptions, run_command
 
 REPETITIONS = 3
 SCORED_BATCHES = 8
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ToolOptions):
     overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Knobs as key=value."""
     preset: str = "local"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     steps: int = 10
     """Training steps to time, after the preset's warm-up."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
 
 
 class OneBytePerToken:
@@ -62,12 +62,6 @@ class OneBytePerToken:
 
     def count(self, previous_N: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(targets_N)
-
-
-def random_tokens(count: int, config: Config) -> np.ndarray:
-    tokens_N = np.random.default_rng(0).integers(4, config.model.vocab_size, count, dtype=np.uint16)
-    tokens_N[:: max(1, config.model.train_seq_len)] = config.model.bos_id
-    return tokens_N
 
 
 def bench_training(config: Config, runtime: Runtime, steps: int) -> tuple[GPT, dict[str, float]]:
@@ -134,30 +128,30 @@ def median_seconds(action: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    try:
-        overrides = parse_overrides(options.overrides)
-        config = build_config(options.preset, os.environ, {"device": options.device} | overrides)
-    except ValueError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
+def work(options: Options) -> int:
+    if options.steps < 1:
+        raise ConfigError(f"--steps {options.steps}: it takes at least one step to time")
+    overrides = parse_overrides(options.overrides)
+    config = build_config(options.preset, os.environ, {"device": options.device} | overrides)
     with start_runtime(config.run, "bench", Log(sys.stderr)) as runtime:
         model, figures = bench_training(config, runtime, options.steps)
         figures |= bench_scoring(model, config, runtime)
         figures["score_to_train_speed"] = figures["score_tokens_per_s"] / figures["train_tokens_per_s"]
         figures |= bench_packing(model, config) if runtime.is_main else {}
         machine = machine_description(runtime)
-    if not runtime.is_main:
-        return
-    if options.json:
+    if runtime.is_main and options.json:
         print(json.dumps({"preset": options.preset, "machine": machine} | figures))
-        return
-    table = Table("measure", "value", title=f"{options.preset} on {machine}", title_justify="left")
+    elif runtime.is_main:
+        print_table(f"{options.preset} on {machine}", figures)
+    return 0
+
+
+def print_table(title: str, figures: dict[str, float]) -> None:
+    table = Table("measure", "value", title=title, title_justify="left")
     for name, value in figures.items():
         table.add_row(name, f"{value:,.3f}" if value < 100 else f"{value:,.0f}")
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(Options, __doc__, work))

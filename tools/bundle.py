@@ -1,6 +1,8 @@
 """Make one self-contained script from train_gpt.py and the golf modules that it needs.
 
 python tools/bundle.py [--entry train_gpt.py] [--out submission/train_gpt.py] [--pack] [--json]
+
+Exit status: 0 written, 2 bad input (nothing is written).
 """
 
 import hashlib
@@ -9,7 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -18,15 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golf.runtime import write_file_atomically
 from golf.submit.bundler import bundle_source
 from golf.submit.packer import minify_source, pack_source
-from golf.submit.parts import BundleError
+from golf.submit.tool import ToolOptions, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class BundleCommand:
-    """Make one self-contained script from an entry script and the golf modules that it needs."""
-
+class Options(ToolOptions):
     entry: Path = REPOSITORY / "train_gpt.py"
     """Script to bundle; it must lie in the repository."""
     out: Path = REPOSITORY / "submission" / "train_gpt.py"
@@ -35,25 +34,23 @@ class BundleCommand:
     """Write the self-extracting form (minified, lzma, base85) and not the readable one."""
     readable_out: Path | None = None
     """File for the readable form, beside `out`."""
-    sizes: bool = True
-    """Measure all three forms, for which the script is packed even where the readable form is asked for."""
-    json: bool = False
-    """Print one JSON object and no table."""
+    no_sizes: bool = False
+    """Do not measure the forms that are not asked for (it takes seconds to pack the script)."""
 
 
-def write_bundle(command: BundleCommand) -> dict[str, int | str]:
+def write_bundle(options: Options) -> dict[str, int | str]:
     """Write the script; the sizes of its three forms, and what was written. Raises BundleError, OSError."""
-    readable = bundle_source(command.entry, REPOSITORY)
-    packed = pack_source(readable) if command.pack or command.sizes else None
-    written = packed if command.pack else readable
-    command.out.parent.mkdir(parents=True, exist_ok=True)
-    write_file_atomically(command.out, written)
-    if command.readable_out:
-        write_file_atomically(command.readable_out, readable)
-    sizes = {"readable": readable, "minified": minify_source(readable), "packed": packed} if command.sizes else {}
+    readable = bundle_source(options.entry, REPOSITORY)
+    packed = None if options.no_sizes and not options.pack else pack_source(readable)
+    written = packed if options.pack else readable
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_file_atomically(options.out, written)
+    if options.readable_out:
+        write_file_atomically(options.readable_out, readable)
+    sizes = {} if options.no_sizes else {"readable": readable, "minified": minify_source(readable), "packed": packed}
     return {
-        "out": str(command.out),
-        "form": "packed" if command.pack else "readable",
+        "out": str(options.out),
+        "form": "packed" if options.pack else "readable",
         **{f"bytes_{form}": len(text.encode()) for form, text in sizes.items()},
         "bytes_code": len(written.encode()),
         "sha256": hashlib.sha256(written.encode()).hexdigest(),
@@ -69,14 +66,9 @@ def print_bundle(report: dict[str, int | str]) -> None:
     Console().print(table)
 
 
-def main() -> int:
-    command = tyro.cli(BundleCommand)
-    try:
-        report = write_bundle(command)
-    except (BundleError, OSError) as error:
-        print(f"bundle.py: {error}", file=sys.stderr)
-        return 2
-    if command.json:
+def work(options: Options) -> int:
+    report = write_bundle(options)
+    if options.json:
         print(json.dumps(report))
     else:
         print_bundle(report)
@@ -84,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, __doc__, work))

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact
 from golf.artifact.restore import restore_model
-from golf.config import Config, RunConfig, UserError
+from golf.config import EXIT_FINDINGS, Config, RunConfig
 from golf.data.loader import validation_tokens
 from golf.data.shards import find_shards
 from golf.data.tokenizer import ByteTable, Tokenizer, load_tokenizer
@@ -35,24 +35,20 @@ from golf.score.probed import ArtifactScorer, probe_plan, probe_stream_tokens
 from golf.score.probes import FAIL, Probe, probe_scorer
 from golf.score.roundtrip import stream_identity
 from golf.score.scorer import ScoreSettings, check_settings, compiled_losses, sliding_settings
+from golf.submit.tool import ToolOptions, run_command
 
 SEED = 20_240_520
 COLOURS = {"PASS": "green", "FAIL": "bold red", "NOT EXERCISED": "yellow"}
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Options(ToolOptions):
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    full: Flag = False
+    full: bool = False
     """Hash all training documents, decode all of the validation text, sample more windows."""
-    json: Flag = False
-    """Print one JSON object instead of a table."""
-    write: Flag = False
+    write: bool = False
     """Write probes.json into the folder of the run."""
-    debug: Flag = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
@@ -154,29 +150,18 @@ def print_table(run: ScoredRun, probes: list[Probe]) -> None:
     Console().print(table)
 
 
-def check(arguments: Arguments) -> int:
-    run = load_run(arguments.run)
-    probes = probe_run(run, arguments.full)
+def work(options: Options) -> int:
+    run = load_run(options.run)
+    probes = probe_run(run, options.full)
     found = {probe.name: {"verdict": probe.verdict, "detail": probe.detail} for probe in probes}
-    if arguments.write:
-        write_file_atomically(RunFolder(arguments.run).probes, json.dumps(found, indent=2) + "\n")
-    if arguments.json:
+    if options.write:
+        write_file_atomically(RunFolder(options.run).probes, json.dumps(found, indent=2) + "\n")
+    if options.json:
         print(json.dumps(found))
     else:
         print_table(run, probes)
-    return int(any(probe.verdict == FAIL for probe in probes))
-
-
-def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        sys.exit(check(arguments))
-    except (UserError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"check_run: {error}", file=sys.stderr)
-        sys.exit(2)
+    return EXIT_FINDINGS if any(probe.verdict == FAIL for probe in probes) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(Options, __doc__, work))

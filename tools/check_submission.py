@@ -18,21 +18,18 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import UserError
+from golf.config import EXIT_FINDINGS
 from golf.submit.finding import SubmissionFinding
 from golf.submit.folder_check import check_record
 from golf.submit.log_reading import LogReading
 from golf.submit.record_folder import RecordFolder, read_record
+from golf.submit.tool import ToolOptions, run_command
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ToolOptions):
     folder: Annotated[Path, tyro.conf.Positional]
     """The record folder."""
-    json: bool = False
-    """Print one JSON object and no table."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def log_figures(log: LogReading) -> dict[str, Any]:
@@ -99,23 +96,15 @@ def print_report(record: RecordFolder, report: dict[str, Any]) -> None:
     console.print(f"{verdict}: {errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__)
-    try:
-        record = read_record(options.folder)
-        findings = check_record(record)
-    except (UserError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"check_submission: {error}", file=sys.stderr)
-        return 2
-    report = report_dict(record, findings)
+def work(options: Options) -> int:
+    record = read_record(options.folder)
+    report = report_dict(record, check_record(record))
     if options.json:
         print(json.dumps(report))
     else:
         print_report(record, report)
-    return 1 if report["errors"] else 0
+    return EXIT_FINDINGS if report["errors"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, __doc__, work))

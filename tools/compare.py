@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.config import UserError
 from golf.submit.comparison import (
     ARMS,
     NEEDS_RUNS,
@@ -31,12 +30,13 @@ from golf.submit.comparison import (
     Measure,
     compare_runs,
 )
+from golf.submit.tool import ToolOptions, run_command
 
 UNITS_SHOWN = {"val_loss": "val_loss, nats/token", "val_bpb": "val_bpb", "train_loss": "train_loss, nats/token"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ToolOptions):
     a: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Runs of arm A: run folders, result.json files, or folders that hold several."""
     vs: tuple[Path, ...] = ()
@@ -51,10 +51,6 @@ class Options:
     """Chance of showing the smallest detectable difference."""
     include_invalid: bool = False
     """Compare INVALID runs too; they are labelled."""
-    json: bool = False
-    """Print one JSON object instead of tables."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def run_table(comparison: Comparison) -> Table:
@@ -164,18 +160,11 @@ def print_comparison(comparison: Comparison) -> None:
     console.print(conclusion(comparison), style="bold", highlight=False, markup=False)
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    try:
-        settings = ComparisonSettings(
-            options.alpha, options.variants_tried, options.margin_nats, options.power, options.include_invalid
-        )
-        comparison = compare_runs(options.a, options.vs, settings)
-    except (UserError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
+def work(options: Options) -> int:
+    settings = ComparisonSettings(
+        options.alpha, options.variants_tried, options.margin_nats, options.power, options.include_invalid
+    )
+    comparison = compare_runs(options.a, options.vs, settings)
     if options.json:
         print(json.dumps(asdict(comparison), default=str, allow_nan=False))
     else:
@@ -184,4 +173,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, __doc__, work))

@@ -25,7 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import Config, UserError, build_config
+from golf.config import EXIT_FINDINGS, Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
@@ -47,26 +47,22 @@ from golf.submit.diagnosis import (
     pinned_version,
     step_figures,
 )
-from tools.bench import random_tokens
+from golf.submit.synthetic import random_tokens
+from golf.submit.tool import ToolOptions, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_STEPS = 20
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-EXIT_ERRORS, EXIT_BAD_INPUT = 1, 2
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ToolOptions):
     overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Knobs as key=value."""
     preset: str = ""
     """The preset that is to run here; by default leaderboard where there is a GPU, else local."""
-    json: bool = False
-    """Print one JSON object instead of tables."""
     skip_probe: bool = False
     """Take no training steps."""
-    debug: bool = False
-    """Show where an error comes from."""
 
 
 def forgiving(config: Config) -> Config:
@@ -211,26 +207,19 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print("[green]fine: nothing found[/]")
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__)
-    try:
-        preset = options.preset or ("leaderboard" if torch.cuda.is_available() else "local")
-        named = {"preset": options.preset} if options.preset else {}
-        config = build_config(preset, os.environ, parse_overrides(options.overrides) | named)
-        report = examine(options, config, Console(stderr=True))
-    except (UserError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"doctor.py: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+def work(options: Options) -> int:
+    preset = options.preset or ("leaderboard" if torch.cuda.is_available() else "local")
+    named = {"preset": options.preset} if options.preset else {}
+    config = build_config(preset, os.environ, parse_overrides(options.overrides) | named)
+    report = examine(options, config, Console(stderr=True))
     if report is None:
         return 0
     if options.json:
         print(json.dumps(report, allow_nan=False))
     else:
         print_report(report, Console())
-    return EXIT_ERRORS if any(finding["severity"] == "error" for finding in report["findings"]) else 0
+    return EXIT_FINDINGS if any(finding["severity"] == "error" for finding in report["findings"]) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, __doc__, work))

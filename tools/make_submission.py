@@ -18,14 +18,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import UserError
+from golf.config import EXIT_FINDINGS
 from golf.submit.evidence import SubmissionOrder, SubmissionOutcome, make_record
+from golf.submit.finding import EvidenceError
+from golf.submit.tool import ToolOptions, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ToolOptions):
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of finished runs: the seeds of one experiment."""
     name: str
@@ -39,10 +41,6 @@ class Options:
     """Where the tracks are."""
     date: str = ""
     """YYYY-MM-DD; default: the day (UTC) on which the newest result was written."""
-    json: bool = False
-    """Print one JSON object and no table."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def outcome_dict(outcome: SubmissionOutcome) -> dict:
@@ -81,29 +79,22 @@ def print_outcome(outcome: SubmissionOutcome) -> None:
         console.print("fewer than 3 seeds: the README says so and claims no significance")
 
 
-def main() -> int:
-    options = tyro.cli(Options, description=__doc__)
+def work(options: Options) -> int:
     texts = {name: getattr(options, name).strip() for name in ("name", "author", "github_id", "blurb")}
-    try:
-        for name, text in texts.items():
-            if not text:
-                raise UserError(f"--{name.replace('_', '-')} is empty")
-        order = SubmissionOrder(
-            options.runs, **texts, track=options.track, records=options.records, date=options.date,
-            requirements=REPOSITORY / "requirements.txt",
-        )  # fmt: skip
-        outcome = make_record(order)
-    except (UserError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"make_submission: {error}", file=sys.stderr)
-        return 2
+    for name, text in texts.items():
+        if not text:
+            raise EvidenceError(f"--{name.replace('_', '-')} is empty")
+    order = SubmissionOrder(
+        options.runs, **texts, track=options.track, records=options.records, date=options.date,
+        requirements=REPOSITORY / "requirements.txt",
+    )  # fmt: skip
+    outcome = make_record(order)
     if options.json:
         print(json.dumps(outcome_dict(outcome)))
     else:
         print_outcome(outcome)
-    return 1 if outcome.reasons else 0
+    return EXIT_FINDINGS if outcome.reasons else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, __doc__, work))

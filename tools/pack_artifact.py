@@ -11,23 +11,24 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport, size_report_dict
 from golf.artifact.weights import SavedWeights, load_weights
-from golf.config import CODECS, Config, QuantConfig, check_config
+from golf.config import CODECS, EXIT_FINDINGS, Config, QuantConfig, check_config
 from golf.quant.export import quantize_state
 from golf.quant.prune import PruneReport, prune_state
 from golf.runtime import write_file_atomically
+from golf.submit.tool import ToolOptions, run_command
 
 
 @dataclass(frozen=True)
-class PackOptions:
+class Options(ToolOptions):
     weights: Path
     """weights.safetensors of a training run."""
     out: Path
@@ -40,8 +41,6 @@ class PackOptions:
     """Default: what the run was configured with."""
     code: Path | None = None
     """The code file of the submission, counted with the artifact; default: no code is counted."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class PackResult:
         return self.bytes_total <= self.limit_bytes
 
 
-def choose_quantization(saved: SavedWeights, options: PackOptions) -> QuantConfig:
+def choose_quantization(saved: SavedWeights, options: Options) -> QuantConfig:
     quant = saved.quant
     if options.prune is not None:
         quant = replace(quant, prune_frac=options.prune)
@@ -71,10 +70,10 @@ def choose_quantization(saved: SavedWeights, options: PackOptions) -> QuantConfi
     return quant
 
 
-def pack(options: PackOptions) -> PackResult:
-    """Write the artifact if it fits. Raises ValueError or OSError for bad input."""
+def pack(options: Options) -> PackResult:
+    """Write the artifact if it fits. Raises UserError or OSError for bad input."""
     if not options.out.parent.is_dir():
-        raise ValueError(f"there is no folder {options.out.parent} to write {options.out.name} to")
+        raise ArtifactError(f"there is no folder {options.out.parent} to write {options.out.name} to")
     bytes_code = options.code.stat().st_size if options.code else 0
     saved = load_weights(options.weights)
     quant = choose_quantization(saved, options)
@@ -123,13 +122,8 @@ def print_result(result: PackResult) -> None:
     console.print(f"pruning set {zeroed:,} of {weights:,} weights to zero; {changed:,} codes changed by it")
 
 
-def main() -> int:
-    options = tyro.cli(PackOptions, description=__doc__)
-    try:
-        result = pack(options)
-    except (ValueError, OSError) as error:
-        print(f"pack_artifact: {error}", file=sys.stderr)
-        return 2
+def work(options: Options) -> int:
+    result = pack(options)
     if options.json:
         print(json.dumps(result_dict(result)))
     else:
@@ -138,8 +132,8 @@ def main() -> int:
         return 0
     over = result.bytes_total - result.limit_bytes
     print(f"pack_artifact: over the limit by {over:,} bytes; {options.out} was not written", file=sys.stderr)
-    return 1
+    return EXIT_FINDINGS
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, __doc__, work))

@@ -1,33 +1,34 @@
 """What a run will do at which second and step, how large it will be, how long it will be scored: before it costs.
 
-python train_gpt.py --plan [--preset P] [--step-ms X] [--world-size N] [--no-code] [key=value ...]
+python train_gpt.py --plan [--preset P] [--step-ms X] [--world-size N] [--no-code] [--json] [key=value ...]
 
 Exit status: 0 all that is switched on will act, 1 something will not (each is a line), 2 bad input.
 """
 
+import json
 import os
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
 
-from golf.config import UserError, build_config
+from golf.config import EXIT_FINDINGS, ConfigError, build_config
 from golf.run.command import parse_overrides
-from golf.run.plan import plan_lines, plan_run
+from golf.run.plan import RunPlan, plan_lines, plan_run, timeline
 from golf.submit.bundler import bundle_source
 from golf.submit.packer import pack_source
+from golf.submit.tool import ToolOptions, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class Options(ToolOptions):
     knobs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Knobs as key=value."""
     preset: str = ""
@@ -38,33 +39,43 @@ class PlanOptions:
     """Milliseconds of a step; default: what was measured of the preset, on the machine that is named."""
     world_size: int = 1
     """Processes that share a step."""
-    code: bool = True
-    """Count the packed code too (it takes seconds to pack)."""
-    debug: bool = False
-    """Show a traceback with an error."""
+    no_code: bool = False
+    """Leave out the bytes of the packed code (it takes seconds to pack)."""
 
 
-def plan(options: PlanOptions) -> int:
+def plan_dict(plan: RunPlan) -> dict[str, Any]:
+    """The figures of the plan; those that are forecast as the least and the most."""
+    config = plan.config
+    return {
+        "preset": config.run.preset,
+        "steps": plan.end.step,
+        "train_seconds": plan.end.seconds,
+        "step_ms": 1000 * plan.step_seconds,
+        "step_ms_source": plan.source,
+        "train_batch_tokens": config.train.train_batch_tokens,
+        "timeline": [moment._asdict() | {"what": what} for moment, what in timeline(plan)],
+        "bytes_code": plan.bytes_code,
+        "bytes_model": list(plan.bytes_model),
+        "bytes_total": [part + plan.bytes_code for part in plan.bytes_model],
+        "limit_bytes": config.run.limit_bytes,
+        "eval_seconds": plan.scoring_seconds and list(plan.scoring_seconds),
+        "max_eval_seconds": config.score.max_eval_seconds,
+        "problems": plan.problems,
+    }
+
+
+def work(options: Options) -> int:
+    if options.world_size < 1:
+        raise ConfigError(f"--world-size {options.world_size}: a step needs at least one process")
     named = {"preset": options.preset, "corpus": options.corpus}
     overrides = parse_overrides(options.knobs) | {knob: value for knob, value in named.items() if value}
     config = build_config("leaderboard" if torch.cuda.is_available() else "local", os.environ, overrides)
-    code = pack_source(bundle_source(REPOSITORY / "train_gpt.py", REPOSITORY)) if options.code else ""
+    code = "" if options.no_code else pack_source(bundle_source(REPOSITORY / "train_gpt.py", REPOSITORY))
     step_seconds = None if options.step_ms is None else options.step_ms / 1000
     planned = plan_run(config, step_seconds, options.world_size, len(code.encode()))
-    print("\n".join(plan_lines(planned)))
-    return 1 if planned.problems else 0
-
-
-def main() -> int:
-    options = tyro.cli(PlanOptions, description=__doc__)
-    try:
-        return plan(options)
-    except (UserError, OSError) as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"plan.py: {error}", file=sys.stderr)
-        return 2
+    print(json.dumps(plan_dict(planned)) if options.json else "\n".join(plan_lines(planned)))
+    return EXIT_FINDINGS if planned.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, __doc__, work))

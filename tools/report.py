@@ -1,13 +1,15 @@
 """Show a finished run: a short table on the terminal, and pictures of its loss and its bytes in its folder.
 
-python tools/report.py runs/RUN_ID      (or --last, the newest run with a result)
+python tools/report.py runs/RUN_ID [--json]      (or --last, the newest run with a result)
+
+Exit status: 0 shown, 2 bad input.
 """
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib
 import tyro
@@ -17,15 +19,20 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.run.folder import RunFolder
+from golf.score.data_probes import ProbeError, read_run_record
+from golf.submit.tool import ToolOptions, run_command
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
+KEY_FIGURES = ("run_id", "valid", "findings", "val_bpb", "val_loss", "val_tokens", "val_bytes", "val_docs", "params")
+KEY_FIGURES += ("steps", "train_seconds", "train_tokens", "eval_seconds", "eval_tokens_per_second")
+KEY_FIGURES += ("bytes_code", "bytes_model", "bytes_total", "limit_bytes")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ToolOptions):
     run: Annotated[str, tyro.conf.Positional] = ""
     """Folder of the run."""
     last: bool = False
@@ -37,12 +44,23 @@ def find_run(options: Options) -> RunFolder:
     if options.run:
         folder = RunFolder(Path(options.run))
         if not folder.result.exists():
-            raise ValueError(f"{folder.result} is missing: the run has not been scored")
+            raise ProbeError(f"{folder.result} is missing: the run has not been scored")
         return folder
     results = sorted(Path(options.root).glob("*/result.json"), key=lambda path: path.stat().st_mtime)
     if not options.last or not results:
-        raise ValueError(f"no finished run found under {options.root}: name a run folder")
+        raise ProbeError(f"no finished run found under {options.root}: name a run folder")
     return RunFolder(results[-1].parent)
+
+
+def load_steps(folder: RunFolder) -> list[dict[str, float]]:
+    """The rows of the steps that metrics.jsonl has. Raises ProbeError."""
+    try:
+        rows = [row for row in folder.metrics_rows() if {"elapsed", "train_loss", "lr_scale"} <= row.keys()]
+    except (ValueError, AttributeError):
+        raise ProbeError(f"{folder.metrics}: damaged, a line of it is no JSON object: run again") from None
+    if not rows:
+        raise ProbeError(f"{folder.metrics} has no step: there is no loss to draw")
+    return rows
 
 
 def print_table(result: dict, console: Console) -> None:
@@ -68,10 +86,8 @@ def print_table(result: dict, console: Console) -> None:
         console.print(f"[red]INVALID:[/red] {finding}")
 
 
-def draw_loss(folder: RunFolder, result: dict) -> Path:
+def draw_loss(folder: RunFolder, steps: list[dict[str, float]], result: dict) -> Path:
     """Training loss of every step against seconds, and its running mean."""
-    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    steps = [row for row in rows if "train_loss" in row]
     seconds = [step["elapsed"] for step in steps]
     losses = [step["train_loss"] for step in steps]
     mean, smooth = losses[0], []
@@ -127,17 +143,19 @@ def save_figure(figure: plt.Figure, path: Path) -> Path:
     return path
 
 
-def main() -> None:
-    try:
-        folder = find_run(tyro.cli(Options, description=__doc__))
-    except ValueError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    result = json.loads(folder.result.read_text())
-    print_table(result, Console())
-    for path in (draw_loss(folder, result), draw_bytes(folder, result)):
-        print(path)
+def work(options: Options) -> int:
+    folder = find_run(options)
+    result: dict[str, Any] = read_run_record(folder.result, (*KEY_FIGURES, "sizes"))
+    steps = load_steps(folder)
+    if not options.json:
+        print_table(result, Console())
+    pictures = [str(draw_loss(folder, steps, result)), str(draw_bytes(folder, result))]
+    if options.json:
+        print(json.dumps({key: result[key] for key in KEY_FIGURES} | {"pictures": pictures}))
+    else:
+        print("\n".join(pictures))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(Options, __doc__, work))

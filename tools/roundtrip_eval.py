@@ -10,27 +10,27 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact
-from golf.config import ModelConfig, RunConfig, ScoreConfig
+from golf.config import Config, ModelConfig, RunConfig, ScoreConfig, check_config
 from golf.data.shards import expand_glob
 from golf.runtime import Log, start_runtime
 from golf.score.roundtrip import score_artifact
 from golf.score.scorer import Score
+from golf.submit.tool import ToolOptions, run_command
 
 BATCH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
 """Window tokens of a batch where none is asked for."""
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Options(ToolOptions):
     artifact: Path
     """The artifact to score."""
     val: str
@@ -52,15 +52,13 @@ class Arguments:
     """CPU threads; 0: torch's own choice."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the forward; auto: on CUDA."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print one JSON object instead of a table."""
 
 
-def score_config(arguments: Arguments, model: ModelConfig, device: str) -> ScoreConfig:
-    """The arguments, with what was left open filled in for this model and device."""
-    window = arguments.window or 2 * model.train_seq_len
-    batch = arguments.batch or max(1, BATCH_TOKENS[device] // window)
-    return ScoreConfig(window, arguments.stride or min(64, window), batch, arguments.rope, arguments.max_seconds)
+def score_config(options: Options, model: ModelConfig, device: str) -> ScoreConfig:
+    """The options, with what was left open filled in for this model and device."""
+    window = options.window or 2 * model.train_seq_len
+    batch = options.batch or max(1, BATCH_TOKENS[device] // window)
+    return ScoreConfig(window, options.stride or min(64, window), batch, options.rope, options.max_seconds)
 
 
 def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, processes: int) -> dict[str, object]:
@@ -92,33 +90,26 @@ def print_table(values: dict[str, object]) -> None:
     Console().print(table)
 
 
-def evaluate(arguments: Arguments) -> None:
-    run = RunConfig(device=arguments.device, threads=arguments.threads, compile=arguments.compile)
+def work(options: Options) -> int:
+    run = RunConfig(device=options.device, threads=options.threads, compile=options.compile)
+    check_config(Config(run=run, score=ScoreConfig(max_eval_seconds=options.max_seconds)))
     with start_runtime(run, "roundtrip", Log(sys.stderr)) as runtime:
-        artifact = read_artifact(arguments.artifact)
+        artifact = read_artifact(options.artifact)
         device = runtime.device.type
-        config = score_config(arguments, artifact.model, device)
-        compiled = runtime.compiles and (arguments.compile == "on" or device == "cuda")
-        shards = expand_glob(arguments.val)
-        score, val_data_id = score_artifact(artifact, arguments.tokenizer, shards, config, runtime, compiled=compiled)
+        config = score_config(options, artifact.model, device)
+        compiled = runtime.compiles and (options.compile == "on" or device == "cuda")
+        shards = expand_glob(options.val)
+        score, val_data_id = score_artifact(artifact, options.tokenizer, shards, config, runtime, compiled=compiled)
         if not runtime.is_main:
-            return
+            return 0
         config = replace(config, eval_stride=score.stride)
         values = report(artifact, config, score, device, runtime.world_size) | {"val_data_id": val_data_id}
-    if arguments.json:
+    if options.json:
         print(json.dumps(values))
     else:
         print_table(values)
-
-
-def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        evaluate(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(Options, __doc__, work))

@@ -79,7 +79,16 @@ def write_artifact(
 
 def read_artifact(source: Path | str | bytes) -> Artifact:
     """The artifact in a file, or in bytes. Raises ArtifactError, whatever the bytes are; runs nothing from them."""
-    data = source if isinstance(source, bytes) else read_file_bounded(Path(source))
+    if isinstance(source, bytes):
+        return parse_artifact(source)
+    data = read_file_bounded(Path(source))
+    try:
+        return parse_artifact(data)
+    except ArtifactError as error:
+        raise ArtifactError(f"{source}: {error}") from None
+
+
+def parse_artifact(data: bytes) -> Artifact:
     codec, fields = unframe_artifact(data)
     model, tokenizer_sha256, bits = parse_description(fields[0] if fields else b"", len(data))
     shapes = expected_shapes(model)

@@ -39,7 +39,7 @@ class TokenStream:
         """The held-out tokens from their first document start on, uint16 (N,). Raises DataError."""
         pairs = zip(self.starts[:-1], self.shards, strict=True)
         rest = np.concatenate([shard[max(0, len(self) - start) :] for start, shard in pairs])
-        starts = np.flatnonzero(rest == bos_id)
+        starts = np.flatnonzero(rest[:-1] == bos_id)  # one with a token to score
         if not len(starts):
             raise DataError(f"no document starts in the last {self.held_out} training tokens: set val_loss_every=0")
         return rest[starts[0] :]

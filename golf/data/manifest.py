@@ -43,7 +43,7 @@ def load_prepared(folder: str | Path) -> PreparedData:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not a manifest of prepared data; delete the folder and prepare it again") from None
     for name, size in sizes.items():
         held = (folder / name).stat().st_size if (folder / name).is_file() else None

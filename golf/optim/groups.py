@@ -70,7 +70,10 @@ class Optimizers:
     def load_state_tensors(self, tensors: dict[str, Tensor], names: dict[Tensor, str]) -> None:
         """Inverse of state_tensors; entries of every rank may be among them."""
         for optimizer in self.all:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            groups = [group["params"] for group in optimizer.param_groups]
+            if optimizer is self.muon:  # momentum of another rank's matrix would grow old here, and be saved again
+                groups = [matrices[self.muon.rank :: self.muon.world_size] for matrices in groups]
+            for parameter in (p for group in groups for p in group):
                 start = f"optimizer.{names[parameter]}."
                 own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
                 optimizer.state[parameter].update({key: value.to(parameter.device) for key, value in own.items()})

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from golf.config import UserError
-from golf.runtime import write_file_atomically
+from golf.runtime import replacing
 
 CHECKPOINT_NAME = re.compile(r"step(\d{7})-rank(\d+)of(\d+)\.safetensors")
 
@@ -69,6 +69,8 @@ class CheckpointWriter:
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
+        for torn in folder.glob(f".step*-rank{rank}of*.tmp"):  # of a process that was killed
+            torn.unlink()
 
     def write(self, state: TrainingState, step: int) -> Path:
         """Copy the state and leave the writing to the thread, after the write before is done. Raises its OSError."""
@@ -79,9 +81,15 @@ class CheckpointWriter:
         return path
 
     def put(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        write_file_atomically(path, save(tensors, metadata))
+        with replacing(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata)  # which, unlike save, lets the training have Python meanwhile
+            except SafetensorError as error:
+                raise OSError(f"{path}: {error}") from None
+        whole = newest_checkpoint(self.folder)  # another rank may be behind: what it needs to be whole stays
         for old in checkpoint_files(self.folder, self.rank)[:-2]:
-            old.unlink()
+            if whole and old.name < whole[0].name:
+                old.unlink()
 
     def wait(self) -> None:
         """Until nothing is being written. Raises the OSError of a write that failed."""

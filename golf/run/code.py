@@ -31,10 +31,12 @@ class Program:
 
     def check(self, folder: RunFolder) -> None:
         """Raise ConfigError unless the run in `folder` began with this code."""
-        if self.bundled:
-            began, now = folder.code, self.script
-        else:
+        began, now = folder.code, self.script
+        if not self.bundled:
             began, now = folder.readable_code, folder.path / ".code_now.py"
+        if not began.exists():
+            raise ConfigError(f"{folder.path} was stopped before it began: remove it, and start anew")
+        if not self.bundled:
             self.bundle("--no-sizes", "--out", now)
         same = began.read_bytes() == now.read_bytes()
         if not self.bundled:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from golf.config import PRESETS, Config, ConfigError, build_config, iter_knobs
+from golf.config import PRESETS, Config, ConfigError, build_config, iter_knobs, knobs_of_environment
 from golf.run.folder import RunFolder
 
 
@@ -67,7 +67,7 @@ def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
     if options.resume or options.score:
         if options.corpus or options.preset or set(overrides) - {"runs_root"}:
             raise ConfigError("a run goes on as it was configured: leave the other arguments out")
-        runs_root = Path(build_config("local", environ, {"preset": "local"} | overrides).run.runs_root)
+        runs_root = Path(overrides.get("runs_root") or knobs_of_environment(environ).get("runs_root", "runs"))
         folder = options.score or next(filter(Path.is_dir, (Path(options.resume), runs_root / options.resume)), None)
         if folder is None:
             raise ConfigError(f"there is no run {options.resume!r} under {runs_root}: name one that is there")

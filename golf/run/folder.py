@@ -75,9 +75,12 @@ class RunFolder:
     def trim_metrics(self, step: int) -> float:
         """Forget rows after `step`, which will be taken again; returns the last clock reading of all rows."""
         rows = self.metrics_rows()
+        latest = max((row["elapsed"] for row in rows), default=0.0)
         kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):  # who is killed again before the next row must find the reading
+            kept.append({"step": step, "elapsed": latest})
         write_file_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-        return max((row["elapsed"] for row in rows), default=0.0)
+        return latest
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ from golf.config import UserError
 from golf.data.shards import SHARD_NAME
 
 CLOSED_SPLITS = {
+    "setup": ("val",),
     "train": ("val",),
     "average": ("val",),
     "quantize": ("val",),
@@ -16,7 +17,7 @@ CLOSED_SPLITS = {
     "score": ("train",),
 }
 """Shards that are closed in a stage: validation before it is scored, training text once calibration is over."""
-NETWORK_EVENTS = ("socket.connect", "socket.getaddrinfo", "socket.sendto")
+NETWORK_EVENTS = tuple(f"socket.{call}" for call in ("connect", "getaddrinfo", "gethostbyname", "sendto", "sendmsg"))
 
 
 class GuardError(UserError):
@@ -36,7 +37,7 @@ class AccessGuard:
 
     def hook(self, event: str, arguments: tuple) -> None:
         if event == "open":
-            name = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else ""
+            name = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
             if match := SHARD_NAME.fullmatch(os.path.basename(name)):
                 self.touch(match["split"], name)
         elif event in NETWORK_EVENTS:

@@ -6,8 +6,7 @@ import sys
 import threading
 from types import FrameType
 
-from golf.config import UserError
-from golf.runtime import EXIT_INTERRUPTED
+from golf.config import EXIT_INTERRUPTED, UserError
 
 GRACE_SECONDS = 20.0
 """How long a process of several waits for the others before it leaves: a lost one would hold it in a collective."""
@@ -18,7 +17,8 @@ class Interrupted(UserError):
 
 
 class Interruption:
-    """Whether a stop was asked for. A second signal acts at once."""
+    """Whether a stop was asked for. A second signal acts at once; of several processes, none leaves before its grace is
+    over (the launcher passes on a signal that they got already, while their checkpoints are being written)."""
 
     def __init__(self) -> None:
         self.signal, self.world_size = 0, 1
@@ -28,9 +28,10 @@ class Interruption:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        if self.world_size > 1:
+        first, self.signal = not self.signal, number
+        if self.world_size == 1:
+            signal.signal(number, signal.SIG_DFL)
+        elif first:
             leave = threading.Timer(GRACE_SECONDS, os._exit, [EXIT_INTERRUPTED])
             leave.daemon = True
             leave.start()

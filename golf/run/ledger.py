@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from golf.runtime import write_file_atomically
+
 PHASES = {
     "setup": ("", "train"),
     "compile": ("", "train"),
@@ -44,7 +46,7 @@ class Ledger:
     """Seconds by phase, appended to a file whenever the phase changes, so that a killed process is in it too."""
 
     def __init__(self, phase: str, now=time.monotonic, identity=process_identity):
-        self.now, self.phase_name, self.path = now, phase, None
+        self.now, self.phase_name, self.path, self.identity = now, phase, None, identity
         self.session, age = identity()
         self.mark = now() - age
         self.rows: list[dict[str, Any]] = []
@@ -53,6 +55,7 @@ class Ledger:
         """Go on in a run's file; what this process did before it replaced itself is in there already."""
         earlier = read_ledger(path)
         self.mark += sum(row["seconds"] for row in earlier if row["session"] == self.session)
+        write_file_atomically(path, "".join(json.dumps(row) + "\n" for row in earlier))  # without a torn last line
         self.path, self.rows, waiting = path, earlier, self.rows
         for row in waiting:
             self.write(row)
@@ -97,7 +100,7 @@ class Ledger:
             for kind in ("script", "process")
         }
         earlier = sum(row["seconds"] for row in self.rows if row["session"] != self.session)
-        return {"phases": phases, **sums, "process_seconds": earlier + process_identity()[1]}
+        return {"phases": phases, **sums, "process_seconds": earlier + self.identity()[1]}
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,9 @@ from golf.run.training import StepReport, Trainer
 from golf.runtime import ProgressLine
 from golf.score.scorer import plain_settings, score_stream
 
+LAST_CHECKPOINT = 0.99
+"""Share of the budget after which only the end writes one: the time of a copy would go past the cap."""
+
 
 def take_up_checkpoint(trainer: Trainer, folder: RunFolder) -> None:
     """Go on from the newest checkpoint, if there is one; the clock in any case from where it last was."""
@@ -39,16 +42,19 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
         if config.train.val_loss_every and report.step % config.train.val_loss_every == 0:
             with session.ledger.phase("hold out"):
                 look(trainer, data, report, folder)
-        if trainer.stop_agreed or 0 < config.run.checkpoint_seconds <= report.elapsed - saved_at:
+        if trainer.stop_agreed:
+            progress.clear()
+            writer.write(trainer.state(), report.step)
+            writer.close()
+            runtime.barrier()  # a launcher ends all ranks when the first one leaves
+            session.interruption.check(f"after step {report.step}; go on with --resume {folder.path.name}")
+            raise Interrupted(f"another process was stopped after step {report.step}")
+        due = 0 < config.run.checkpoint_seconds <= report.elapsed - saved_at
+        if due and report.progress < LAST_CHECKPOINT:
             with trainer.clock:  # the copy holds up the training, so it counts
                 writer.write(trainer.state(), report.step)
             saved_at = report.elapsed
             session.ledger.settle()
-        if trainer.stop_agreed:
-            progress.clear()
-            writer.close()
-            session.interruption.check(f"after step {report.step}; go on with --resume {folder.path.name}")
-            raise Interrupted(f"another process was stopped after step {report.step}")
     progress.clear()
     if report and (report.step < config.train.iterations or not config.train.iterations):
         runtime.print(stop_line(report, config))

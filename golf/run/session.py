@@ -1,19 +1,21 @@
 """What surrounds the work of a run's stages: which are done, on which clock, with what doors closed."""
 
+import fcntl
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from golf.artifact.sizes import SizeReport
-from golf.config import UserError
+from golf.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, UserError
 from golf.run.folder import RunFolder
 from golf.run.guard import AccessGuard
 from golf.run.interruption import Interrupted, Interruption
 from golf.run.ledger import Ledger
-from golf.run.stages import STAGES, StageBook
-from golf.runtime import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, Log, Runtime
+from golf.run.stages import STAGES, StageBook, StageError
+from golf.runtime import Log, Runtime
 
-LOST_PEER = re.compile("gloo|nccl|peer|socket|connection|store", re.IGNORECASE)
+LOST_PEER = re.compile("gloo|nccl|peer|socket|connection|TCPStore", re.IGNORECASE)
 
 
 def explain_error(error: Exception, world_size: int) -> tuple[int, str]:
@@ -30,6 +32,16 @@ def explain_error(error: Exception, world_size: int) -> tuple[int, str]:
     return 0, ""
 
 
+def take_lock(path: Path) -> TextIO:
+    """A lock that this process has until it ends, however it ends. Raises StageError while another one has it."""
+    lock = path.open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with forked workers
+    except BlockingIOError:
+        raise StageError(f"{path.parent} is at work in another process: wait for it, or end it") from None
+    return lock
+
+
 class Session:
     """One process of a run; `open` binds it to the run's folder once that is known."""
 
@@ -44,8 +56,10 @@ class Session:
         self.folder, self.runtime, self.book = folder, runtime, StageBook(folder.path)
         self.interruption.world_size = runtime.world_size
         if runtime.is_main:
+            self.lock = take_lock(folder.path / ".lock")
             self.log.attach(folder.log)
             self.ledger.attach(folder.ledger)
+        runtime.barrier()  # every rank has read the same book before a stage is added to it
 
     def do(self, stage: str, work: Callable[[], Sequence[Path]], together: bool = False) -> None:
         """Do a stage unless it is finished: `work`, on the main rank or on all together, returns the files it left."""
@@ -59,6 +73,8 @@ class Session:
         if together or self.runtime.is_main:
             with self.ledger.phase({"reload": "load"}.get(stage, stage)):
                 outputs = work()
+        if together:
+            self.runtime.barrier()  # what the other ranks leave is there too
         if self.runtime.is_main:
             self.folder.save_access(self.guard)
             self.book.finish(stage, outputs)

@@ -33,6 +33,8 @@ class StageBook:
 
     def verify(self, stage: str) -> None:
         """Raise StageError unless the files of a finished stage are as it left them."""
+        if stage not in self.stages:
+            raise StageError(f"{self.folder}: stage {stage} is not finished: go on with --resume {self.folder.name}")
         for name, sha256 in self.stages[stage].items():
             path = self.folder / name
             if not path.is_file() or file_sha256(path) != sha256:

@@ -83,8 +83,10 @@ def score_artifact(
         "rank": runtime.rank, "world_size": runtime.world_size,
     }  # fmt: skip
     begun = (journal and journal.identity) or {}
-    if not runtime.max_over_ranks(float(not subject.items() <= begun.items()))[0]:  # all ranks can go on
-        settings = replace(settings, stride=begun["stride"])
+    stride = begun["stride"] if subject.items() <= begun.items() else 0
+    largest, smallest = runtime.max_over_ranks(stride, -stride)
+    if 0 < largest == -smallest:  # all ranks can go on, and with the same windows
+        settings = replace(settings, stride=stride)
     else:
         settings = settle_stride(model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds)
     preparing = time.perf_counter() - started

@@ -13,6 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from golf.config import UserError
+
+
+class WindowError(UserError):
+    """A stream that no window fits, or a stride that would leave targets out."""
+
 
 @dataclass(frozen=True)
 class WindowPlan:
@@ -31,15 +37,15 @@ class WindowPlan:
 
 
 def plan_windows(targets: int, length: int, stride: int) -> WindowPlan:
-    """Windows of at most `length` tokens over a stream of `targets` targets. Raises ValueError on sizes that can't be.
+    """Windows of at most `length` tokens over a stream of `targets` targets. Raises WindowError on sizes that can't be.
 
     Window k ends at min(L + k S, N) and has full length, so the last one overlaps more instead of being shorter:
     all windows have one shape, and one compiled graph serves them.
     """
     if targets < 1:
-        raise ValueError(f"a stream of {targets} targets has nothing to score: it needs at least two tokens")
+        raise WindowError(f"a stream of {targets} targets has nothing to score: it needs at least two tokens")
     if not 1 <= stride <= length:
-        raise ValueError(f"window stride {stride} must be 1 to the window length, {length}")
+        raise WindowError(f"window stride {stride} must be 1 to the window length, {length}")
     length = min(length, targets)
     count = 1 + -(-(targets - length) // stride)
     ends_W = np.minimum(length + stride * np.arange(count, dtype=np.int64), targets)

@@ -99,7 +99,7 @@ def readable_script(paths: Sequence[Path], runs: Sequence[RunEvidence]) -> tuple
     """
     reasons: list[SubmissionFinding] = []
     packed = (runs[0].code or b"").decode("utf-8", errors="replace")
-    sources = {path: file.read_text(encoding="utf-8") for path in paths if (file := path / READABLE_NAME).is_file()}
+    sources = {path: file.read_text("utf-8", "replace") for path in paths if (file := path / READABLE_NAME).is_file()}
     for source in dict.fromkeys(sources.values()):
         if not packs_to(source, packed):
             places = ", ".join(str(path) for path, text in sources.items() if text == source)

@@ -65,8 +65,11 @@ def is_future_import(node: ast.stmt) -> bool:
 
 
 def read_part(root: Path, path: str) -> SourcePart:
-    """Read and parse a file. Raises BundleError where it is not Python 3.10."""
-    text = (root / path).read_text(encoding="utf-8")
+    """Read and parse a file. Raises BundleError where it is not Python 3.10, OSError where it can't be read."""
+    try:
+        text = (root / path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path}: not UTF-8 (byte {error.start}): give a Python script") from None
     return SourcePart(path, text, parse_oldest(text, path))
 
 
@@ -74,9 +77,9 @@ def parse_oldest(text: str, path: str) -> ast.Module:
     """The syntax tree, read by the grammar of the oldest Python that must run it."""
     try:
         return ast.parse(text, filename=path, feature_version=OLDEST_PYTHON)
-    except SyntaxError as error:
-        major, minor = OLDEST_PYTHON
-        raise BundleError(f"{path}:{error.lineno}: not Python {major}.{minor}: {error.msg}") from None
+    except (SyntaxError, ValueError) as error:  # null bytes are a ValueError before Python 3.12
+        (major, minor), line = OLDEST_PYTHON, getattr(error, "lineno", None) or 1
+        raise BundleError(f"{path}:{line}: not Python {major}.{minor}: {getattr(error, 'msg', error)}") from None
 
 
 def check_import_forms(part: SourcePart) -> None:
