@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from golf.config import ConfigError, RunConfig
 
+
 class Log:
     """Lines to the terminal and, once a file is attached, flushed one by one to it."""
 

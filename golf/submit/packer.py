@@ -3,9 +3,10 @@
 Comments, docstrings, wide layout and the names of local variables go; other names and annotations stay, because
 dataclasses, torch.library and Triton read annotations at run time, and tracebacks name functions (the readable form
 lies beside the packed one in every run). Of 251,607 bytes of source: 49,986 packed; 52,651 with local names, 47,985
-without annotations of functions, 47,250 with global names shortened too; 79,805 when nothing is removed. The same source gives the same bytes on Python 3.10 to 3.12. The loader puts the source
-into linecache, where inspect and traceback look for it: without it Triton can't compile a kernel of a script
-that was started by exec (triton-lang/triton issue 5386).
+without annotations of functions, 47,250 with global names shortened too; 79,805 when nothing is removed. The same
+source gives the same bytes on Python 3.10 to 3.12. The loader puts the source into linecache, where inspect and
+traceback look for it: without it Triton can't compile a kernel of a script that was started by exec
+(triton-lang/triton issue 5386).
 """
 
 import ast

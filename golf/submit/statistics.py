@@ -147,7 +147,7 @@ class MeanDifference:
     df: float | None
     t: float | None
     p_two_sided: float | None
-    """1 where there is neither difference nor spread; None where the means differ without any spread: then no test is defined."""
+    """1 where there is neither difference nor spread; None where means differ without any: no test is defined then."""
     p_a_lower: float | None
     """One-sided p of "A is lower": the chance of a difference as low as this where the means are equal."""
     note: str = ""
