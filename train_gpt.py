@@ -17,11 +17,11 @@ from golf.artifact.fit import fit_to_limit
 from golf.artifact.restore import restore_model
 from golf.artifact.sizes import size_report_dict
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
-from golf.config import EXIT_BAD_INPUT, EXIT_FINDINGS, Config, UserError
+from golf.config import EXIT_FINDINGS, Config, UserError
 from golf.data.shards import find_shards
 from golf.model.init import build_model
 from golf.run.averaging import final_weights, prove_learned_features
-from golf.run.checkpoint import CheckpointWriter, newest_checkpoint, read_checkpoint
+from golf.run.checkpoint import CheckpointWriter, read_checkpoint
 from golf.run.code import Program
 from golf.run.command import Command, parse_command
 from golf.run.datasets import locate_data, open_training_data
@@ -56,7 +56,7 @@ def main(command: Command, session: Session) -> int:
 def train_and_pack(command: Command, session: Session) -> RunFolder:
     """Everything from the text to the artifact's bytes; stages that a run has behind it are not done again."""
     with start_runtime(command.config.run, "train", session.log) as runtime:
-        folder = take_up(command.resume, runtime) if command.resume else open_run(command.config, runtime)
+        folder = take_up(command.resume) if command.resume else open_run(command.config, runtime)
         session.open(folder, runtime)
         config = folder.load_config()
         session.do("train", lambda: train(config, session), together=True)
@@ -64,6 +64,7 @@ def train_and_pack(command: Command, session: Session) -> RunFolder:
         session.do("quantize", lambda: quantize(config, session))
         session.do("pack", lambda: pack(config, session))
         session.ledger.settle()
+        session.interruption.check(f"before scoring; go on with --resume {folder.path.name}")
     return folder
 
 
@@ -80,11 +81,9 @@ def open_run(config: Config, runtime: Runtime) -> RunFolder:
     return folder
 
 
-def take_up(path: Path, runtime: Runtime) -> RunFolder:
+def take_up(path: Path) -> RunFolder:
     folder = RunFolder(path)
-    if runtime.is_main:
-        PROGRAM.check(folder)
-    runtime.barrier()
+    PROGRAM.check(folder)
     return folder
 
 
@@ -117,7 +116,7 @@ def train(config: Config, session: Session) -> list[Path]:
 def average(config: Config, session: Session) -> list[Path]:
     """From the last checkpoint to the weights that count."""
     folder, training = session.folder, session.folder.load_json(session.folder.training)
-    state = read_checkpoint(newest_checkpoint(folder.checkpoints)[:1])
+    state = read_checkpoint([folder.path / next(iter(session.book.stages["train"]))])
     witness = Witness(config, state.numbers["witness"])
     weights = final_weights(state, witness)
     if training["swa_snapshots"] >= 2:
@@ -166,7 +165,8 @@ def start_fresh_process(folder: RunFolder, debug: bool) -> int:
 
 def reload_and_score(folder: RunFolder, session: Session) -> int:
     """Score the artifact and write result.json; returns the exit status."""
-    config = folder.load_config()
+    config, session.ledger.phase_name = folder.load_config(), "load"
+    PROGRAM.check(folder)
     with start_runtime(config.run, "score", session.log) as runtime:
         session.open(folder, runtime)
         session.do("reload", lambda: reload(config, session))
@@ -195,6 +195,7 @@ def score(config: Config, session: Session) -> list[Path]:
         if session.interruption.requested:
             runtime.print(partial_line(journal))
         session.interruption.check(f"while scoring; go on with --resume {folder.path.name}")
+        session.ledger.settle()
 
     for line in scoring_lines(config, artifact.model):
         runtime.print(line)
@@ -216,8 +217,9 @@ def score(config: Config, session: Session) -> list[Path]:
 def report(config: Config, session: Session) -> list[Path]:
     """All that was measured, in result.json, with what is wrong with it; then a table and pictures."""
     folder, runtime = session.folder, session.runtime
-    probed = PROGRAM.run_tool("check_run.py", folder.path, "--write") != EXIT_BAD_INPUT
-    result = build_result(config, session, probed)
+    folder.probes.unlink(missing_ok=True)
+    status = PROGRAM.run_tool("check_run.py", folder.path, "--write")
+    result = build_result(config, session, probed=status is None or folder.probes.exists())
     folder.save_json(folder.result, result)
     for finding in result["findings"]:
         runtime.print(f"INVALID: {finding}")
@@ -231,7 +233,7 @@ def run_program(arguments: list[str]) -> int:
     session = Session()
     try:
         if "--plan" in arguments:
-            return PROGRAM.run_tool("plan.py", *(word for word in arguments if word != "--plan"))
+            return PROGRAM.run_tool("plan.py", *(word for word in arguments if word != "--plan")) or 0
         return main(parse_command(arguments, os.environ), session)
     except (UserError, OSError, RuntimeError) as error:
         status, message = explain_error(error, session.interruption.world_size)

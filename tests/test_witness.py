@@ -202,9 +202,15 @@ def test_a_learned_feature_that_learned_nothing_is_found(stream, name):
 
 
 FIGURES = dict(
+    val_bpb=1.2,
     bytes_total=16_000_000, limit_bytes=16_000_000, train_seconds=600.0, max_wallclock_seconds=600.0,
     eval_seconds=600.0, max_eval_seconds=600.0, probes={"C1": {"verdict": "PASS", "detail": ""}},
 )  # fmt: skip
+
+
+def test_a_score_that_is_no_number_is_found():
+    (finding,) = run_findings(FIGURES | dict(val_bpb=float("nan")))
+    assert "val_bpb is nan" in finding
 
 
 def test_figures_at_their_limits_are_valid():

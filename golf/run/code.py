@@ -8,6 +8,7 @@ from pathlib import Path
 
 from golf.config import ConfigError
 from golf.run.folder import RunFolder
+from golf.runtime import file_sha256
 
 
 @dataclass(frozen=True)
@@ -19,35 +20,33 @@ class Program:
 
     def freeze(self, folder: RunFolder) -> None:
         """Write the code that runs, packed, and the readable text that it was packed from. Raises ConfigError."""
+        sources = self.sources()
         if self.bundled:
             shutil.copyfile(self.script, folder.code)
         else:
-            self.bundle("--pack", "--out", folder.code, "--readable-out", folder.readable_code)
-
-    def bundle(self, *arguments: str | Path) -> None:
-        command = [sys.executable, self.script.parent / "tools" / "bundle.py", *arguments]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            raise ConfigError("tools/bundle.py could not bundle the code that is to run; its message stands above")
+            bundler = self.script.parent / "tools" / "bundle.py"
+            command = [sys.executable, bundler, "--pack", "--out", folder.code, "--readable-out", folder.readable_code]
+            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                raise ConfigError("tools/bundle.py could not bundle the code that is to run; its message stands above")
+        folder.save_json(folder.sources, sources)
 
     def check(self, folder: RunFolder) -> None:
         """Raise ConfigError unless the run in `folder` began with this code."""
-        began, now = folder.code, self.script
-        if not self.bundled:
-            began, now = folder.readable_code, folder.path / ".code_now.py"
-        if not began.exists():
+        if not folder.sources.exists():
             raise ConfigError(f"{folder.path} was stopped before it began: remove it, and start anew")
-        if not self.bundled:
-            self.bundle("--no-sizes", "--out", now)
-        same = began.read_bytes() == now.read_bytes()
-        if not self.bundled:
-            now.unlink()
-        if not same:
-            raise ConfigError(f"the code is not that of {began}: go back to it, or start a new run")
+        if folder.load_json(folder.sources) != self.sources():
+            raise ConfigError(f"the code is not that of {folder.code}: go back to it, or start a new run")
 
-    def run_tool(self, name: str, *arguments: str | Path) -> int:
+    def sources(self) -> dict[str, str]:
+        """SHA-256 of every file that the run's code is made from."""
+        root = self.script.parent
+        library = [] if self.bundled else [p for p in sorted(root.glob("golf/**/*.py")) if p.parent.name != "submit"]
+        return {path.relative_to(root).as_posix(): file_sha256(path) for path in [self.script, *library]}
+
+    def run_tool(self, name: str, *arguments: str | Path) -> int | None:
         """A tool's work is not part of the code that a submission ships; without the tools a run goes without it.
 
-        Returns the tool's exit status.
+        Returns the tool's exit status; None where there is no tool.
         """
         tool = self.script.parent / "tools" / name
-        return subprocess.run([sys.executable, tool, *arguments]).returncode if tool.exists() else 0
+        return subprocess.run([sys.executable, tool, *arguments]).returncode if tool.exists() else None

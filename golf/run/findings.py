@@ -1,5 +1,6 @@
 """What must hold of a finished run's figures; what features did is the witness's matter (witness.py)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ from typing import Any
 def run_findings(figures: Mapping[str, Any]) -> list[str]:
     """One line for each limit that was broken and each probe that failed."""
     findings, over = [], figures["bytes_total"] - figures["limit_bytes"]
+    if not math.isfinite(figures["val_bpb"]):
+        findings.append(f"val_bpb is {figures['val_bpb']}: the model is no model")
     if over > 0:
         findings.append(
             f"{figures['bytes_total']:,} bytes of code and artifact are {over:,} over the limit of "

@@ -31,6 +31,7 @@ class RunFolder:
         self.parity = path / "parity.json"
         self.code = path / "train_gpt.py"
         self.readable_code = path / "train_gpt_readable.py"
+        self.sources = path / "sources.json"
         self.machine = path / "machine.json"
         self.ledger = path / "ledger.jsonl"
         self.access = path / "access.json"

@@ -16,7 +16,7 @@ from golf.quant.qat import install_fake_quantization
 from golf.runtime import Runtime
 from golf.score.scorer import evaluation_mode, plain_settings, score_stream, sliding_settings
 
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest difference of a token's nats, by compute dtype."""
 
 

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from golf.artifact.sizes import SizeReport
 from golf.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, UserError
 from golf.run.folder import RunFolder
 from golf.run.guard import AccessGuard
 from golf.run.interruption import Interrupted, Interruption
 from golf.run.ledger import Ledger
-from golf.run.stages import STAGES, StageBook, StageError
+from golf.run.stages import StageBook, StageError
 from golf.runtime import Log, Runtime
 
 LOST_PEER = re.compile("gloo|nccl|peer|socket|connection|TCPStore", re.IGNORECASE)
@@ -24,6 +26,8 @@ def explain_error(error: Exception, world_size: int) -> tuple[int, str]:
         return EXIT_INTERRUPTED, str(error)
     if isinstance(error, UserError):
         return EXIT_BAD_INPUT, str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return EXIT_MACHINE, "out of memory on the device: lower micro_batch_tokens or eval_batch_seqs; then --resume"
     if isinstance(error, OSError):
         return EXIT_MACHINE, f"{error}: mend that, then go on with --resume; what was written before is whole"
     if isinstance(error, RuntimeError) and world_size > 1 and LOST_PEER.search(str(error)):
@@ -53,12 +57,15 @@ class Session:
         self.interruption.watch()
 
     def open(self, folder: RunFolder, runtime: Runtime) -> None:
-        self.folder, self.runtime, self.book = folder, runtime, StageBook(folder.path)
-        self.interruption.world_size = runtime.world_size
+        self.folder, self.runtime, self.interruption.world_size = folder, runtime, runtime.world_size
         if runtime.is_main:
             self.lock = take_lock(folder.path / ".lock")
             self.log.attach(folder.log)
             self.ledger.attach(folder.ledger)
+        self.book = StageBook(folder.path)
+        if runtime.is_main:
+            for stage in self.book.stages:
+                self.book.verify(stage)
         runtime.barrier()  # every rank has read the same book before a stage is added to it
 
     def do(self, stage: str, work: Callable[[], Sequence[Path]], together: bool = False) -> None:
@@ -66,16 +73,15 @@ class Session:
         if stage in self.book:
             return
         self.interruption.check(f"before the {stage} stage; go on with --resume {self.folder.path.name}")
-        before = STAGES[: STAGES.index(stage)][-1:]
-        if before and self.runtime.is_main:
-            self.book.verify(before[0])
-        self.guard.stage = stage
-        if together or self.runtime.is_main:
-            with self.ledger.phase({"reload": "load"}.get(stage, stage)):
-                outputs = work()
-        if together:
-            self.runtime.barrier()  # what the other ranks leave is there too
         if self.runtime.is_main:
-            self.folder.save_access(self.guard)
-            self.book.finish(stage, outputs)
-        self.runtime.barrier()
+            self.book.require_before(stage)
+        self.guard.stage = stage
+        with self.ledger.phase({"reload": "load"}.get(stage, stage)):
+            if together or self.runtime.is_main:
+                outputs = work()
+            if together:
+                self.runtime.barrier()  # what the other ranks leave is there too
+            if self.runtime.is_main:
+                self.folder.save_access(self.guard)
+                self.book.finish(stage, outputs)
+            self.runtime.barrier()

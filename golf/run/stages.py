@@ -31,10 +31,14 @@ class StageBook:
         self.stages[stage] = hashes
         write_file_atomically(self.path, json.dumps(self.stages, indent=2) + "\n")
 
+    def require_before(self, stage: str) -> None:
+        """Raise StageError unless the stage before `stage` is finished."""
+        for before in STAGES[: STAGES.index(stage)][-1:]:
+            if before not in self.stages:
+                raise StageError(f"{self.folder}: stage {before} is not finished: go on with --resume")
+
     def verify(self, stage: str) -> None:
         """Raise StageError unless the files of a finished stage are as it left them."""
-        if stage not in self.stages:
-            raise StageError(f"{self.folder}: stage {stage} is not finished: go on with --resume {self.folder.name}")
         for name, sha256 in self.stages[stage].items():
             path = self.folder / name
             if not path.is_file() or file_sha256(path) != sha256:

@@ -103,6 +103,8 @@ class Trainer:
         self.set_fake_quantization(True)
         on_moved = self.forward(inputs_BT, targets_BT).item()
         holds = abs(on - on_moved) < abs(off - off_moved) / 2
+        if not holds:
+            self.runtime.print("witness: the compiled step does not see the quantization grid: this run is INVALID")
         self.witness.prove("qat", holds, f"loss without the grid {off:.6f}, on it {off_moved:.6f}, compiled {on:.6f}")
 
     def set_fake_quantization(self, wanted: bool) -> None:

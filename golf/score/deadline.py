@@ -41,9 +41,13 @@ def settle_stride(
     runtime: Runtime,
     forward: Forward,
     max_seconds: float,
+    started: float | None = None,
 ) -> ScoreSettings:
-    """`settings`, the stride doubled until the forecast is within what is left of `max_seconds`; 0 is no limit."""
-    started = time.perf_counter()
+    """`settings`, the stride doubled until the forecast is within what is left of `max_seconds`; 0 is no limit.
+
+    `started` is the reading of time.perf_counter when the scoring began, if that was not now.
+    """
+    started = time.perf_counter() if started is None else started
     while max_seconds:
         seconds = MARGIN * forecast_seconds(model, tokens, byte_table, settings, runtime, forward)
         left = max_seconds - runtime.max_over_ranks(time.perf_counter() - started)[0]

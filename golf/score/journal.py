@@ -32,14 +32,19 @@ class ScoreJournal:
         self.path = path
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         self.identity: dict[str, Any] | None = json.loads(lines[0]) if lines else None
-        self.chunks = [json.loads(line) for line in lines[1:]]
+        rows = [json.loads(line) for line in lines[1:]]
+        self.chunks = [row for row in rows if "nats" in row]
+        self.preparing = [row["preparing"] for row in rows if "preparing" in row]
+        """Seconds of every process before its first chunk."""
         self.file: TextIO | None = None
 
-    def start(self, identity: Mapping[str, Any]) -> None:
-        """Go on if the journal is about the same scoring; else begin it anew."""
+    def start(self, identity: Mapping[str, Any], preparing: float = 0.0) -> None:
+        """Go on if the journal is about the same scoring; else begin it anew. `preparing` seconds went before."""
         if self.identity != identity:
-            self.identity, self.chunks = dict(identity), []
-        write_file_atomically(self.path, "".join(json.dumps(row) + "\n" for row in (self.identity, *self.chunks)))
+            self.identity, self.chunks, self.preparing = dict(identity), [], []
+        self.preparing += [preparing] if preparing else []
+        rows = [self.identity, *({"preparing": seconds} for seconds in self.preparing), *self.chunks]
+        write_file_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = self.path.open("a", encoding="utf-8")
 
     def sums_of(self, begin: int, end: int) -> ScoreSums | None:
@@ -55,7 +60,7 @@ class ScoreJournal:
 
     @property
     def seconds(self) -> float:
-        return sum(row["seconds"] for row in self.chunks)
+        return sum(self.preparing) + sum(row["seconds"] for row in self.chunks)
 
     @property
     def sums(self) -> ScoreSums:

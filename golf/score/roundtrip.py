@@ -88,11 +88,11 @@ def score_artifact(
     if 0 < largest == -smallest:  # all ranks can go on, and with the same windows
         settings = replace(settings, stride=stride)
     else:
-        settings = settle_stride(model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds)
+        settings = settle_stride(model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds, started)
     preparing = time.perf_counter() - started
     if journal:
-        journal.start(subject | {"stride": settings.stride})
+        journal.start(subject | {"stride": settings.stride}, preparing)
     measured = score_stream(
         model, tokens, byte_table, settings, runtime, forward=forward, journal=journal, check=check
     )  # fmt: skip
-    return replace(measured, seconds=measured.seconds + preparing), subject["data"]
+    return measured if journal else replace(measured, seconds=measured.seconds + preparing), subject["data"]
