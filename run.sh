@@ -3,6 +3,8 @@
 #
 #   bash run.sh [--preset NAME] [--corpus PATH] [key=value ...]    set up what is missing, then train, pack, reload, score
 #   bash run.sh --resume RUN_ID                                    go on with a run that was stopped or killed
+#   bash run.sh download --variant sp1024 [...]                    FineWeb's published shards, verified (data/README.md)
+#   bash run.sh prepare --input PATH [...]                         shards from text of your own
 #   bash run.sh test [pytest arguments]                            set up what is missing, then run every test
 #   bash run.sh lint                                               set up what is missing, then check style
 #
@@ -185,15 +187,23 @@ run_job() {
     exec "${command[@]}" "${arguments[@]}" # in the place of this shell, so that signals reach the run
 }
 
+# Runs a command of data/ with what it needs; paths are meant from where the command is given.
+run_data_command() {
+    local command="$1"
+    set_up requirements.txt requirements-data.txt
+    cd "$caller"
+    exec "$python" "$repository/data/$command.py" "${@:2}"
+}
+
 run_tests() {
-    set_up requirements.txt requirements-dev.txt
+    set_up requirements.txt requirements-data.txt requirements-dev.txt
     say "tests with $("$python" --version) at $python"
     # Many small models: more threads than one only wait for each other, so there is a process for each core.
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest --numprocesses auto --dist loadfile "$@"
 }
 
 run_lint() {
-    set_up requirements.txt requirements-dev.txt
+    set_up requirements.txt requirements-data.txt requirements-dev.txt
     "$python" -m ruff check .
     "$python" -m ruff format --check .
 }
@@ -202,6 +212,7 @@ cd "$repository"
 case "${1:-}" in
     test) run_tests "${@:2}" ;;
     lint) run_lint ;;
+    download | prepare) run_data_command "$@" ;;
     -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}" ;;
     *) run_job "$@" ;;
 esac

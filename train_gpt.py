@@ -109,7 +109,7 @@ def train(config: Config, session: Session) -> list[Path]:
     last = writer.write(trainer.state(), trainer.step)
     writer.close()
     if runtime.is_main:
-        folder.save_json(folder.training, training_record(trainer, data.data_id, data.tokenizer.sha256))
+        folder.save_json(folder.training, training_record(trainer, data.data_id, data.tokenizer))
     return [last, folder.training]
 
 

@@ -58,8 +58,9 @@ class DataConfig:
     """SentencePiece model; empty: the one prepared with `corpus`."""
     corpus: str = ""
     """`embedded` (texts of Python's standard library) or a path: .txt, .jsonl, .jsonl.xz, a folder of them."""
-    row_order: Literal["sequential", "spread"] = "sequential"
-    """sequential: as in the shards (the competition's); spread: each batch from all over the text, each row once."""
+    row_order: Literal["sequential", "spread", "shuffled", "documents"] = "sequential"
+    """sequential: as in the shards (the competition's); spread: each batch from all over the text, each row once;
+    shuffled: documents in an order drawn from the seed; documents: shuffled, and rows begin where a document does."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class ModelConfig:
     """Tokens in a training row; the length at which RoPE is unscaled."""
     bos_id: int = 1
     """Token that starts a document."""
+    document_attention: bool = False
+    """Attention stays within a document; off: it sees all of the row before."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,10 @@ class TrainConfig:
     """Tokens of a step over all ranks and micro-steps."""
     micro_batch_tokens: int = 98_304
     """Most tokens of one forward pass on one rank."""
+    short_seq_len: int = 0
+    """Rows are cut into rows of this length in the first part of the budget; 0: never."""
+    short_seq_fraction: float = 0.0
+    """Share of the budget that is trained on the short rows."""
     warmup_steps: int = 20
     """Untimed steps that compile and warm the caches; their effect is undone."""
     warmdown_fraction: float = 0.45
@@ -184,7 +191,7 @@ class Config:
 LOCAL: dict[str, Any] = dict(
     limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", row_order="spread", device="cpu",
     compile="auto", vocab_size=2048, num_layers=2, model_dim=160, num_heads=4, num_kv_heads=2, mlp_mult=2.5,
-    bigram_vocab_size=1024, bigram_dim=32, train_seq_len=128, max_wallclock_seconds=180.0,
+    bigram_vocab_size=768, bigram_dim=32, train_seq_len=128, max_wallclock_seconds=180.0,
     train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
     swa_start=0.94, swa_snapshots=16, val_loss_every=0, train_log_every=100, val_batch_size=16_384, embed_bits=5,
     codec="zstd", eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
@@ -305,6 +312,7 @@ def check_config(config: Config) -> None:
         if isinstance(value, (int, float)) and (value < 0 or (knob in POSITIVE_KNOBS and value == 0)):
             raise ConfigError(f"{knob}={value} must be {'positive' if knob in POSITIVE_KNOBS else 'at least 0'}")
     model, train, quant, score, average = config.model, config.train, config.quant, config.score, config.average
+    short = train.short_seq_len
     rules = [
         (model.model_dim % model.num_heads == 0, "model_dim must be a multiple of num_heads"),
         (model.num_heads % model.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads"),
@@ -316,6 +324,12 @@ def check_config(config: Config) -> None:
         (train.iterations > 0 or train.max_wallclock_seconds > 0, "set iterations or max_wallclock_seconds"),
         (train.train_batch_tokens % model.train_seq_len == 0, "train_batch_tokens must be rows of train_seq_len"),
         (train.micro_batch_tokens >= model.train_seq_len, "micro_batch_tokens must hold one row of train_seq_len"),
+        (
+            0 < short < model.train_seq_len and model.train_seq_len % short == 0 < train.short_seq_fraction < 1
+            if short
+            else not train.short_seq_fraction,
+            "short_seq_len must be a part of train_seq_len, with a short_seq_fraction between 0 and 1; or both be 0",
+        ),
         (0 <= train.warmdown_fraction <= 1, "warmdown_fraction is a share, 0 to 1"),
         (0 <= quant.qat_start < 1, "qat_start is a share, 0 to below 1"),
         (0 <= quant.prune_frac < 1, "prune_frac is a share, 0 to below 1"),

@@ -1,6 +1,7 @@
 """Batches: a function of data and step, the same for every world size. pytest tests/test_loader.py"""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from golf.data.loader import BatchPrefetcher, TokenStream, global_batch, spread_start, validation_tokens
 from golf.data.shards import DataError, write_shard
+from golf.submit.loader_bench import LoaderBenchError, bench_loader
 
 SIZES = (700, 1, 299, 1000)
 TOTAL = sum(SIZES)
@@ -132,3 +134,37 @@ def test_spread_order_needs_one_row(tmp_path):
     write_shard(tmp_path / "a_train_000000.bin", range(16))
     with pytest.raises(DataError, match="do not fill one row"):
         global_batch(TokenStream([tmp_path / "a_train_000000.bin"]), 0, 16, 16, order="spread")
+
+
+def test_a_step_that_was_read_is_not_read_again(stream, monkeypatch):
+    reads = []
+    with BatchPrefetcher(stream, 256, 32) as batches:
+        read_ahead = batches.read_ahead
+        monkeypatch.setattr(batches, "read_ahead", lambda step: (reads.append(step), read_ahead(step))[1])
+        for step in (0, 0, 1, 2, 2):
+            batches.get(step)
+        for ahead in batches.ahead.values():
+            ahead.result()
+    assert reads == [0, 1, 2, 3, 4]
+
+
+def test_the_bench_finds_a_loader_that_is_too_slow(paths, monkeypatch):
+    options = dict(batch_tokens=256, seq_len=32, steps=6, tokens_per_second=256 / 0.01)
+    quick = bench_loader(paths, **options)
+    assert quick["step_ms"] == pytest.approx(10) and 0 <= quick["wait_share"] < 0.2
+    slow = TokenStream.read_into
+    monkeypatch.setattr(TokenStream, "read_into", lambda *arguments: (time.sleep(0.05), slow(*arguments))[1])
+    planted = bench_loader(paths, **options)
+    assert planted["wait_share"] > 0.5 and planted["longest_wait_ms"] > 20 and planted["read_ms"] > 50
+
+
+@pytest.mark.parametrize("order", ["sequential", "spread", "shuffled", "documents"])
+def test_the_bench_knows_every_order(paths, order):
+    bos_id = int(TokenStream(paths).tokens(5, 1)[0])
+    figures = bench_loader(paths, 256, 32, order, steps=2, tokens_per_second=1e6, world_size=2, bos_id=bos_id)
+    assert 0 <= figures["wait_share"] <= 1 and figures["read_tokens_per_s"] > 0
+
+
+def test_the_bench_refuses_what_it_can_not_time(paths):
+    with pytest.raises(LoaderBenchError, match="1 steps"):
+        bench_loader(paths, 256, 32, steps=1)

@@ -19,6 +19,7 @@ def project(tmp_path, repository, write_tree):
     files = {"train_gpt.py": TRAIN}
     files |= {
         "requirements.txt": "pytest>=7,<99  # is here\n",
+        "requirements-data.txt": "",
         "requirements-dev.txt": "ruff\n",
         "fake/__init__.py": "",
     }

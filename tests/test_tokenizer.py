@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import BLANK, ByteTable, Tokenizer, check_byte_counts, load_tokenizer
+from golf.data.tokenizer import BLANK, CASE_OPERATORS, ByteTable, Tokenizer, check_byte_counts, load_tokenizer
 from golf.data.vocabulary import train_tokenizer
 
 SAMPLE = [
@@ -69,6 +69,7 @@ def test_counts_add_up_to_the_decoded_text(tokenizers, kind, texts):
     stream = [token for ids in documents for token in (tokenizer.bos_id, *ids)]
     decoded = sum(len(tokenizer.decode(ids).encode()) for ids in documents)
     assert check_byte_counts(tokenizer, table, stream) == decoded
+    assert check_byte_counts(tokenizer, tokenizer.target_bytes(stream), stream) == decoded
 
 
 @settings(max_examples=300, deadline=None)
@@ -92,9 +93,9 @@ def test_batch_encoding_is_encoding(tokenizers):
 
 
 def check_competition_rule(tokenizer, table):
-    """Bytes without a leading U+2581, and one more for it unless the token before is BOS."""
+    """Bytes without a leading U+2581, and one more for it unless the token before is BOS; operators have none."""
     for token in range(tokenizer.vocab_size):
-        piece = tokenizer.processor.id_to_piece(token)
+        piece = tokenizer.processor.id_to_piece(token).strip(CASE_OPERATORS)
         if not (table.boundary_V[token] or table.unknown_V[token] or tokenizer.processor.is_byte(token)):
             assert table.start_V[token] == len(piece.removeprefix(BLANK).encode())
             assert table.inner_V[token] == table.start_V[token] + piece.startswith(BLANK)
@@ -123,6 +124,16 @@ def test_tensors_count_like_arrays(tokenizers):
         assert counted_N.dtype == torch.int64 and counted_N.tolist() == expected.tolist()
     rows = table.to("cpu").count(ids_N[:-1].view(1, -1), ids_N[1:].view(1, -1))
     assert rows.shape == (1, len(expected))
+
+
+def test_a_stream_counts_like_its_table(tokenizers):
+    for tokenizer, table in tokenizers.values():
+        ids = tokenizer.encode(SAMPLE[0])
+        stream = [*ids, tokenizer.bos_id, *ids]  # the first token starts a document, said or not
+        counts = tokenizer.target_bytes(stream)
+        assert counts[len(ids)] == 0 and counts[: len(ids)].tolist() == counts[len(ids) + 1 :].tolist()
+        assert counts[1:].tolist() == table.count(np.array(stream[:-1]), np.array(stream[1:])).tolist()
+        assert table.exact and table.to("cpu").exact and tokenizer.kind == "sentencepiece"
 
 
 def spoiled(table: ByteTable, spoil) -> ByteTable:
@@ -164,8 +175,12 @@ def test_bad_tables_are_caught(tokenizers, spoil, pieces):
     ids = [tokenizer.processor.piece_to_id(piece) for piece in pieces]
     stream = [tokenizer.bos_id, *tokenizer.encode("a fox"), tokenizer.bos_id, *ids]
     check_byte_counts(tokenizer, table, stream)
+    bad = spoiled(table, lambda bad: spoil(bad, tokenizer))
     with pytest.raises(DataError, match="document [12]: the byte table of competition counts"):
-        check_byte_counts(tokenizer, spoiled(table, lambda bad: spoil(bad, tokenizer)), stream)
+        check_byte_counts(tokenizer, bad, stream)
+    counts = bad.count(np.array([tokenizer.bos_id, *stream[:-1]]), np.array(stream))
+    with pytest.raises(DataError, match="document [12]: its tokens' own counts say"):
+        check_byte_counts(tokenizer, counts, stream)
 
 
 def test_model_without_a_bare_blank_is_refused():

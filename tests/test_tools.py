@@ -19,13 +19,17 @@ SMALL += ["eval_seq_len=32", "eval_stride=8", "eval_batch_seqs=8", "compile=off"
 
 NOWHERE = "no/such/place"
 BAD_INPUT = {
+    "data/download.py": ["--train-shards", "-1", "--offline"],
     "data/prepare.py": ["--input", NOWHERE],
+    "data/train_tokenizer.py": ["--input", NOWHERE],
+    "data/verify.py": [NOWHERE],
     "tools/bench.py": ["--steps", "0"],
     "tools/bundle.py": ["--entry", NOWHERE],
     "tools/check_run.py": [NOWHERE],
     "tools/check_submission.py": [NOWHERE],
     "tools/compare.py": [NOWHERE, "--vs", NOWHERE],
     "tools/doctor.py": ["nonsense"],
+    "tools/inspect_data.py": [NOWHERE],
     "tools/make_submission.py": [NOWHERE, "--name", "n", "--author", "a", "--github-id", "g", "--blurb", "b"],
     "tools/pack_artifact.py": ["--weights", NOWHERE, "--out", "model.golf"],
     "tools/plan.py": ["--world-size", "0"],
@@ -52,8 +56,8 @@ def run_here(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 
 def test_every_tool_is_told_bad_input_here(repository):
-    tools = {path.relative_to(repository).as_posix() for path in (repository / "tools").glob("*.py")}
-    assert tools | {"data/prepare.py"} == BAD_INPUT.keys()
+    programs = [path for folder in ("data", "tools") for path in (repository / folder).glob("*.py")]
+    assert {path.relative_to(repository).as_posix() for path in programs} == BAD_INPUT.keys()
 
 
 @pytest.mark.parametrize("tool", BAD_INPUT)

@@ -1,9 +1,13 @@
 """How fast this machine trains, scores, packs and unpacks a preset's model.
 
     python tools/bench.py --preset local [--device cuda] [--json] [key=value ...]
+    python tools/bench.py --loader
+    python tools/bench.py --data [--text SOURCE] [--tokenizer MODEL] [--megabytes 10 100] [--workers 2]
 
 Training is timed at the preset's batch and length, scoring at its window and stride, both on random tokens; every
-figure is a median. Run it on a quiet machine: two busy processes on two cores tell nothing.
+figure is a median. With --loader: how long a step waits for its batch, in every order. With --data: how fast
+data/prepare.py turns text into shards, against one bare SentencePiece thread in the same run. Run it on a quiet
+machine: two busy processes on two cores tell nothing.
 """
 
 import json
@@ -15,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,9 +30,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.config import Config, ConfigError, build_config
+from golf.config import Config, ConfigError, DataConfig, build_config
 from golf.data.loader import TokenStream
-from golf.data.shards import write_shard
+from golf.data.readers import iter_documents
+from golf.data.shards import DataError, write_shard
+from golf.data.vocabulary import train_competition_tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
@@ -37,11 +43,14 @@ from golf.run.report import machine_description
 from golf.run.training import Trainer
 from golf.runtime import Log, Runtime, start_runtime
 from golf.score.scorer import compiled_losses, score_stream, sliding_settings
+from golf.submit.data_bench import bench_data
+from golf.submit.loader_bench import bench_loader
 from golf.submit.synthetic import random_tokens
 from golf.submit.tool import ToolOptions, run_command
 
 REPETITIONS = 3
 SCORED_BATCHES = 8
+LOADER_TOKENS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,18 @@ class Options(ToolOptions):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     steps: int = 10
     """Training steps to time, after the preset's warm-up."""
+    data: bool = False
+    """Time the preparation of data instead."""
+    text: str = "embedded"
+    """With --data: what data/prepare.py takes as --input."""
+    tokenizer: Path | None = None
+    """With --data: a SentencePiece model; by default one of 1,024 pieces is trained on the text."""
+    megabytes: tuple[int, ...] = (10, 100)
+    """With --data: amounts of text, 10^6 bytes each."""
+    loader: bool = False
+    """Time how long a step waits for its batch instead."""
+    workers: int = 2
+    """With --data: processes that encode."""
 
 
 class OneBytePerToken:
@@ -128,7 +149,49 @@ def median_seconds(action: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
+def work_on_data(options: Options) -> int:
+    if not options.megabytes or min(options.megabytes) < 1 or options.workers < 1:
+        raise DataError("--megabytes and --workers must be 1 or more")
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), options.tokenizer
+        if model is None:
+            model = folder / "trained.model"
+            model.write_bytes(train_competition_tokenizer(iter_documents(options.text), 1024))
+        program = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
+        figures = bench_data(program, options.text, model, options.megabytes, options.workers, folder)
+    if options.json:
+        print(json.dumps({"text": options.text, "workers": options.workers} | figures))
+    else:
+        print_table(f"{options.text} into shards, {options.workers} workers", figures)
+    return 0
+
+
+def work_on_loader(options: Options) -> int:
+    """Random tokens in documents of 800, in each order, for a consumer of 10 million tokens a second."""
+    with tempfile.TemporaryDirectory() as name:
+        path, draw = Path(name) / "random_train_000000.bin", np.random.default_rng(0)
+        tokens = draw.integers(4, 1024, LOADER_TOKENS, dtype=np.uint16)
+        tokens[draw.random(LOADER_TOKENS) < 1 / 800] = tokens[0] = 1
+        write_shard(path, tokens)
+        orders = get_args(DataConfig.__annotations__["row_order"])
+        figures = {order: bench_loader([path], order=order) for order in orders}
+    if options.json:
+        print(json.dumps(figures))
+        return 0
+    table = Table(
+        "measure", *figures, title="loader, 786,432 tokens a step at 10 million a second", title_justify="left"
+    )
+    for measure in next(iter(figures.values())):
+        table.add_row(measure, *(f"{values[measure]:,.4g}" for values in figures.values()))
+    Console().print(table)
+    return 0
+
+
 def work(options: Options) -> int:
+    if options.data:
+        return work_on_data(options)
+    if options.loader:
+        return work_on_loader(options)
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: it takes at least one step to time")
     overrides = parse_overrides(options.overrides)

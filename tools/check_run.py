@@ -25,15 +25,15 @@ from rich.table import Table
 from golf.artifact.container import Artifact, read_artifact
 from golf.artifact.restore import restore_model
 from golf.config import EXIT_FINDINGS, Config, RunConfig
-from golf.data.loader import validation_tokens
 from golf.data.shards import find_shards
-from golf.data.tokenizer import ByteTable, Tokenizer, load_tokenizer
+from golf.data.sidecar import StreamBytes
+from golf.data.tokenizer import ByteTable, TextTokenizer, load_tokenizer
 from golf.run.folder import RunFolder
 from golf.runtime import ProgressLine, Runtime, choose_compile, choose_device, write_file_atomically
 from golf.score.data_probes import ProbeError, probe_access, probe_bytes, probe_disjoint, read_run_record
 from golf.score.probed import ArtifactScorer, probe_plan, probe_stream_tokens
 from golf.score.probes import FAIL, Probe, probe_scorer
-from golf.score.roundtrip import stream_identity
+from golf.score.roundtrip import load_validation, stream_identity
 from golf.score.scorer import ScoreSettings, check_settings, compiled_losses, sliding_settings
 from golf.submit.tool import ToolOptions, run_command
 
@@ -59,8 +59,10 @@ class ScoredRun:
     config: Config
     figures: dict[str, Any]
     artifact: Artifact
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     tokens_N1: np.ndarray
+    counter: ByteTable | StreamBytes
+    """Of the bytes of the tokens."""
 
 
 def load_run(path: Path) -> ScoredRun:
@@ -72,17 +74,18 @@ def load_run(path: Path) -> ScoredRun:
     figures = load_figures(folder)
     artifact = read_artifact(folder.artifact)
     tokenizer = load_tokenizer(config.data.tokenizer_path)
-    tokens_N1 = validation_tokens(find_shards(config.data.data_path, "val"))
     if figures.get("artifact_sha256", artifact.sha256) != artifact.sha256:
         raise ProbeError(f"{folder.artifact} is not the artifact that was scored (other SHA-256): score the run again")
     if tokenizer.sha256 != artifact.tokenizer_sha256:
         raise ProbeError(f"{config.data.tokenizer_path} is not the artifact's tokenizer: give the one of its shards")
+    val_shards = find_shards(config.data.data_path, "val")
+    tokens_N1, counter = load_validation(artifact, config.data.tokenizer_path, val_shards)
     val_data_id = stream_identity(tokens_N1)
     if figures.get("val_data_id", val_data_id) != val_data_id:
         raise ProbeError(
             f"{config.data.data_path}: not the validation shards that were scored, {figures['val_data_id']}"
         )
-    return ScoredRun(path, config, figures, artifact, tokenizer, tokens_N1)
+    return ScoredRun(path, config, figures, artifact, tokenizer, tokens_N1, counter)
 
 
 def load_figures(folder: RunFolder) -> dict[str, Any]:
@@ -122,12 +125,12 @@ def probe_run(run: ScoredRun, full: bool) -> list[Probe]:
     settings, runtime = score_settings(run), single_runtime(run.config.run)
     model = restore_model(run.artifact, runtime)
     forward = compiled_losses(model) if runtime.compiles_scoring else None
-    scorer = ArtifactScorer(model, ByteTable(run.tokenizer), settings, forward)
+    scorer = ArtifactScorer(model, run.counter, settings, forward)
     tokens_N1 = run.tokens_N1[: probe_stream_tokens(settings, runtime.device)]
     points = scorer.points(len(tokens_N1) - 1, SEED, windows=8 if full else 1)
     *rules, single_pass, isolation = probe_scorer(scorer, tokens_N1, points, SEED)
     whole = probe_plan(len(run.tokens_N1) - 1, run.figures["val_tokens"], settings, single_pass)
-    found_bytes = probe_bytes(run.tokenizer, run.tokens_N1, run.figures, full)
+    found_bytes = probe_bytes(run.tokenizer, run.tokens_N1, run.figures, full, run.counter)
     return [*rules, whole, isolation, probe_splits(run, full), found_bytes, *probe_access(RunFolder(run.folder).access)]
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from golf.artifact.codecs import ArtifactError, compress_stream, decode_zlib, decompress_stream, encode_zlib
 from golf.artifact.frame import frame_artifact, read_file_bounded, unframe_artifact
 from golf.artifact.layout import join_streams, plan_streams, split_stream, stream_planes
-from golf.artifact.settings import model_from_json
+from golf.artifact.settings import model_from_json, model_to_json
 from golf.artifact.shapes import expected_shapes
 from golf.artifact.sizes import SizeReport, measure_stream
 from golf.config import ModelConfig
@@ -106,7 +106,7 @@ def parse_artifact(data: bytes) -> Artifact:
 
 def describe_artifact(model: ModelConfig, tokenizer_sha256: str, bits: list[int]) -> bytes:
     check_sha256(tokenizer_sha256)
-    document = {"model": asdict(model), "tokenizer": tokenizer_sha256, "bits": bits}
+    document = {"model": model_to_json(model), "tokenizer": tokenizer_sha256, "bits": bits}
     return json.dumps(document, separators=(",", ":")).encode()
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, Literal, get_args, get_origin
 
 from golf.artifact.codecs import ArtifactError
@@ -12,6 +12,13 @@ LARGEST_NUMBER = 2**24
 MOST_LAYERS = 1024
 MAY_BE_ZERO = ("bigram_vocab_size", "bigram_dim", "bos_id")
 """Whole numbers that may be 0; all others are at least 1."""
+ADDED_FIELDS = {"document_attention"}
+"""Of ModelConfig since version 1: written where they differ from their default, which older artifacts mean."""
+
+
+def model_to_json(model: ModelConfig) -> dict[str, Any]:
+    """What `model_from_json` reads."""
+    return {k: v for k, v in asdict(model).items() if k not in ADDED_FIELDS or v != getattr(ModelConfig, k)}
 
 
 def model_from_json(values: object) -> ModelConfig:
@@ -34,13 +41,14 @@ def quant_from_json(values: object) -> QuantConfig:
 
 
 def checked_values(settings: type, values: object) -> dict[str, Any]:
-    """Values for the fields of a dataclass of knobs: all of them, no others, each of its kind."""
+    """Values for the fields of a dataclass of knobs: all that version 1 has, no unknown ones, each of its kind."""
     names = {field.name for field in fields(settings)}
-    if not isinstance(values, Mapping) or set(values) != names:
+    if not isinstance(values, Mapping) or not names - ADDED_FIELDS <= set(values) <= names:
         raise ArtifactError(
             f"the entries of {settings.__name__} are not those of this version: {', '.join(sorted(names))}"
         )
-    return {field.name: checked_value(field.name, field.type, values[field.name]) for field in fields(settings)}
+    kinds = {field.name: field.type for field in fields(settings)}
+    return {name: checked_value(name, kinds[name], value) for name, value in values.items()}
 
 
 def checked_value(name: str, kind: Any, value: object) -> Any:

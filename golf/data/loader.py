@@ -1,10 +1,12 @@
-"""From shards to batches: the batch of a step is a function of the data and the step alone.
+"""From shards to batches: the batch of a step is a function of the data, the seed and the step alone.
 
 Shape letters: N tokens, B rows, T time.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from math import gcd
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import numpy as np
 import torch
 
 from golf.data.shards import DataError, read_shard
+
+READ_AHEAD = 2
+"""Batches that wait for their step: one is being copied while a slow disk still reads the other."""
 
 
 class TokenStream:
@@ -23,8 +28,8 @@ class TokenStream:
     def __init__(self, paths: Sequence[str | Path], held_out: int = 0):
         if not paths:
             raise DataError("a token stream needs at least one shard")
-        self.shards = [read_shard(path) for path in paths]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.shards = [np.asarray(read_shard(path)) for path in paths]  # plain views of the maps: quicker to slice
+        self.starts = list(accumulate(map(len, self.shards), initial=0))
         self.held_out = held_out
         if 10 * held_out > self.starts[-1]:
             raise DataError(
@@ -33,11 +38,11 @@ class TokenStream:
             )
 
     def __len__(self) -> int:
-        return int(self.starts[-1]) - self.held_out
+        return self.starts[-1] - self.held_out
 
     def held_out_tokens(self, bos_id: int) -> np.ndarray:
         """The held-out tokens from their first document start on, uint16 (N,). Raises DataError."""
-        pairs = zip(self.starts[:-1], self.shards, strict=True)
+        pairs = zip(self.starts, self.shards, strict=False)
         rest = np.concatenate([shard[max(0, len(self) - start) :] for start, shard in pairs])
         starts = np.flatnonzero(rest[:-1] == bos_id)  # one with a token to score
         if not len(starts):
@@ -47,15 +52,19 @@ class TokenStream:
     def tokens(self, start: int, count: int) -> np.ndarray:
         """Tokens start, ..., start + count - 1 of the endless stream, int64 (count,)."""
         tokens_N = np.empty(count, dtype=np.int64)
+        self.read_into(tokens_N, start)
+        return tokens_N
+
+    def read_into(self, tokens_N: np.ndarray, start: int) -> None:
+        """Fill `tokens_N` with the endless stream from `start` on."""
         filled = 0
-        while filled < count:
+        while filled < len(tokens_N):
             position = (start + filled) % len(self)
-            index = int(np.searchsorted(self.starts, position, side="right")) - 1
-            offset = position - int(self.starts[index])
-            part = self.shards[index][offset : offset + min(count - filled, len(self) - position)]
+            index = bisect_right(self.starts, position) - 1
+            offset = position - self.starts[index]
+            part = self.shards[index][offset : offset + min(len(tokens_N) - filled, len(self) - position)]
             tokens_N[filled : filled + len(part)] = part
             filled += len(part)
-        return tokens_N
 
 
 def check_batch_shape(batch_tokens: int, seq_len: int, world_size: int) -> None:
@@ -90,8 +99,10 @@ def host_batch(
     check_batch_shape(batch_tokens, seq_len, world_size)
     rows = batch_tokens // seq_len
     own_rows = range(step * rows + rank * rows // world_size, step * rows + (rank + 1) * rows // world_size)
-    if order == "sequential":
+    if order in ("sequential", "shuffled"):
         spans = [stream.tokens(own_rows.start * seq_len, len(own_rows) * seq_len + 1)]
+    elif order == "documents":
+        spans = [stream.tokens(stream.row_start(row, seq_len), seq_len + 1) for row in own_rows]
     else:
         check_spread_order(stream, seq_len)
         spans = [stream.tokens(spread_start(row, len(stream), seq_len), seq_len + 1) for row in own_rows]
@@ -118,7 +129,8 @@ def global_batch(
 
     In sequential order (the competition's) the global batch is tokens step * batch_tokens, ...,
     (step + 1) * batch_tokens of the stream, the last one only as a target; in spread order its rows come from all
-    over the stream (`spread_start`). Rows are dealt out contiguously, so that the ranks' rows, taken together, are
+    over the stream (`spread_start`); the other orders are for a stream of shuffled documents (golf/data/orders.py).
+    Rows are dealt out contiguously, so that the ranks' rows, taken together, are
     the same for every world size. Raises DataError where they can't be dealt out equally.
     """
     inputs_BT, targets_BT = host_batch(stream, step, batch_tokens, seq_len, rank, world_size, order)
@@ -126,7 +138,7 @@ def global_batch(
 
 
 class BatchPrefetcher:
-    """Reads the batch of the next step in a thread while the current one is in use.
+    """Reads the batches of the next steps in a thread while the current one is in use.
 
     `get(step)` is `global_batch(stream, step, ...)`, only sooner when steps are asked for in order. On CUDA
     the batch waits in pinned memory, and its copy does not hold up the host.
@@ -146,18 +158,17 @@ class BatchPrefetcher:
         self.stream, self.shape = stream, (batch_tokens, seq_len, rank, world_size, order)
         self.device = torch.device(device)
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self.ahead: tuple[int, Future] | None = None
+        self.ahead: dict[int, Future] = {}
 
     def read_ahead(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = host_batch(self.stream, step, *self.shape)
         return tuple(part_BT.pin_memory() for part_BT in batch) if self.device.type == "cuda" else batch
 
     def get(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """inputs_BT and targets_BT of `step`, on the device; starts reading those of step + 1."""
-        if self.ahead is None or self.ahead[0] != step:
-            self.ahead = step, self.reader.submit(self.read_ahead, step)
-        inputs_BT, targets_BT = self.ahead[1].result()
-        self.ahead = step + 1, self.reader.submit(self.read_ahead, step + 1)
+        """inputs_BT and targets_BT of `step`, on the device; starts reading those of the steps after it."""
+        steps = range(step, step + 1 + READ_AHEAD)
+        self.ahead = {n: self.ahead.get(n) or self.reader.submit(self.read_ahead, n) for n in steps}
+        inputs_BT, targets_BT = self.ahead[step].result()
         return inputs_BT.to(self.device, non_blocking=True), targets_BT.to(self.device, non_blocking=True)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ class PreparedData:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.folder / TOKENIZER_NAME
+        return self.folder / self.manifest["tokenizer"].get("file", TOKENIZER_NAME)
 
     @property
     def data_id(self) -> str:

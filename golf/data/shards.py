@@ -78,12 +78,14 @@ def find_shards(folder: str | Path, split: str) -> list[Path]:
     """The shards of `split` ("train" or "val") in `folder`, sorted. Raises ShardError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ShardError(f"{folder}: no such folder of shards; set data_path, or prepare the data (data/README.md)")
+        raise ShardError(
+            f"{folder}: no such folder of shards; set data_path, or see data/README.md (bash run.sh download)"
+        )
     names = [SHARD_NAME.fullmatch(path.name) for path in folder.iterdir()]
     matches = [match for match in names if match and match["split"] == split]
     datasets = sorted({match["dataset"] for match in matches})
     if not matches:
-        raise ShardError(f"{folder}: no *_{split}_NNNNNN.bin shards there; prepare or download them (data/README.md)")
+        raise ShardError(f"{folder}: no *_{split}_NNNNNN.bin shards there; data/README.md says how to get some")
     if len(datasets) > 1:
         raise ShardError(f"{folder}: shards of several data sets ({', '.join(datasets)}); keep one set in a folder")
     return sorted(folder / match.string for match in matches)

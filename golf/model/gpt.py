@@ -44,10 +44,15 @@ class GPT(nn.Module):
         e_BTD = rms_norm(e_BTD)
         return e_BTD if self.smear is None else self.smear(e_BTD, has_previous_BT)
 
-    def trunk(self, x0_BTD: Tensor, rope_base: float, last: int) -> Tensor:
+    def tables(self, ids_BT: Tensor, rope_base: float) -> tuple[Tensor, ...]:
+        """What attention knows of positions: cos_TP, sin_TP, and document_BT where it stays within documents."""
+        config = self.config
+        rotary = rotary_tables(ids_BT.size(1), config.model_dim // config.num_heads, rope_base, ids_BT.device)
+        return (*rotary, (ids_BT == config.bos_id).cumsum(1)) if config.document_attention else rotary
+
+    def trunk(self, x0_BTD: Tensor, tables: tuple[Tensor, ...], last: int) -> Tensor:
         """x_BSD after all blocks; the stream of encoder block i is added before its decoder twin."""
-        time, head_dim = x0_BTD.size(1), self.config.model_dim // self.config.num_heads
-        tables = rotary_tables(time, head_dim, rope_base, x0_BTD.device)
+        time = x0_BTD.size(1)
         x_BTD, skips = x0_BTD, []
         for block in self.blocks[: self.encoder_layers]:
             x_BTD = block(x_BTD, x0_BTD, *tables, last=time)
@@ -65,7 +70,8 @@ class GPT(nn.Module):
         """
         embedding_VD = self.tok_emb.effective_weight()
         x0_BTD = self.embed(ids_BT, embedding_VD)
-        x_BSD = self.trunk(x0_BTD, rope_base or self.config.rope_base, last or ids_BT.size(1))
+        tables = self.tables(ids_BT, rope_base or self.config.rope_base)
+        x_BSD = self.trunk(x0_BTD, tables, last or ids_BT.size(1))
         logits_BSV = F.linear(rms_norm(x_BSD), embedding_VD.to(x_BSD.dtype)).float()
         return self.config.logit_softcap * torch.tanh(logits_BSV / self.config.logit_softcap)
 

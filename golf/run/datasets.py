@@ -35,18 +35,23 @@ def locate_data(config: Config, runtime: Runtime, root: Path) -> Config:
     if str(folder).startswith("!"):
         raise ConfigError(str(folder)[1:])
     return replace(
-        config, data=replace(config.data, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
+        config, data=replace(config.data, data_path=str(folder), tokenizer_path=str(tokenizer_beside(folder)))
     )
 
 
 def with_tokenizer_path(config: Config) -> Config:
     """`config` with the tokenizer that lies beside the shards, where none is named. Raises ConfigError."""
-    beside = Path(config.data.data_path) / "tokenizer.model"
     if config.data.tokenizer_path:
         return config
-    if not beside.exists():
-        raise ConfigError(f"tokenizer_path is not set, and there is no {beside}: name the shards' tokenizer")
-    return replace(config, data=replace(config.data, tokenizer_path=str(beside)))
+    return replace(config, data=replace(config.data, tokenizer_path=str(tokenizer_beside(Path(config.data.data_path)))))
+
+
+def tokenizer_beside(folder: Path) -> Path:
+    """The tokenizer that preparation left beside the shards. Raises ConfigError."""
+    found = [path for name in ("tokenizer.model", "tokenizer.json") if (path := folder / name).exists()]
+    if not found:
+        raise ConfigError(f"tokenizer_path is not set, and {folder} has no tokenizer.model: name the shards' tokenizer")
+    return found[0]
 
 
 def prepare_corpus_data(config: Config, root: Path) -> str:

@@ -38,7 +38,8 @@ class AccessGuard:
     def hook(self, event: str, arguments: tuple) -> None:
         if event == "open":
             name = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
-            if match := SHARD_NAME.fullmatch(os.path.basename(name)):
+            base = os.path.basename(name).replace("_val_bytes_", "_val_")  # a sidecar tells of the text too
+            if match := SHARD_NAME.fullmatch(base):
                 self.touch(match["split"], name)
         elif event in NETWORK_EVENTS:
             self.touch("network", f"{event} {arguments[1:]}")

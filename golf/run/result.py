@@ -9,6 +9,7 @@ import torch
 from golf.artifact.container import read_artifact
 from golf.artifact.fit import FittedArtifact
 from golf.config import Config, config_hash
+from golf.data.tokenizer import TextTokenizer
 from golf.run.findings import run_findings
 from golf.run.report import machine_description
 from golf.run.session import Session
@@ -17,7 +18,7 @@ from golf.run.witness import Witness
 from golf.score.scorer import Score
 
 
-def training_record(trainer: Trainer, data_id: str, tokenizer_sha256: str) -> dict[str, Any]:
+def training_record(trainer: Trainer, data_id: str, tokenizer: TextTokenizer) -> dict[str, Any]:
     """training.json: what the training measured."""
     return {
         "params": sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -27,7 +28,8 @@ def training_record(trainer: Trainer, data_id: str, tokenizer_sha256: str) -> di
         "train_tokens": trainer.step * trainer.config.train.train_batch_tokens,
         "swa_snapshots": trainer.average.count,
         "data_id": data_id,
-        "tokenizer_sha256": tokenizer_sha256,
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_kind": tokenizer.kind,
         "world_size": trainer.runtime.world_size,
         "compiled": trainer.runtime.compiles,
     }
@@ -107,7 +109,6 @@ def build_result(config: Config, session: Session, probed: bool) -> dict[str, An
         "limit_bytes": config.run.limit_bytes,
         "artifact_sha256": artifact.sha256,
         "code_sha256": hashlib.sha256(code).hexdigest(),
-        "tokenizer_kind": "sentencepiece",
         "machine": machine_description(runtime),
         "device": runtime.device.type,
         "torch": str(torch.__version__),

@@ -6,13 +6,14 @@ B batch rows, T time.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from golf.config import Config, ConfigError, UserError
 from golf.data.loader import BatchPrefetcher, TokenStream
+from golf.data.orders import order_stream
 from golf.model.gpt import GPT
 from golf.optim.average import WeightAverage
 from golf.optim.groups import Optimizers, average_gradients
@@ -50,8 +51,9 @@ class Trainer:
         self, model: GPT, config: Config, runtime: Runtime, stream: TokenStream, clock: Stopwatch | None = None
     ):
         self.model, self.config, self.runtime = model, config, runtime
+        ordered = order_stream(stream, config.data.row_order, config.model.bos_id, config.run.seed)
         self.batches = BatchPrefetcher(
-            stream, config.train.train_batch_tokens, config.model.train_seq_len, runtime.rank, runtime.world_size,
+            ordered, config.train.train_batch_tokens, config.model.train_seq_len, runtime.rank, runtime.world_size,
             runtime.device, config.data.row_order,
         )  # fmt: skip
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if runtime.compiles else model
@@ -62,7 +64,7 @@ class Trainer:
         self.clock = clock or Stopwatch()
         self.recent_seconds: deque[float] = deque([0.0], maxlen=100)
         self.witness = Witness(config)
-        self.fake_quantized = False
+        self.fake_quantized, self.seq_len = False, config.model.train_seq_len
         self.step = self.averaged_step = 0
         self.lost_seconds = 0.0
         """Training time that kills made void: it is on the clock, its steps are not in the weights."""
@@ -74,9 +76,8 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile and touch everything that training will run, then put weights and optimizers back."""
         before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
-        quant = self.config.quant
-        graphs = {False, True} if quant.qat_enabled and quant.qat_start > 0 else {quant.qat_enabled}
-        for fake_quantized in sorted(graphs, reverse=True):
+        changes = 0.0, self.config.quant.qat_start, self.config.train.short_seq_fraction
+        for fake_quantized, self.seq_len in sorted({self.phase(share) for share in changes}, reverse=True):
             self.set_fake_quantization(fake_quantized)
             for step in range(self.config.train.warmup_steps):
                 self.accumulate_gradients(step)
@@ -88,12 +89,19 @@ class Trainer:
             self.model.load_state_dict(before)
         self.optimizers = self.new_optimizers()
 
+    def phase(self, progress: float) -> tuple[bool, int]:
+        """(whether weights pass through the export grid, tokens in a row) at a share of the budget."""
+        quant, train = self.config.quant, self.config.train
+        short = progress < train.short_seq_fraction
+        seq_len = train.short_seq_len if short else self.config.model.train_seq_len
+        return quant.qat_enabled and progress >= quant.qat_start, seq_len
+
     def prove_fake_quantization(self) -> None:
         """The step as it is compiled must see the export grid: weights moved onto it give the loss that they gave.
 
         A graph without the grid sees the move; how much, is measured with the grid taken out.
         """
-        inputs_BT, targets_BT = (part_BT.chunk(self.micro_steps)[0] for part_BT in self.batches.get(0))
+        inputs_BT, targets_BT = next(self.micro_batches(0))
         on = self.forward(inputs_BT, targets_BT).item()
         self.set_fake_quantization(False)
         with torch.no_grad():
@@ -107,6 +115,29 @@ class Trainer:
             self.runtime.print("witness: the compiled step does not see the quantization grid: this run is INVALID")
         self.witness.prove("qat", holds, f"loss without the grid {off:.6f}, on it {off_moved:.6f}, compiled {on:.6f}")
 
+    def prove_document_attention(self) -> None:
+        """The step as it is compiled must keep documents apart: its loss is that of the model which does, and not
+        that of the model which reads a row as one text."""
+        model, config = self.model, self.config.model
+        batches = (batch for step in range(100) for batch in self.micro_batches(step))
+        batch = next((batch for batch in batches if (batch[0][:, 1:] == config.bos_id).any()), None)
+        if batch is None:
+            self.witness.prove("document_attention", False, "no row of 100 batches holds the start of a document")
+            return
+        compiled = self.forward(*batch).item()
+        with torch.no_grad():
+            apart = model(*batch).item()
+            model.config = replace(config, document_attention=False)
+            joined = model(*batch).item()
+            model.config = config
+        effect = f"loss of rows as one text {joined:.6f}, of documents apart {apart:.6f}, compiled {compiled:.6f}"
+        self.witness.prove("document_attention", abs(compiled - apart) < abs(joined - apart) / 2, effect)
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """inputs_BT and targets_BT of each forward pass of `step`; its tokens are the same for rows of every length."""
+        parts = (part_BT.view(-1, self.seq_len).chunk(self.micro_steps) for part_BT in self.batches.get(step))
+        return zip(*parts, strict=True)
+
     def set_fake_quantization(self, wanted: bool) -> None:
         if wanted and not self.fake_quantized:
             install_fake_quantization(self.model, self.config.quant)
@@ -116,11 +147,9 @@ class Trainer:
 
     def accumulate_gradients(self, step: int) -> Tensor:
         """Leave in .grad the gradient of the global batch of `step`; returns its mean loss over all ranks."""
-        inputs_BT, targets_BT = self.batches.get(step)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        micro_batches = zip(inputs_BT.chunk(self.micro_steps), targets_BT.chunk(self.micro_steps), strict=True)
-        for micro_inputs_BT, micro_targets_BT in micro_batches:
-            loss = self.forward(micro_inputs_BT, micro_targets_BT)
+        for inputs_BT, targets_BT in self.micro_batches(step):
+            loss = self.forward(inputs_BT, targets_BT)
             (loss / self.micro_steps).backward()
             loss_sum += loss.detach()
         average_gradients(self.optimizers.parameters, self.runtime.world_size)
@@ -157,8 +186,8 @@ class Trainer:
 
     def take_step(self, progress: float) -> tuple[Tensor, Tensor | None, float]:
         """(loss, norm of the gradients where they are clipped, learning-rate scale)"""
-        quant = self.config.quant
-        self.set_fake_quantization(quant.qat_enabled and progress >= quant.qat_start)
+        fake_quantized, self.seq_len = self.phase(progress)
+        self.set_fake_quantization(fake_quantized)
         train_loss = self.accumulate_gradients(self.step)
         lr_scale = learning_rate_scale(progress, self.config.train)
         norm = self.optimizers.step(lr_scale, muon_momentum(progress, self.config.optim))
@@ -169,6 +198,12 @@ class Trainer:
         optim, step = self.config.optim, self.step
         if self.fake_quantized:
             self.witness.act("qat", step)
+        if self.config.model.document_attention:
+            self.witness.act("document_attention", step)
+        if (short := self.config.train.short_seq_len) == self.seq_len:
+            self.witness.act("short_seq", step)
+        elif short:
+            self.witness.prove("short_seq", True, f"rows of {short} tokens, then of {self.seq_len}")
         lr_scale = learning_rate_scale(progress, self.config.train)
         if lr_scale < 1:
             self.witness.act("warmdown", step)
@@ -184,6 +219,8 @@ class Trainer:
 
     def finish(self) -> None:
         """The last weights count in the average, however early the cap struck."""
+        if self.config.model.document_attention:
+            self.prove_document_attention()
         self.batches.close()
         self.set_fake_quantization(False)
         if self.step != self.averaged_step:

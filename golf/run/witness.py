@@ -36,6 +36,8 @@ def armed_features(config: Config) -> dict[str, str]:
         "validation": (train.val_loss_every > 0, longer + "set val_loss_every=0"),
         "prune": (quant.prune_frac > 0, "set prune_frac=0, or raise it"),
         "ntk_rope": (score.eval_rope == "ntk", "set eval_rope=none"),
+        "document_attention": (model.document_attention, "set document_attention=0"),
+        "short_seq": (train.short_seq_len > 0, longer + "set short_seq_len=0 short_seq_fraction=0"),
     }
     return {feature: advice for feature, (is_armed, advice) in armed.items() if is_armed}
 

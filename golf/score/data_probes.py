@@ -12,7 +12,8 @@ import torch
 from golf.config import UserError
 from golf.data.documents import find_shared_documents
 from golf.data.shards import DataError, shard_token_count
-from golf.data.tokenizer import ByteTable, Tokenizer, check_byte_counts
+from golf.data.sidecar import StreamBytes
+from golf.data.tokenizer import ByteTable, TextTokenizer, check_byte_counts
 from golf.score.probes import FAIL, NOT_EXERCISED, PASS, Probe
 from golf.score.scorer import count_target_bytes
 
@@ -54,19 +55,27 @@ def probe_disjoint(
     return Probe(name, PASS, f"{sets}, none in both (SHA-256 of their tokens)")
 
 
-def probe_bytes(tokenizer: Tokenizer, tokens_N1: np.ndarray, figures: Mapping[str, Any], full: bool) -> Probe:
+def probe_bytes(
+    tokenizer: TextTokenizer,
+    tokens_N1: np.ndarray,
+    figures: Mapping[str, Any],
+    full: bool,
+    counter: ByteTable | StreamBytes | None = None,
+) -> Probe:
     """Bytes are those of the decoded text, the score's byte count is theirs, and its two losses agree.
 
-    `figures` are val_loss, val_bpb, val_tokens and val_bytes of the run.
+    `figures` are val_loss, val_bpb, val_tokens and val_bytes of the run; `counter` is what counts the bytes, by
+    default the tokenizer's table.
     """
-    name, table = "bytes of text", ByteTable(tokenizer)
+    name, counter = "bytes of text", counter or ByteTable(tokenizer)
     starts = np.flatnonzero(tokens_N1[QUICK_TEXT_TOKENS:] == tokenizer.bos_id)
     decoded = len(tokens_N1) if full or not len(starts) else QUICK_TEXT_TOKENS + int(starts[0])
     try:
-        text_bytes = check_byte_counts(tokenizer, table, tokens_N1[:decoded])
+        own = counter.bytes_N[:decoded] if isinstance(counter, StreamBytes) else counter
+        text_bytes = check_byte_counts(tokenizer, own, tokens_N1[:decoded])
     except DataError as error:
         return Probe(name, FAIL, str(error))
-    counted = int(count_target_bytes(torch.from_numpy(tokens_N1.astype(np.int32)), table.to("cpu")).sum())
+    counted = int(count_target_bytes(torch.from_numpy(tokens_N1.astype(np.int32)), counter.to("cpu")).sum())
     claimed, val_tokens = figures["val_bytes"], figures["val_tokens"]
     if val_tokens == len(tokens_N1) - 1 and claimed != counted:  # else the score is partial, and C4 says so
         return Probe(name, FAIL, f"the score divides by {claimed:,} bytes, the validation text has {counted:,}")

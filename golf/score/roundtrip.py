@@ -13,6 +13,7 @@ from golf.artifact.container import Artifact
 from golf.artifact.restore import restore_model
 from golf.config import ScoreConfig
 from golf.data.loader import validation_tokens
+from golf.data.sidecar import StreamBytes, validation_bytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.model.gpt import GPT
 from golf.runtime import Runtime
@@ -39,6 +40,21 @@ def load_artifact_tokenizer(artifact: Artifact, path: str | Path) -> ByteTable:
     return ByteTable(tokenizer)
 
 
+def load_validation(
+    artifact: Artifact, tokenizer_path: str | Path, val_paths: Sequence[str | Path]
+) -> tuple[np.ndarray, ByteTable | StreamBytes]:
+    """Tokens of the validation shards, and what counts their bytes. Raises ScoreError where nothing can."""
+    table, shards = load_artifact_tokenizer(artifact, tokenizer_path), without_sidecars(val_paths)
+    tokens = validation_tokens(shards)
+    counter = validation_bytes(table, shards, tokens)
+    if isinstance(counter, ByteTable) and not counter.exact:
+        raise ScoreError(
+            f"{tokenizer_path}: text in CaseOps is scored by the bytes of the original text, and beside the validation"
+            " shards are no *_val_bytes_NNNNNN.bin that say them: prepare or download them with the shards"
+        )
+    return tokens, counter
+
+
 def stream_identity(tokens: np.ndarray) -> str:
     """16 hex digits of SHA-256 over a stream of tokens: the identity of validation data."""
     return hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()[:16]
@@ -52,8 +68,8 @@ def score_weights(
     model = GPT(artifact.model, runtime.compute_dtype)
     model.load_state_dict(state)
     settings = plain_settings(artifact.model, max(1, rows // runtime.world_size))
-    tokens, table = validation_tokens(val_paths), load_artifact_tokenizer(artifact, tokenizer_path)
-    return score_stream(model.to(runtime.device), tokens, table, settings, runtime, announce=False)
+    tokens, counter = load_validation(artifact, tokenizer_path, val_paths)
+    return score_stream(model.to(runtime.device), tokens, counter, settings, runtime, announce=False)
 
 
 def score_artifact(
@@ -74,14 +90,16 @@ def score_artifact(
     artifact's, or a stream that can't be scored; DataError for files that can't be read.
     """
     started = time.perf_counter()
-    byte_table = load_artifact_tokenizer(artifact, tokenizer_path)
-    model, tokens = restore_model(artifact, runtime), validation_tokens(val_paths)
+    tokens, byte_table = load_validation(artifact, tokenizer_path, val_paths)
+    model = restore_model(artifact, runtime)
     forward = compiled_losses(model) if compiled else model.token_losses
     settings = sliding_settings(score, artifact.model)
     subject = {
         "artifact": artifact.sha256, "data": stream_identity(tokens), "asked": asdict(settings),
         "rank": runtime.rank, "world_size": runtime.world_size,
     }  # fmt: skip
+    if isinstance(byte_table, StreamBytes):
+        subject["bytes"] = stream_identity(byte_table.bytes_N)
     begun = (journal and journal.identity) or {}
     stride = begun["stride"] if subject.items() <= begun.items() else 0
     largest, smallest = runtime.max_over_ranks(stride, -stride)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from golf.config import ModelConfig, ScoreConfig, UserError
+from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.model.rotary import ntk_rope_base
@@ -96,7 +97,7 @@ class ScoreJob:
     tokens_N1: Tensor
     """int32, N + 1."""
     bytes_N: Tensor
-    """int32 bytes of each target, given the token before it."""
+    """int32 bytes of text that each target stands for."""
     ends_W: Tensor
     first_scored_W: Tensor
 
@@ -134,7 +135,7 @@ def compiled_losses(model: GPT) -> Forward:
 def score_stream(
     model: GPT,
     tokens: np.ndarray,
-    byte_table: ByteTable,
+    byte_table: ByteTable | StreamBytes,
     settings: ScoreSettings,
     runtime: Runtime,
     *,
@@ -176,7 +177,7 @@ def score_stream(
 def prepare_job(
     model: GPT,
     tokens: np.ndarray,
-    byte_table: ByteTable,
+    byte_table: ByteTable | StreamBytes,
     settings: ScoreSettings,
     device: torch.device,
     forward: Forward | None = None,
@@ -228,8 +229,13 @@ def check_stream(tokens_N1: Tensor, model: ModelConfig) -> None:
         )
 
 
-def count_target_bytes(tokens_N1: Tensor, byte_table: ByteTable, piece: int = 1 << 22) -> Tensor:
-    """int32 bytes of each target, in pieces so that 62 million tokens don't make gigabytes of int64."""
+def count_target_bytes(tokens_N1: Tensor, byte_table: ByteTable | StreamBytes, piece: int = 1 << 22) -> Tensor:
+    """int32 bytes of each target: by position where the stream has a sidecar, else given the token before it.
+
+    A table counts in pieces, so that 62 million tokens don't make gigabytes of int64.
+    """
+    if isinstance(byte_table, StreamBytes):
+        return byte_table.of_targets(len(tokens_N1))
     bytes_N = torch.empty_like(tokens_N1[1:])
     for begin in range(0, len(bytes_N), piece):
         tokens_P1 = tokens_N1[begin : begin + piece + 1].long()
