@@ -1,6 +1,9 @@
 """What all tests share: one thread, no knobs from the outside, the repository and the shared data."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -50,3 +53,15 @@ def write_tree() -> Callable[[Path, Mapping[str, str]], None]:
             (root / name).write_text(text, encoding="utf-8")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def prepared(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Knobs that name a small prepared corpus: this project's own sources."""
+    folder = tmp_path_factory.mktemp("prepared") / "sources"
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = [path.read_text() for path in sorted((repository / "golf").rglob("*.py")) if path.stat().st_size]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [sys.executable, "data/prepare.py", "--input", corpus, "--tokenizer", "train:400", "--out", folder]
+    subprocess.run([*command, "--val-fraction", "0.3"], check=True, cwd=repository, capture_output=True)
+    return [f"data_path={folder}", f"tokenizer_path={folder / 'tokenizer.model'}"]

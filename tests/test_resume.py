@@ -21,18 +21,6 @@ TINY = [
 STAGES = ("train", "average", "quantize", "pack", "reload", "score", "report")
 
 
-@pytest.fixture(scope="module")
-def prepared(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Knobs that name a small prepared corpus: this project's own sources."""
-    folder = tmp_path_factory.mktemp("prepared") / "sources"
-    corpus = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    texts = [path.read_text() for path in sorted((repository / "golf").rglob("*.py")) if path.stat().st_size]
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    command = [sys.executable, "data/prepare.py", "--input", corpus, "--tokenizer", "train:400", "--out", folder]
-    subprocess.run([*command, "--val-fraction", "0.3"], check=True, cwd=repository, capture_output=True)
-    return [f"data_path={folder}", f"tokenizer_path={folder / 'tokenizer.model'}"]
-
-
 class Runs:
     """Starts runs under tests/kill_at.py in one folder."""
 

@@ -92,10 +92,23 @@ def spread_start(row: int, stream_tokens: int, seq_len: int) -> int:
     return index * stride % rows * seq_len + epoch * (seq_len // 3 + 1)
 
 
-def host_batch(
-    stream: TokenStream, step: int, batch_tokens: int, seq_len: int, rank: int, world_size: int, order: str
+def global_batch(
+    stream: TokenStream,
+    step: int,
+    batch_tokens: int,
+    seq_len: int,
+    rank: int = 0,
+    world_size: int = 1,
+    order: str = "sequential",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`global_batch` on the CPU."""
+    """This rank's rows of the global batch of `step`: inputs_BT and targets_BT, int64, on the CPU.
+
+    In sequential order (the competition's) the global batch is tokens step * batch_tokens, ...,
+    (step + 1) * batch_tokens of the stream, the last one only as a target; in spread order its rows come from all
+    over the stream (`spread_start`); the other orders are for a stream of shuffled documents (golf/data/orders.py).
+    Rows are dealt out contiguously, so that the ranks' rows, taken together, are the same for every world size.
+    Raises DataError where they can't be dealt out equally.
+    """
     check_batch_shape(batch_tokens, seq_len, world_size)
     rows = batch_tokens // seq_len
     own_rows = range(step * rows + rank * rows // world_size, step * rows + (rank + 1) * rows // world_size)
@@ -115,33 +128,11 @@ def check_spread_order(stream: TokenStream, seq_len: int) -> None:
         raise DataError(f"{len(stream)} training tokens do not fill one row of {seq_len}: shorten train_seq_len")
 
 
-def global_batch(
-    stream: TokenStream,
-    step: int,
-    batch_tokens: int,
-    seq_len: int,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
-    order: str = "sequential",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's rows of the global batch of `step`: inputs_BT and targets_BT, int64, on `device`.
-
-    In sequential order (the competition's) the global batch is tokens step * batch_tokens, ...,
-    (step + 1) * batch_tokens of the stream, the last one only as a target; in spread order its rows come from all
-    over the stream (`spread_start`); the other orders are for a stream of shuffled documents (golf/data/orders.py).
-    Rows are dealt out contiguously, so that the ranks' rows, taken together, are
-    the same for every world size. Raises DataError where they can't be dealt out equally.
-    """
-    inputs_BT, targets_BT = host_batch(stream, step, batch_tokens, seq_len, rank, world_size, order)
-    return inputs_BT.to(device), targets_BT.to(device)
-
-
 class BatchPrefetcher:
     """Reads the batches of the next steps in a thread while the current one is in use.
 
-    `get(step)` is `global_batch(stream, step, ...)`, only sooner when steps are asked for in order. On CUDA
-    the batch waits in pinned memory, and its copy does not hold up the host.
+    `get(step)` is `global_batch(stream, step, ...)` on the device, only sooner when steps are asked for in order. On
+    CUDA the batch waits in pinned memory, and its copy does not hold up the host.
     """
 
     def __init__(
@@ -161,7 +152,7 @@ class BatchPrefetcher:
         self.ahead: dict[int, Future] = {}
 
     def read_ahead(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = host_batch(self.stream, step, *self.shape)
+        batch = global_batch(self.stream, step, *self.shape)
         return tuple(part_BT.pin_memory() for part_BT in batch) if self.device.type == "cuda" else batch
 
     def get(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

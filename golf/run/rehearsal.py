@@ -7,7 +7,7 @@ import numpy as np
 from golf.artifact.container import read_artifact, write_artifact
 from golf.artifact.restore import restore_model
 from golf.config import UserError
-from golf.data.tokenizer import ByteTable, Tokenizer
+from golf.data.tokenizer import ByteTable, TextTokenizer
 from golf.quant.export import quantize_state
 from golf.quant.prune import prune_state
 from golf.run.folder import RunFolder
@@ -22,7 +22,7 @@ class RehearsalError(UserError):
     """Something that the stages after training need is not there."""
 
 
-def rehearse(trainer: Trainer, tokenizer: Tokenizer, folder: RunFolder) -> str:
+def rehearse(trainer: Trainer, tokenizer: TextTokenizer, folder: RunFolder) -> str:
     """Quantize, pack, reload and score a sliver of training text at the real shapes; returns a line for the log.
 
     Raises what the stages after training would raise, and RehearsalError for a disk that is too full.
