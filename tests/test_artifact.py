@@ -22,7 +22,8 @@ from golf.artifact.shapes import expected_shapes
 from golf.artifact.weights import load_weights, save_weights
 from golf.config import PRESETS, ModelConfig, QuantConfig, build_config
 from golf.model.gpt import GPT
-from golf.quant.export import QuantizedTensor, dequantize_state, quantize_state
+from golf.quant.export import quantize_state
+from golf.quant.stored import QuantizedTensor, dequantize_state
 
 CODECS_TO_TEST = ("none", "zlib", "lzma", "zstd")
 TOKENIZER = "c0ffee00" * 8
@@ -60,7 +61,7 @@ def stored_state_hash(data: bytes) -> str:
     digest = hashlib.sha256()
     for name, entry in read_artifact(data).state.items():
         digest.update(name.encode())
-        for part in (entry.codes_RC, entry.scale_R) if isinstance(entry, QuantizedTensor) else (entry,):
+        for part in (entry.codes_RC, entry.scale_SG) if isinstance(entry, QuantizedTensor) else (entry,):
             digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -10,9 +10,10 @@ from golf.artifact.fit import FitError, FittedArtifact, coarsening_actions, fit_
 from golf.artifact.forecast import TRAINED_SHARE, forecast_bytes
 from golf.artifact.shapes import expected_shapes
 from golf.config import ModelConfig, QuantConfig, build_config
-from golf.quant.export import QuantizedTensor, dequantize_state, quantize_state
+from golf.quant.export import quantize_state
 from golf.quant.policy import QuantError, tensor_class
 from golf.quant.prune import prune_state
+from golf.quant.stored import QuantizedTensor, dequantize_state
 
 TOKENIZER = "c0ffee00" * 8
 TINY = ModelConfig(

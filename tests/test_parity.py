@@ -22,7 +22,7 @@ from golf.data.tokenizer import ByteTable, Tokenizer
 from golf.data.vocabulary import train_tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.quant.export import QuantizedTensor, dequantize_state
+from golf.quant.stored import QuantizedTensor, dequantize_state
 from golf.run.averaging import final_weights
 from golf.run.checkpoint import TrainingState
 from golf.run.folder import RunFolder
@@ -143,7 +143,7 @@ def row_of_a_token(entry: QuantizedTensor) -> QuantizedTensor:
 
 CHANGES = {
     "one code": ("blocks.1.attn.c_v.weight", one_code_off),
-    "a scale": ("blocks.0.attn.c_v.weight", lambda entry: replace(entry, scale_R=entry.scale_R * 1.1)),
+    "a scale": ("blocks.0.attn.c_v.weight", lambda entry: replace(entry, scale_SG=entry.scale_SG * 1.1)),
     "rows and columns": ("blocks.0.attn.proj.weight", transposed),
     "an fp16 vector": ("skip_weights", lambda tensor: tensor * 1.01),
     "a row of the embedding": ("tok_emb.weight", row_of_a_token),

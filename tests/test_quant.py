@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from golf.config import ModelConfig, QuantConfig
 from golf.model.gpt import GPT
-from golf.quant.export import QuantizedTensor, dequantize_state, quantize_state
-from golf.quant.grid import dequantize_rows, fake_quantize_rows, grid_clip, quantize_rows
+from golf.quant.export import quantize_state
+from golf.quant.grid import fake_quantize_rows, grid_clip, quantize_rows
 from golf.quant.policy import QuantError, bits_of, tensor_class
 from golf.quant.qat import install_fake_quantization, remove_fake_quantization
+from golf.quant.stored import QuantizedTensor, dequantize_state, dequantize_tensor
 
 torch.set_num_threads(1)
 TINY = ModelConfig(
@@ -52,7 +53,7 @@ def matrices(draw: st.DrawFn) -> torch.Tensor:
 @settings(max_examples=200, deadline=None)
 def test_fake_quantization_is_the_exported_grid_bit_for_bit(weight_RC, bits):
     codes_RC, scale_R = quantize_rows(weight_RC, bits)
-    exported_RC = dequantize_rows(codes_RC, scale_R)
+    exported_RC = dequantize_tensor(QuantizedTensor(codes_RC, scale_R.unsqueeze(1), bits))
     assert torch.equal(bit_pattern(fake_quantize_rows(weight_RC, bits)), bit_pattern(exported_RC))
     assert codes_RC.dtype == torch.int8 and scale_R.dtype == torch.float16 and scale_R.isfinite().all()
     assert codes_RC.abs().max() <= grid_clip(bits)

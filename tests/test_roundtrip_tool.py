@@ -21,7 +21,8 @@ from golf.data.shards import write_shard
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.quant.export import dequantize_state, quantize_state
+from golf.quant.export import quantize_state
+from golf.quant.stored import dequantize_state
 from golf.runtime import Runtime
 from golf.score.scorer import score_stream, sliding_settings
 from golf.submit.tool import run_command

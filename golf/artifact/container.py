@@ -24,8 +24,8 @@ from golf.artifact.settings import model_from_json, model_to_json
 from golf.artifact.shapes import expected_shapes
 from golf.artifact.sizes import SizeReport, measure_stream
 from golf.config import ModelConfig
-from golf.quant.export import QuantizedState, QuantizedTensor
 from golf.quant.policy import FP16_BITS
+from golf.quant.stored import QuantizedState, QuantizedTensor, same_stored
 from golf.runtime import write_file_atomically
 
 LARGEST_DESCRIPTION = 2**16
@@ -170,11 +170,4 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
 
 def same_stored_state(one: QuantizedState, other: QuantizedState) -> bool:
     """Whether all codes, scales and fp16 values are equal."""
-    return one.keys() == other.keys() and all(same_entry(one[name], other[name]) for name in one)
-
-
-def same_entry(one: QuantizedTensor | torch.Tensor, other: QuantizedTensor | torch.Tensor) -> bool:
-    if isinstance(one, QuantizedTensor) and isinstance(other, QuantizedTensor):
-        codes_equal = torch.equal(one.codes_RC, other.codes_RC)
-        return one.bits == other.bits and codes_equal and torch.equal(one.scale_R, other.scale_R)
-    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+    return one.keys() == other.keys() and all(same_stored(one[name], other[name]) for name in one)

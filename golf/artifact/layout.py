@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
-from golf.quant.export import QuantizedState, QuantizedTensor
 from golf.quant.grid import FP16_TINY, grid_clip
 from golf.quant.policy import FP16_BITS
+from golf.quant.stored import QuantizedState, QuantizedTensor
 
 COLUMN_MAJOR_ENDING = "mlp.proj.weight"
 
@@ -75,7 +75,7 @@ def stream_planes(plan: StreamPlan, stored: QuantizedState) -> list[bytes]:
     entries = [stored[name] for name in plan.names]
     if plan.role == "codes":
         return [b"".join(symbols_of(name, stored[name]) for name in plan.names)]
-    halves = [entry.scale_R if plan.role == "scales" else entry for entry in entries]
+    halves = [entry.scale_SG if plan.role == "scales" else entry for entry in entries]
     pairs_N2 = torch.cat([half.flatten() for half in halves]).numpy().astype("<f2").view(np.uint8).reshape(-1, 2)
     return [pairs_N2[:, 1].tobytes(), pairs_N2[:, 0].tobytes()]
 
@@ -130,6 +130,6 @@ def join_streams(parts: Mapping[str, Mapping[str, Tensor]], shapes: Shapes, bits
     return {
         name: parts["fp16"][name]
         if bits[name] == FP16_BITS
-        else QuantizedTensor(parts["codes"][name], parts["scales"][name], bits[name])
+        else QuantizedTensor(parts["codes"][name], parts["scales"][name].unsqueeze(1), bits[name])
         for name in shapes
     }

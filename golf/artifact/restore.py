@@ -2,7 +2,7 @@
 
 from golf.artifact.container import Artifact
 from golf.model.gpt import GPT
-from golf.quant.export import dequantize_state
+from golf.quant.stored import dequantize_state
 from golf.runtime import Runtime
 
 

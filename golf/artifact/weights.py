@@ -1,7 +1,7 @@
 """weights.safetensors: fp32 weights as training leaves them, with what packing needs to know as metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from golf.artifact.container import check_sha256, check_shapes
 from golf.artifact.settings import model_from_json, quant_from_json
 from golf.artifact.shapes import expected_shapes
 from golf.config import ModelConfig, QuantConfig
-from golf.quant.export import QuantizedState, QuantizedTensor
+from golf.quant.stored import PLAIN_PARTS, QuantizedState, QuantizedTensor
 from golf.runtime import write_file_atomically
 
 METADATA_ENTRIES = ("model", "quant", "tokenizer_sha256")
+FACTORS = ("left", "right")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,15 +63,42 @@ def load_weights(path: Path) -> SavedWeights:
     return SavedWeights({name: state[name].float() for name in shapes}, model, quant, metadata["tokenizer_sha256"])
 
 
+def stored_parts(name: str, entry: QuantizedTensor | Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a stored weight consists of, by a name of its own."""
+    if isinstance(entry, Tensor):
+        yield name, entry.contiguous()
+        return
+    for part in PLAIN_PARTS:
+        if (tensor := getattr(entry, part)) is not None:
+            yield f"{name}:{part}", tensor.contiguous()
+    for side, factor in zip(FACTORS, entry.low_rank or (), strict=False):
+        yield from stored_parts(f"{name}:{side}", factor)
+
+
+def stored_widths(name: str, entry: QuantizedTensor) -> Iterator[tuple[str, int]]:
+    """Bits of a stored weight and of the factors of its correction."""
+    yield name, entry.bits
+    for side, factor in zip(FACTORS, entry.low_rank or (), strict=False):
+        yield from stored_widths(f"{name}:{side}", factor)
+
+
+def stored_from_parts(name: str, parts: Mapping[str, Tensor], bits: Mapping[str, int]) -> QuantizedTensor | Tensor:
+    """Inverse of `stored_parts`. Raises KeyError."""
+    if name not in bits:
+        return parts[name]
+    left, right = (f"{name}:{side}" for side in FACTORS)
+    factors = (stored_from_parts(left, parts, bits), stored_from_parts(right, parts, bits)) if left in bits else None
+    plain = {part: parts.get(f"{name}:{part}") for part in PLAIN_PARTS[2:]}
+    return QuantizedTensor(
+        parts[f"{name}:codes_RC"], parts[f"{name}:scale_SG"], bits[name], **plain, low_rank=factors
+    )  # fmt: skip
+
+
 def save_quantized(path: Path, stored: QuantizedState) -> None:
     """Write codes, scales and fp16 tensors as they are, the file put in place at once."""
-    tensors, bits = {}, {}
-    for name, entry in stored.items():
-        if isinstance(entry, QuantizedTensor):
-            tensors |= {f"{name}:codes": entry.codes_RC.contiguous(), f"{name}:scale": entry.scale_R.contiguous()}
-            bits[name] = entry.bits
-        else:
-            tensors[name] = entry.contiguous()
+    tensors = {key: part for name, entry in stored.items() for key, part in stored_parts(name, entry)}
+    grids = [stored_widths(name, entry) for name, entry in stored.items() if isinstance(entry, QuantizedTensor)]
+    bits = dict(pair for grid in grids for pair in grid)
     write_file_atomically(path, save(tensors, {"bits": json.dumps(bits), "names": json.dumps(list(stored))}))
 
 
@@ -79,13 +107,8 @@ def load_quantized(path: Path) -> QuantizedState:
     try:
         with safe_open(path, framework="pt") as file:
             bits, names = (json.loads(file.metadata()[key]) for key in ("bits", "names"))
-            take = file.get_tensor
-            return {
-                name: QuantizedTensor(take(f"{name}:codes"), take(f"{name}:scale"), bits[name])
-                if name in bits
-                else take(name)
-                for name in names
-            }
+            parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: stored_from_parts(name, parts, bits) for name in names}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"cannot read quantized weights from {path}: {error}") from None
 

@@ -1,30 +1,14 @@
-"""A state dict as it is stored: codes and scales for the matrices, fp16 for the rest.
-
-R rows, C columns.
-"""
+"""A state dict as it is stored: codes and scales for the matrices, fp16 for the rest."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from golf.config import QuantConfig
-from golf.quant.grid import FP16_MAX, dequantize_rows, grid_clip, quantize_rows
+from golf.quant.grid import FP16_MAX, grid_clip, quantize_rows
 from golf.quant.policy import FP16_BITS, QuantError, bits_of
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedTensor:
-    codes_RC: Tensor
-    """int8, within the grid of `bits`."""
-    scale_R: Tensor
-    """fp16."""
-    bits: int
-
-
-QuantizedState = dict[str, QuantizedTensor | Tensor]
-"""Stored form of each tensor by name: codes and scales, or an fp16 tensor."""
+from golf.quant.stored import QuantizedState, QuantizedTensor
 
 
 def check_storable(name: str, tensor: Tensor, bits: int) -> None:
@@ -50,13 +34,9 @@ def quantize_state(
         tensor = tensor.detach().cpu().float()
         bits = (tensor_bits or {}).get(name) or bits_of(name, tensor.shape, quant)
         check_storable(name, tensor, bits)
-        stored[name] = tensor.half() if bits == FP16_BITS else QuantizedTensor(*quantize_rows(tensor, bits), bits)
+        if bits == FP16_BITS:
+            stored[name] = tensor.half()
+        else:
+            codes_RC, scale_R = quantize_rows(tensor, bits)
+            stored[name] = QuantizedTensor(codes_RC, scale_R.unsqueeze(1), bits)
     return stored
-
-
-def dequantize_state(stored: QuantizedState) -> dict[str, Tensor]:
-    """fp32 weights that `stored` stands for: those of the model that is scored."""
-    return {
-        name: dequantize_rows(entry.codes_RC, entry.scale_R) if isinstance(entry, QuantizedTensor) else entry.float()
-        for name, entry in stored.items()
-    }

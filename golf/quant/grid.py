@@ -36,16 +36,11 @@ def quantize_rows(weight_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes_RC.to(torch.int8), scale_R1.squeeze(1).half()
 
 
-def dequantize_rows(codes_RC: Tensor, scale_R: Tensor) -> Tensor:
-    """fp32 values code * scale."""
-    return codes_RC.float() * scale_R.float().unsqueeze(1)
-
-
 # An operator of its own, which torch.compile calls but does not rewrite: inductor keeps the fp16 rounding of the
 # scale in fp32 and approximates the division, and then nearly every value differs from the exported one.
 @torch.library.custom_op("golf::fake_quantize_rows", mutates_args=())
 def fake_quantize_rows(weight_RC: Tensor, bits: int) -> Tensor:
-    """What dequantize_rows(*quantize_rows(weight, bits)) gives, bit for bit, with the gradient of the identity.
+    """What the exported codes and scales gives, bit for bit, with the gradient of the identity.
 
     Straight-through estimator: Bengio et al. 2013, arXiv 1308.3432. Works eager and in torch.compile(fullgraph=True).
     """

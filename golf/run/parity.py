@@ -11,8 +11,8 @@ from torch import Tensor
 from golf.config import Config, ScoreConfig, UserError
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
-from golf.quant.export import QuantizedState, QuantizedTensor
 from golf.quant.qat import install_fake_quantization
+from golf.quant.stored import QuantizedState, QuantizedTensor
 from golf.runtime import Runtime
 from golf.score.scorer import evaluation_mode, plain_settings, score_stream, sliding_settings
 
