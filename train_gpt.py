@@ -10,10 +10,12 @@ stage reads what the one before it left on the disk. The words of this story are
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.fit import fit_to_limit
+from golf.artifact.level_fit import fit_by_level
 from golf.artifact.restore import restore_model
 from golf.artifact.sizes import size_report_dict
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
@@ -21,6 +23,7 @@ from golf.config import EXIT_FINDINGS, Config, UserError
 from golf.data.shards import find_shards
 from golf.model.init import build_model
 from golf.run.averaging import final_weights, prove_learned_features
+from golf.run.calibrating import NO_CALIBRATION, calibrate_run
 from golf.run.checkpoint import CheckpointWriter, read_checkpoint
 from golf.run.code import Program
 from golf.run.command import Command, parse_command
@@ -61,7 +64,7 @@ def train_and_pack(command: Command, session: Session) -> RunFolder:
         config = folder.load_config()
         session.do("train", lambda: train(config, session), together=True)
         session.do("average", lambda: average(config, session))
-        session.do("quantize", lambda: quantize(config, session))
+        session.do("quantize", lambda: quantize(config, session), together=True)
         session.do("pack", lambda: pack(config, session))
         session.ledger.settle()
         session.interruption.check(f"before scoring; go on with --resume {folder.path.name}")
@@ -127,16 +130,24 @@ def average(config: Config, session: Session) -> list[Path]:
 
 
 def quantize(config: Config, session: Session) -> list[Path]:
-    """From weights to integer codes; coarser ones where the artifact would be over the limit."""
+    """From weights to integer codes: those of the training's grid, coarser where the artifact would be over the limit;
+    or those that fill the limit with the least loss, after calibration on all ranks."""
     folder, runtime, saved = session.folder, session.runtime, load_weights(session.folder.weights)
+    stream, fit, record = open_training_data(config).stream, fit_to_limit, NO_CALIBRATION
+    if config.quant.quantizer == "fit":
+        with session.ledger.phase("calibrate"):
+            calibration = calibrate_run(saved.state, config, stream, runtime)
+        fit, record = partial(fit_by_level, calibration.statistics, device=runtime.device), calibration.record
+    if not runtime.is_main:
+        return []
     room = config.run.limit_bytes - folder.code.stat().st_size
-    fitted = fit_to_limit(
+    fitted = fit(
         saved.state, config.quant, config.model, saved.tokenizer_sha256, room, config.run.reserve_bytes, runtime.print
     )
     session.packed = fitted.data, fitted.sizes
     save_quantized(folder.quantized, fitted.stored)
-    folder.save_json(folder.pruning, pruning_record(fitted))
-    row = open_training_data(config).stream.tokens(0, config.model.train_seq_len + 1).tolist()
+    folder.save_json(folder.pruning, pruning_record(fitted) | record)
+    row = stream.tokens(0, config.model.train_seq_len + 1).tolist()
     folder.save_json(folder.parity, trained_record(fitted.pruned, fitted.stored, config, row, runtime))
     return [folder.quantized, folder.pruning, folder.parity]
 

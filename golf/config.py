@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
-CODECS = Literal["lzma", "zstd", "zlib", "none"]
+from golf.presets import PRESETS, RETIRED_KNOBS
+
+CODECS = Literal["rans", "brotli", "lzma", "zstd", "zlib", "none"]
 
 
 EXIT_FINDINGS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE = 1, 2, 4, 5
@@ -66,6 +68,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int = 1024
+    """0: the tokenizer's; text is then prepared in characters."""
     num_layers: int = 10
     model_dim: int = 512
     num_heads: int = 8
@@ -160,6 +163,16 @@ class QuantConfig:
     prune_frac: float = 0.05
     """Share of smallest weights set to zero per tensor, where that can change a code."""
     codec: CODECS = "lzma"
+    quantizer: Literal["grid", "fit"] = "grid"
+    """grid: rounded to nearest on the bits above; fit: GPTQ after calibration, steps chosen to fill the byte limit."""
+    calibration_tokens: int = 131_072
+    """Tokens that quantizer=fit measures the weights on."""
+    calibration_text: Literal["train", "generated"] = "train"
+    """Training text, or text that the model makes up itself."""
+    calibration_reserve: float = 8.0
+    """Seconds of max_wallclock_seconds that training leaves to the calibration of quantizer=fit."""
+    rate_weight: float = 0.15
+    """What a code's bits count beside its error in quantizer=fit; 1: their full price; 0: the error decides alone."""
 
 
 @dataclass(frozen=True)
@@ -186,56 +199,6 @@ class Config:
     average: AverageConfig = field(default_factory=AverageConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
-
-
-LOCAL: dict[str, Any] = dict(
-    limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", row_order="spread", device="cpu",
-    compile="auto", vocab_size=2048, num_layers=2, model_dim=160, num_heads=4, num_kv_heads=2, mlp_mult=2.5,
-    bigram_vocab_size=768, bigram_dim=32, train_seq_len=128, max_wallclock_seconds=180.0,
-    train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
-    swa_start=0.94, swa_snapshots=16, val_loss_every=0, train_log_every=100, val_batch_size=16_384, embed_bits=5,
-    codec="zstd", eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
-)  # fmt: skip
-
-BASELINE: dict[str, Any] = dict(
-    num_layers=9, mlp_mult=2.0, bigram_vocab_size=0, bigram_dim=0, smear_gate=False, resid_mix_init="stream",
-    matrix_init="uniform", train_seq_len=1024, train_batch_tokens=524_288, micro_batch_tokens=65_536,
-    warmdown_fraction=0.09, warmdown_shape="linear", matrix_lr=0.04, tied_embed_lr=0.05, scalar_lr=0.04,
-    muon_momentum=0.95, muon_momentum_start=0.85, muon_momentum_warmup_fraction=0.036, muon_weight_decay=0.0,
-    embed_weight_decay=0.0, scalar_weight_decay=0.0, grad_clip_norm=0.0, swa_enabled=False, qat_enabled=False,
-    mlp_bits=8, attn_bits=8, bigram_bits=8, embed_bits=8, prune_frac=0.0, codec="zlib",
-    eval_seq_len=1024, eval_stride=1024, eval_rope="none", val_loss_every=1000, train_log_every=200, seed=1337,
-)  # fmt: skip
-
-BASELINE_LOCAL: dict[str, Any] = LOCAL | BASELINE | dict(
-    vocab_size=1024, num_layers=3, model_dim=128, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
-    val_loss_every=0, train_log_every=100, eval_seq_len=256, eval_stride=256,
-)  # fmt: skip
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "leaderboard": {},
-    "local": LOCAL,
-    "baseline": BASELINE,
-    "baseline-local": BASELINE_LOCAL,
-}
-"""What each preset changes in the defaults above (which are the leaderboard recipe's)."""
-
-RETIRED_KNOBS = {
-    "WARMDOWN_ITERS": "warmdown_fraction (a share of the budget, not a step count)",
-    "MUON_MOMENTUM_WARMUP_STEPS": "muon_momentum_warmup_fraction (a share of the budget)",
-    "MUON_MOMENTUM_WARMUP_START": "muon_momentum_start",
-    "MUON_BACKEND_STEPS": "muon_ns_steps",
-    "WEIGHT_DECAY": "muon_weight_decay, embed_weight_decay and scalar_weight_decay",
-    "SWA_START_FRAC": "swa_start (a share of the budget, not of the learning rate)",
-    "SWA_EVERY": "swa_snapshots",
-    "EMBED_LR": "tied_embed_lr (embeddings are tied here)",
-    "HEAD_LR": "tied_embed_lr (embeddings are tied here)",
-    "TIE_EMBEDDINGS": "nothing: embeddings are tied here",
-    "SKIP_ROUNDTRIP_EVAL": "nothing: a run without a measured score is not a run",
-    "CONTROL_TENSOR_NAME_PATTERNS": "nothing: vectors train in their own group by shape",
-    "FP16_KEEP_NAME_PATTERNS": "embed_bits=16",
-}
-"""Knobs of the competition's scripts that have no honest counterpart, and what to set instead."""
 
 
 def iter_knobs(config: Config) -> Iterator[tuple[str, str, type, Any]]:
@@ -335,6 +298,20 @@ def check_config(config: Config) -> None:
         (0 <= quant.prune_frac < 1, "prune_frac is a share, 0 to below 1"),
         (all(2 <= bits <= 8 for bits in (quant.mlp_bits, quant.attn_bits, quant.bigram_bits)), "bits must be 2 to 8"),
         (2 <= quant.embed_bits <= 8 or quant.embed_bits == 16, "embed_bits must be 2 to 8, or 16"),
+        (
+            quant.quantizer == "grid" or not (quant.qat_enabled or quant.prune_frac),
+            "quantizer=fit chooses its own grid: set qat_enabled=0 and prune_frac=0, or quantizer=grid",
+        ),
+        (
+            quant.quantizer == "grid" or quant.calibration_tokens >= model.train_seq_len,
+            "calibration_tokens must be at least a row of train_seq_len",
+        ),
+        (
+            quant.quantizer == "grid"
+            or quant.calibration_reserve < train.max_wallclock_seconds
+            or not train.max_wallclock_seconds,
+            "calibration_reserve leaves no time to train: raise max_wallclock_seconds",
+        ),
         (0 <= average.swa_start < 1, "swa_start is a share, 0 to below 1"),
         (average.swa_snapshots >= 2 or not average.swa_enabled, "swa_snapshots must be at least 2"),
         (1 <= score.eval_stride <= score.eval_seq_len, "eval_stride must be 1 to eval_seq_len (equal: plain rows)"),

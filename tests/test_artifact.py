@@ -14,42 +14,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from stored_fixtures import TINY, TOKENIZER, integer_weights
 
 from golf.artifact.codecs import ArtifactError, compress_stream, decompress_stream
 from golf.artifact.container import pack_artifact, read_artifact, same_stored_state, write_artifact
-from golf.artifact.frame import DIGEST_END, DIGEST_START, decode_number, encode_number, frame_artifact, unframe_artifact
+from golf.artifact.frame import (
+    DIGEST_END,
+    DIGEST_START,
+    decode_number,
+    encode_number,
+    frame_artifact,
+    frame_digest,
+    unframe_artifact,
+)
 from golf.artifact.shapes import expected_shapes
 from golf.artifact.weights import load_weights, save_weights
-from golf.config import PRESETS, ModelConfig, QuantConfig, build_config
+from golf.config import QuantConfig, build_config
 from golf.model.gpt import GPT
+from golf.presets import PRESETS
 from golf.quant.export import quantize_state
 from golf.quant.stored import QuantizedTensor, dequantize_state
 
-CODECS_TO_TEST = ("none", "zlib", "lzma", "zstd")
-TOKENIZER = "c0ffee00" * 8
+CODECS_TO_TEST = ("none", "zlib", "lzma", "zstd", "brotli", "rans")
 GOLDEN = Path(__file__).parent / "golden"
-TINY = ModelConfig(
-    vocab_size=32,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    mlp_mult=2.0,
-    bigram_vocab_size=40,
-    bigram_dim=8,
-    train_seq_len=16,
-)
 TINY_QUANT = QuantConfig(embed_bits=8)
-
-
-def integer_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Weights that no library's random numbers have a part in."""
-    state = {}
-    for salt, (name, shape) in enumerate(expected_shapes(model).items()):
-        count = int(torch.Size(shape).numel())
-        values_N = (torch.arange(count) * 2654435761 + salt * 40503) % 65_521 % 257 - 128
-        state[name] = (values_N.float() / 512).view(shape)
-    return state
 
 
 def tiny_artifact(codec: str) -> bytes:
@@ -68,7 +56,7 @@ def stored_state_hash(data: bytes) -> str:
 
 def with_checksum(data: bytes) -> bytes:
     """`data` with a checksum that holds, so that damage reaches the parser."""
-    return data[:DIGEST_START] + hashlib.sha256(data[DIGEST_END:]).digest() + data[DIGEST_END:]
+    return data[:DIGEST_START] + frame_digest(data[DIGEST_START - 1], data[DIGEST_END:]) + data[DIGEST_END:]
 
 
 def with_description(data: bytes, change) -> bytes:
@@ -170,14 +158,16 @@ def test_damaged_bytes_give_the_artifact_error(codec):
 @pytest.mark.parametrize("codec", CODECS_TO_TEST)
 def test_damage_under_a_valid_checksum_never_crashes(codec):
     """Such bytes may be a sound artifact of other weights; all else must be the artifact error."""
-    data, refused = tiny_artifact(codec), 0
-    for damaged in corruptions(data, 2000, random.Random(codec)):
+    data, refused, tries = tiny_artifact(codec), 0, 60 if codec == "rans" else 2000  # tests/test_coder.py has more
+    for damaged in corruptions(data, tries, random.Random(codec)):
+        if len(damaged) < DIGEST_END:
+            continue
         try:
             read_artifact(with_checksum(damaged))
         except ArtifactError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert refused > 500
+    assert refused > tries / 4
 
 
 JUNK = [
@@ -252,8 +242,8 @@ def test_wrong_magic_version_and_length():
     data = tiny_artifact("lzma")
     with pytest.raises(ArtifactError, match="not an artifact"):
         read_artifact(b"PK\x03\x04" + data)
-    with pytest.raises(ArtifactError, match="version 2 is unknown"):
-        read_artifact(data[:4] + b"\x02" + data[5:])
+    with pytest.raises(ArtifactError, match="version 3 is unknown"):
+        read_artifact(data[:4] + b"\x03" + data[5:])
     with pytest.raises(ArtifactError, match="truncated"):
         read_artifact(data[:20])
     with pytest.raises(ArtifactError, match="unknown codec"):
@@ -267,7 +257,7 @@ def test_wrong_magic_version_and_length():
         read_artifact("no/such/file.golf")
 
 
-@pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd"])
+@pytest.mark.parametrize("codec", ["zlib", "lzma", "zstd", "brotli"])
 @pytest.mark.parametrize("field", [0, 1])
 def test_bombs_are_refused_in_little_memory(codec, field):
     """A stream, or the description, that would unfold to 20 MB."""
@@ -289,15 +279,16 @@ def test_deeply_nested_description_is_refused():
         read_artifact(frame_artifact("none", [packer.compress(b"[" * 60_000) + packer.flush()]))
 
 
-def test_missing_zstandard_is_an_error_not_another_codec(monkeypatch):
-    data = tiny_artifact("zstd")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    for call in (lambda: tiny_artifact("zstd"), lambda: read_artifact(data)):
-        with pytest.raises(ArtifactError, match="pip install zstandard"):
+@pytest.mark.parametrize(("codec", "package"), [("zstd", "zstandard"), ("brotli", "brotli")])
+def test_a_missing_package_is_an_error_not_another_codec(codec, package, monkeypatch):
+    data = tiny_artifact(codec)
+    monkeypatch.setitem(sys.modules, package, None)
+    for call in (lambda: tiny_artifact(codec), lambda: read_artifact(data)):
+        with pytest.raises(ArtifactError, match=f"pip install .?{package}"):
             call()
 
 
-@given(st.binary(max_size=300), st.sampled_from(CODECS_TO_TEST), st.integers(-3, 3))
+@given(st.binary(max_size=300), st.sampled_from(CODECS_TO_TEST[:-1]), st.integers(-3, 3))
 def test_streams_give_exactly_their_declared_size(data, codec, excess):
     packed = compress_stream(codec, data)
     assert decompress_stream(codec, packed, len(data)) == data

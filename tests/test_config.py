@@ -6,8 +6,6 @@ import pytest
 
 from golf.config import (
     KNOBS,
-    PRESETS,
-    RETIRED_KNOBS,
     Config,
     ConfigError,
     build_config,
@@ -17,6 +15,7 @@ from golf.config import (
     config_hash,
     iter_knobs,
 )
+from golf.presets import PRESETS, RETIRED_KNOBS
 
 
 def test_every_knob_has_one_name():

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.config import PRESETS, Config, ConfigError, build_config, with_knobs
+from golf.config import Config, ConfigError, build_config, with_knobs
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
+from golf.presets import PRESETS
 from golf.run.plan import (
     EXPECTED_STEP_SECONDS,
     EXPECTED_VAL_TOKENS,

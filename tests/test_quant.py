@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from golf.config import ModelConfig, QuantConfig
 from golf.model.gpt import GPT
 from golf.quant.export import quantize_state
+from golf.quant.gptq import quantize_matrix
 from golf.quant.grid import fake_quantize_rows, grid_clip, quantize_rows
 from golf.quant.policy import QuantError, bits_of, tensor_class
 from golf.quant.qat import install_fake_quantization, remove_fake_quantization
+from golf.quant.spec import QuantSpec
 from golf.quant.stored import QuantizedTensor, dequantize_state, dequantize_tensor
 
 torch.set_num_threads(1)
@@ -57,6 +59,15 @@ def test_fake_quantization_is_the_exported_grid_bit_for_bit(weight_RC, bits):
     assert torch.equal(bit_pattern(fake_quantize_rows(weight_RC, bits)), bit_pattern(exported_RC))
     assert codes_RC.dtype == torch.int8 and scale_R.dtype == torch.float16 and scale_R.isfinite().all()
     assert codes_RC.abs().max() <= grid_clip(bits)
+
+
+@given(matrices(), st.integers(2, 8))
+@settings(max_examples=100, deadline=None)
+def test_rounding_to_nearest_by_absmax_is_the_training_grid(weight_RC, bits):
+    entry = quantize_matrix(weight_RC, QuantSpec(bits))
+    codes_RC, scale_R = quantize_rows(weight_RC, bits)
+    assert torch.equal(entry.codes_RC, codes_RC) and torch.equal(entry.scale_SG[:, 0], scale_R)
+    assert torch.equal(bit_pattern(dequantize_tensor(entry)), bit_pattern(fake_quantize_rows(weight_RC, bits)))
 
 
 @given(matrices(), st.integers(2, 8))

@@ -28,11 +28,13 @@ BAD_INPUT = {
     "tools/check_run.py": [NOWHERE],
     "tools/check_submission.py": [NOWHERE],
     "tools/compare.py": [NOWHERE, "--vs", NOWHERE],
+    "tools/compare_quant.py": ["--run", NOWHERE],
     "tools/doctor.py": ["nonsense"],
     "tools/inspect_data.py": [NOWHERE],
     "tools/make_submission.py": [NOWHERE, "--name", "n", "--author", "a", "--github-id", "g", "--blurb", "b"],
     "tools/pack_artifact.py": ["--weights", NOWHERE, "--out", "model.golf"],
     "tools/plan.py": ["--world-size", "0"],
+    "tools/rate_curve.py": ["--run", NOWHERE],
     "tools/report.py": [NOWHERE],
     "tools/roundtrip_eval.py": ["--artifact", NOWHERE, "--val", "*", "--tokenizer", NOWHERE],
 }

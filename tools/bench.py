@@ -2,12 +2,13 @@
 
     python tools/bench.py --preset local [--device cuda] [--json] [key=value ...]
     python tools/bench.py --loader
+    python tools/bench.py --coders [--weights FILE.safetensors] [--share 1]
     python tools/bench.py --data [--text SOURCE] [--tokenizer MODEL] [--megabytes 10 100] [--workers 2]
 
 Training is timed at the preset's batch and length, scoring at its window and stride, both on random tokens; every
-figure is a median. With --loader: how long a step waits for its batch, in every order. With --data: how fast
-data/prepare.py turns text into shards, against one bare SentencePiece thread in the same run. Run it on a quiet
-machine: two busy processes on two cores tell nothing.
+figure is a median. With --coders: what every codec makes of the same codes. With --loader: how long a step waits for
+its batch, in every order. With --data: how fast data/prepare.py turns text into shards, against one bare SentencePiece
+thread in the same run. Run it on a quiet machine: two busy processes on two cores tell nothing.
 """
 
 import json
@@ -30,7 +31,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.config import Config, ConfigError, DataConfig, build_config
+from golf.artifact.weights import load_weights
+from golf.config import CODECS, Config, ConfigError, DataConfig, build_config
 from golf.data.loader import TokenStream
 from golf.data.readers import iter_documents
 from golf.data.shards import DataError, write_shard
@@ -43,6 +45,7 @@ from golf.run.report import machine_description
 from golf.run.training import Trainer
 from golf.runtime import Log, Runtime, start_runtime
 from golf.score.scorer import compiled_losses, score_stream, sliding_settings
+from golf.submit.coder_bench import bench_coders, gptq_like_codes
 from golf.submit.data_bench import bench_data
 from golf.submit.loader_bench import bench_loader
 from golf.submit.synthetic import random_tokens
@@ -71,6 +74,12 @@ class Options(ToolOptions):
     """With --data: amounts of text, 10^6 bytes each."""
     loader: bool = False
     """Time how long a step waits for its batch instead."""
+    coders: bool = False
+    """Time every codec on the same codes instead."""
+    weights: Path | None = None
+    """With --coders: weights.safetensors of a run, quantized as it was configured; default: random codes."""
+    share: float = 0.1
+    """With --coders and no weights: of 36 million random codes."""
     workers: int = 2
     """With --data: processes that encode."""
 
@@ -166,6 +175,25 @@ def work_on_data(options: Options) -> int:
     return 0
 
 
+def work_on_coders(options: Options) -> int:
+    if not 0 < options.share <= 1:
+        raise ConfigError(f"--share {options.share:g} must be above 0, at most 1")
+    if options.weights:
+        saved = load_weights(options.weights)
+        stored = quantize_state(saved.state, saved.quant)
+    else:
+        stored = gptq_like_codes(options.share)
+    figures = bench_coders(stored, get_args(CODECS))
+    if options.json:
+        print(json.dumps(figures))
+        return 0
+    table = Table("codec", *next(iter(figures.values())), title=str(options.weights or "random codes"))
+    for codec, values in figures.items():
+        table.add_row(codec, *(f"{value:,.4f}" if value < 100 else f"{value:,.0f}" for value in values.values()))
+    Console().print(table)
+    return 0
+
+
 def work_on_loader(options: Options) -> int:
     """Random tokens in documents of 800, in each order, for a consumer of 10 million tokens a second."""
     with tempfile.TemporaryDirectory() as name:
@@ -192,6 +220,8 @@ def work(options: Options) -> int:
         return work_on_data(options)
     if options.loader:
         return work_on_loader(options)
+    if options.coders:
+        return work_on_coders(options)
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: it takes at least one step to time")
     overrides = parse_overrides(options.overrides)

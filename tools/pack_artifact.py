@@ -1,7 +1,7 @@
 """Prune, quantize and pack weights into an artifact, and hold its size against the limit.
 
 python tools/pack_artifact.py --weights FILE.safetensors --out FILE [--limit-bytes 16000000] [--prune 0.05]
-    [--codec lzma|zstd|zlib|none] [--code FILE] [--json]
+    [--codec rans|brotli|lzma|zstd|zlib|none] [--code FILE] [--json]
 
 Exit status: 0 packed; 1 over the limit (nothing is written); 2 bad input.
 """
@@ -18,13 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact
-from golf.artifact.sizes import SizeReport, size_report_dict
+from golf.artifact.sizes import SizeReport, StreamSize, size_report_dict
 from golf.artifact.weights import SavedWeights, load_weights
 from golf.config import CODECS, EXIT_FINDINGS, Config, QuantConfig, check_config
 from golf.quant.export import quantize_state
 from golf.quant.prune import PruneReport, prune_state
 from golf.runtime import write_file_atomically
 from golf.submit.tool import ToolOptions, run_command
+
+WIDTH_OF_TABLE = 100
 
 
 @dataclass(frozen=True)
@@ -96,26 +98,37 @@ def result_dict(result: PackResult) -> dict:
 
 
 def size_table(result: PackResult) -> Table:
-    table = Table("tensors", "stored as", "values", "raw bytes", "compressed", "bits/value")
+    """Of codes also their order-0 entropy in bytes, what they take of it, and the seconds in and out."""
+    table = Table("tensors", "as", "values", "entropy", "compressed", "ratio", "bits/value", "s in", "s out")
     for column in table.columns[2:]:
         column.justify = "right"
     sizes = result.sizes
     for stream in sizes.streams:
-        kind = f"int{stream.bits}" if stream.role == "codes" else "fp16"
-        numbers = (f"{stream.elements:,}", f"{stream.raw_bytes:,}", f"{stream.compressed_bytes:,}")
-        table.add_row(stream.label, kind, *numbers, f"{stream.bits_per_element:.3f}")
-    table.add_row("description", "", "", "", f"{sizes.overhead_bytes:,}", "", end_section=True)
+        kind = f"int{stream.bits}" if stream.role in ("codes", "zeros") else "fp16"
+        table.add_row(stream.label, kind, *stream_cells(stream))
+    if sizes.codes.elements:
+        table.add_row("all codes", "", *stream_cells(sizes.codes))
+    table.add_row("description", "", "", "", f"{sizes.overhead_bytes:,}", end_section=True)
     bits = f"{sizes.bits_per_weight:.3f}"
-    table.add_row("artifact", sizes.codec, f"{sizes.weights:,}", "", f"{sizes.total_bytes:,}", bits)
+    table.add_row("artifact", sizes.codec, f"{sizes.weights:,}", "", f"{sizes.total_bytes:,}", "", bits)
     code = f"{result.bytes_code:,}" if result.code_counted else "no --code"
-    table.add_row("code", "", "", "", code, "")
-    table.add_row("total", "", "", "", f"{result.bytes_total:,}", "")
-    table.add_row("limit", "", "", "", f"{result.limit_bytes:,}", "")
+    table.add_row("code", "", "", "", code)
+    table.add_row("total", "", "", "", f"{result.bytes_total:,}")
+    table.add_row("limit", "", "", "", f"{result.limit_bytes:,}")
     return table
+
+
+def stream_cells(stream: StreamSize) -> tuple[str, ...]:
+    ratio, entropy = stream.entropy_ratio, f"{stream.entropy_bytes:,.0f}" if stream.entropy_bytes else ""
+    return (
+        f"{stream.elements:,}", entropy, f"{stream.compressed_bytes:,}", "" if ratio is None else f"{ratio:.4f}",
+        f"{stream.bits_per_element:.3f}", f"{stream.encode_seconds:.1f}", f"{stream.decode_seconds:.1f}",
+    )  # fmt: skip
 
 
 def print_result(result: PackResult) -> None:
     console = Console()
+    console.width = max(console.width, WIDTH_OF_TABLE)
     console.print(size_table(result))
     zeroed, changed = sum(r.zeroed for r in result.pruned), sum(r.codes_changed for r in result.pruned)
     weights = sum(report.weights for report in result.pruned)

@@ -1,4 +1,4 @@
-"""Byte streams <-> fewer bytes: lzma, zstd, zlib, none. Decoding never makes more than the size that was declared.
+"""Byte streams <-> fewer bytes: lzma, zstd, brotli, zlib, none. Decoding never makes more than was declared.
 
 Quantized weights are close to independent draws, so a codec gains from the symbols' frequencies and loses by
 looking for repeats. Hence lzma's literal coder without context bits, and zstd with long minimal matches: the
@@ -74,6 +74,40 @@ def decode_zstd(data: bytes, size: int) -> bytes:
         raise ArtifactError(f"a zstd stream is damaged: {error}") from None
 
 
+def require_brotli() -> ModuleType:
+    """The brotli package, of a version whose output can be bounded, or an error."""
+    try:
+        import brotli
+    except ModuleNotFoundError:
+        raise ArtifactError(
+            "codec brotli needs the package brotli: pip install 'brotli>=1.2', or choose rans"
+        ) from None
+    if not hasattr(brotli.Decompressor, "can_accept_more_data"):
+        raise ArtifactError(f"codec brotli needs brotli 1.2 or later, this is {brotli.__version__}")
+    return brotli
+
+
+def encode_brotli(data: bytes) -> bytes:
+    return require_brotli().compress(data, quality=11, lgwin=24)
+
+
+def decode_brotli(data: bytes, size: int) -> bytes:
+    brotli = require_brotli()
+    decoder = brotli.Decompressor()
+    try:
+        decoded = decoder.process(data, output_buffer_limit=size + 1)
+        while len(decoded) <= size and not decoder.can_accept_more_data():
+            more = decoder.process(b"", output_buffer_limit=size + 1 - len(decoded))
+            if not more:
+                break
+            decoded += more
+    except brotli.error as error:
+        raise ArtifactError(f"a brotli stream is damaged: {error}") from None
+    if not decoder.is_finished():
+        raise ArtifactError("a brotli stream is damaged: it does not end where it should")
+    return decoded
+
+
 def encode_zlib(data: bytes) -> bytes:
     encoder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     return encoder.compress(data) + encoder.flush()
@@ -97,6 +131,7 @@ def compress_stream(codec: str, data: bytes) -> bytes:
     encoders: dict[str, list[Callable[[bytes], bytes]]] = {
         "lzma": [partial(encode_lzma, settings=settings) for settings in LZMA_SETTINGS],
         "zstd": [partial(encode_zstd, settings=settings) for settings in ZSTD_SETTINGS],
+        "brotli": [encode_brotli],
         "zlib": [encode_zlib],
     }
     return smallest_encoding(encoders[codec], data)
@@ -104,7 +139,10 @@ def compress_stream(codec: str, data: bytes) -> bytes:
 
 def decompress_stream(codec: str, data: bytes, size: int) -> bytes:
     """Exactly `size` bytes, or ArtifactError; memory stays within a few times `size` and the codec's window."""
-    decoders = {"lzma": decode_lzma, "zstd": decode_zstd, "zlib": decode_zlib, "none": lambda data, size: data}
+    decoders: dict[str, Callable[[bytes, int], bytes]] = {
+        "lzma": decode_lzma, "zstd": decode_zstd, "brotli": decode_brotli, "zlib": decode_zlib,
+        "none": lambda data, size: data,
+    }  # fmt: skip
     try:
         decoded = decoders[codec](data, size)
     except (lzma.LZMAError, zlib.error, EOFError, MemoryError) as error:

@@ -1,28 +1,41 @@
 """The artifact: everything that a fresh process needs to rebuild the quantized model, and nothing that runs.
 
-Fields of the frame (frame.py): the description, then each plane of each stream (layout.py), compressed. The
-description is deflated JSON: the model's configuration, the tokenizer's SHA-256 and the bits of each tensor. Names
-and shapes follow from the configuration (shapes.py), so they take no bytes.
+Fields of the frame (frame.py): the description, then those of each stream (layout.py). The description is deflated
+JSON: the model's configuration, the tokenizer's SHA-256, the bits of each tensor, and "forms" where a tensor has other
+parts than codes and a scale for each row: [form (forms.py), numbers of the tensors that have it] for each such form.
+Names and shapes follow from the configuration (shapes.py), so they take no bytes.
 """
 
 import hashlib
 import json
 import re
+import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from pathlib import Path
 
 import torch
 
-from golf.artifact.codecs import ArtifactError, compress_stream, decode_zlib, decompress_stream, encode_zlib
+from golf.artifact.codecs import ArtifactError, decode_zlib, encode_zlib
+from golf.artifact.forms import (
+    Form,
+    Forms,
+    all_entries,
+    form_to_json,
+    forms_from_json,
+    forms_of_entry,
+    forms_of_state,
+    is_factor,
+    join_entry,
+)
 from golf.artifact.frame import frame_artifact, read_file_bounded, unframe_artifact
-from golf.artifact.layout import join_streams, plan_streams, split_stream, stream_planes
+from golf.artifact.layout import Parts, decode_stream, encode_stream, plan_streams
 from golf.artifact.settings import model_from_json, model_to_json
 from golf.artifact.shapes import expected_shapes
-from golf.artifact.sizes import SizeReport, measure_stream
+from golf.artifact.sizes import SizeReport, StreamSize, measure_stream
 from golf.config import ModelConfig
 from golf.quant.policy import FP16_BITS
 from golf.quant.stored import QuantizedState, QuantizedTensor, same_stored
@@ -32,7 +45,8 @@ LARGEST_DESCRIPTION = 2**16
 FREE_ELEMENTS = 2**24
 ELEMENTS_PER_BYTE = 256
 """A file may declare FREE_ELEMENTS weights, and beyond those so many for each of its bytes: no bomb in a small file."""
-STORABLE_BITS = (*range(2, 9), FP16_BITS)
+PLAIN_FORM = [1, 1, 0, 0, 0]
+"""What a tensor has that no form is told of: a row of scales for each row, one group, nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,23 +63,43 @@ class Artifact:
 
 
 def pack_artifact(
-    stored: QuantizedState, model: ModelConfig, tokenizer_sha256: str, codec: str
+    stored: QuantizedState, model: ModelConfig, tokenizer_sha256: str, codec: str, verify: bool = True
 ) -> tuple[bytes, SizeReport]:
     """The artifact's bytes, and what they are spent on. The same input gives the same bytes.
 
-    Raises ArtifactError when the tensors are not those of `model` or the codec's package is missing.
+    `verify`: read the bytes back and compare; without, the report has no seconds to decode. Raises ArtifactError when
+    the tensors are not those of `model` or the codec's package is missing.
     """
     shapes = expected_shapes(model)
     check_shapes({name: stored_shape(entry) for name, entry in stored.items()}, shapes)
-    bits = {name: stored_bits(stored[name]) for name in shapes}
-    plans = plan_streams(shapes, bits)
-    packed = [[compress_stream(codec, plane) for plane in stream_planes(plan, stored)] for plan in plans]
-    description = encode_zlib(describe_artifact(model, tokenizer_sha256, list(bits.values())))
-    data = frame_artifact(codec, [description, *(plane for planes in packed for plane in planes)])
-    if not same_stored_state(read_artifact(data).state, stored):
-        raise ArtifactError(f"packing failed: what codec {codec} gave back is not what it was given")
-    sizes = tuple(measure_stream(plan, planes) for plan, planes in zip(plans, packed, strict=True))
-    return data, SizeReport(codec, sizes, len(data))
+    ordered = {name: stored[name] for name in shapes}
+    sizes, fields = encode_streams(ordered, codec)
+    description = encode_zlib(describe_artifact(model, tokenizer_sha256, ordered))
+    data = frame_artifact(codec, [description, *fields])
+    if verify:
+        artifact, seconds = unpack_artifact(data)
+        if not same_stored_state(artifact.state, stored):
+            raise ArtifactError(f"packing failed: what codec {codec} gave back is not what it was given")
+        sizes = [replace(size, decode_seconds=spent) for size, spent in zip(sizes, seconds, strict=True)]
+    return data, SizeReport(codec, tuple(sizes), len(data))
+
+
+def encode_streams(stored: QuantizedState, codec: str) -> tuple[list[StreamSize], list[bytes]]:
+    """What every stream takes, and the fields of all of them, of tensors that may be any part of a model."""
+    forms, entries = forms_of_state(stored), all_entries(stored)
+    sizes, fields = [], []
+    for plan in plan_streams(forms):
+        started = time.perf_counter()
+        encoded = encode_stream(codec, plan, entries, forms)
+        seconds = time.perf_counter() - started
+        sizes.append(measure_stream(plan, entries, sum(map(len, encoded)), seconds))
+        fields += encoded
+    return sizes, fields
+
+
+def coded_bytes(stored: QuantizedState, codec: str) -> int:
+    """Bytes of all streams of these tensors, which may be any part of a model: an artifact less its description."""
+    return sum(map(len, encode_streams(stored, codec)[1]))
 
 
 def write_artifact(
@@ -89,31 +123,53 @@ def read_artifact(source: Path | str | bytes) -> Artifact:
 
 
 def parse_artifact(data: bytes) -> Artifact:
+    return unpack_artifact(data)[0]
+
+
+def unpack_artifact(data: bytes) -> tuple[Artifact, list[float]]:
+    """The artifact in bytes, and the seconds that each of its streams took. Raises ArtifactError."""
     codec, fields = unframe_artifact(data)
-    model, tokenizer_sha256, bits = parse_description(fields[0] if fields else b"", len(data))
-    shapes = expected_shapes(model)
-    plans = plan_streams(shapes, bits)
-    if len(fields) - 1 != sum(plan.planes for plan in plans):
+    model, tokenizer_sha256, forms = parse_description(fields[0] if fields else b"", len(data))
+    state, seconds = decode_streams(fields[1:], forms, codec)
+    artifact = Artifact(model, tokenizer_sha256, state, codec, hashlib.sha256(data).hexdigest(), len(data))
+    return artifact, seconds
+
+
+def decode_streams(fields: list[bytes], forms: Forms, codec: str) -> tuple[QuantizedState, list[float]]:
+    """The tensors of `forms` from the fields of all their streams, and each stream's seconds. Raises ArtifactError."""
+    plans = plan_streams(forms)
+    if len(fields) != sum(plan.fields(codec) for plan in plans):
         raise ArtifactError("the artifact does not have the streams that its model needs")
-    remaining = iter(fields[1:])
-    parts: dict[str, dict[str, torch.Tensor]] = {"codes": {}, "scales": {}, "fp16": {}}
-    for plan in plans:
-        planes = [decompress_stream(codec, field, plan.elements) for field in islice(remaining, plan.planes)]
-        parts[plan.role] |= split_stream(plan, planes, shapes)
-    state = join_streams(parts, shapes, bits)
-    return Artifact(model, tokenizer_sha256, state, codec, hashlib.sha256(data).hexdigest(), len(data))
+    remaining = iter(fields)
+    planned = [(plan, list(islice(remaining, plan.fields(codec)))) for plan in plans]
+    parts: Parts = {role: {} for role in ("codes", "scales", "columns", "zeros", "fp16")}
+    seconds = []
+    for plan, own in reversed(planned):  # zero points and scales come last, codes need them
+        started = time.perf_counter()
+        parts[plan.role] |= decode_stream(codec, plan, own, forms, parts)
+        seconds.append(time.perf_counter() - started)
+    names = [name for name in forms if not is_factor(name)]
+    return {name: join_entry(name, forms, parts) for name in names}, seconds[::-1]
 
 
-def describe_artifact(model: ModelConfig, tokenizer_sha256: str, bits: list[int]) -> bytes:
+def describe_artifact(model: ModelConfig, tokenizer_sha256: str, stored: QuantizedState) -> bytes:
     check_sha256(tokenizer_sha256)
+    bits, exceptions = [], {}
+    for number, (name, entry) in enumerate(stored.items()):
+        bits.append(stored_bits(entry))
+        plain = not isinstance(entry, QuantizedTensor)
+        if not plain and (form := form_to_json(name, forms_of_entry(name, entry))) != PLAIN_FORM:
+            exceptions.setdefault(json.dumps(form), (form, []))[1].append(number)
     document = {"model": model_to_json(model), "tokenizer": tokenizer_sha256, "bits": bits}
+    if exceptions:
+        document["forms"] = list(exceptions.values())
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def parse_description(deflated: bytes, file_bytes: int) -> tuple[ModelConfig, str, dict[str, int]]:
-    """(model, tokenizer_sha256, bits by tensor name) from untrusted bytes. Raises ArtifactError."""
+def parse_description(deflated: bytes, file_bytes: int) -> tuple[ModelConfig, str, Forms]:
+    """(model, tokenizer_sha256, forms by tensor name) from untrusted bytes. Raises ArtifactError."""
     document = load_description(deflated)
-    if not isinstance(document, dict) or set(document) != {"model", "tokenizer", "bits"}:
+    if not isinstance(document, dict) or document.keys() - {"forms"} != {"model", "tokenizer", "bits"}:
         raise ArtifactError("the artifact's description does not have the entries of this version")
     model, bits = model_from_json(document["model"]), document["bits"]
     check_sha256(document["tokenizer"])
@@ -123,11 +179,29 @@ def parse_description(deflated: bytes, file_bytes: int) -> tuple[ModelConfig, st
         raise ArtifactError(f"the artifact declares {elements:,} weights, more than {file_bytes:,} bytes can hold")
     if not isinstance(bits, list) or len(bits) != len(shapes):
         raise ArtifactError("the artifact's list of bits is not that of its model's tensors")
-    by_name = dict(zip(shapes, bits, strict=True))
-    for name, width in by_name.items():
-        if type(width) is not int or width not in STORABLE_BITS or (width != FP16_BITS and len(shapes[name]) != 2):
-            raise ArtifactError(f"the artifact gives tensor {name!r} an impossible number of bits")
-    return model, document["tokenizer"], by_name
+    exceptions = form_exceptions(document.get("forms", []), len(shapes))
+    forms: Forms = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        if bits[number] == FP16_BITS and number not in exceptions:
+            forms[name] = Form(shape, FP16_BITS)
+        else:
+            forms |= forms_from_json(name, shape, bits[number], exceptions.get(number, PLAIN_FORM))
+    return model, document["tokenizer"], forms
+
+
+def form_exceptions(exceptions: object, tensors: int) -> dict[int, object]:
+    """Number of a tensor -> its form as JSON. Raises ArtifactError."""
+    if not isinstance(exceptions, list):
+        raise ArtifactError("the artifact's list of forms is none")
+    found: dict[int, object] = {}
+    for pair in exceptions:
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], list):
+            raise ArtifactError("the artifact's list of forms is damaged")
+        for number in pair[1]:
+            if type(number) is not int or not 0 <= number < tensors or number in found:
+                raise ArtifactError("the artifact's list of forms names no tensor, or one twice")
+            found[number] = pair[0]
+    return found
 
 
 def load_description(deflated: bytes) -> object:

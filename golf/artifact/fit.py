@@ -45,10 +45,12 @@ class FittedArtifact:
     data: bytes
     sizes: SizeReport
     stored: QuantizedState
-    pruned: dict[str, Tensor]
-    """The weights that `stored` was rounded from."""
     prune_reports: list[PruneReport]
     actions: list[str]  # in order; empty where it fitted as configured
+    pruned: dict[str, Tensor] | None = None
+    """The weights that `stored` was rounded to nearest from; None where codes were chosen otherwise."""
+    codes_not_nearest: int = 0
+    """Codes that error feedback or their price has moved from the nearest."""
 
 
 def fit_to_limit(
@@ -120,4 +122,4 @@ def pack_coarsened(
     pruned, reports = prune_state(state, replace(quant, prune_frac=shares[-1]), bits)
     stored = quantize_state(pruned, quant, bits)
     packed = pack_artifact(stored, model, tokenizer_sha256, quant.codec)
-    return FittedArtifact(*packed, stored, pruned, reports, [action.text for action in actions])
+    return FittedArtifact(*packed, stored, reports, [action.text for action in actions], pruned)

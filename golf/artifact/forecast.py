@@ -8,8 +8,8 @@ from math import prod
 
 import torch
 
-from golf.artifact.codecs import compress_stream
-from golf.artifact.layout import plan_streams, stream_planes
+from golf.artifact.container import encode_streams
+from golf.artifact.level_fit import NEAR_ENOUGH
 from golf.artifact.shapes import expected_shapes
 from golf.config import ModelConfig, QuantConfig
 from golf.quant.export import quantize_state
@@ -21,6 +21,7 @@ tails, and the grid spans a row's largest weight). 15 trainings of `local` and `
 pruned by 5 % or not, each in lzma, zstd and zlib: 0.936 to 0.989, falling as training goes on. Widened at both ends for
 other shapes and longer trainings; over untrained weights the same bytes are 1.00 to 1.40, by how they were initialised.
 """
+FINEST_BITS = 8
 FORECAST_SAMPLE = 2**16  # weights; their bytes per weight are within 0.4 % of those of whole models
 
 
@@ -36,11 +37,17 @@ def forecast_bytes(model: ModelConfig, quant: QuantConfig) -> tuple[int, int]:
     return tuple(int(share * bits / 8) for share in TRAINED_SHARE)
 
 
+def forecast_filled_bytes(model: ModelConfig, room: int) -> tuple[int, int]:
+    """Least and most bytes of an artifact that quantizer=fit makes to fill `room`: it does, unless the codes of all
+    weights at their finest take less."""
+    most = sum(prod(shape) for shape in expected_shapes(model).values()) * FINEST_BITS // 8
+    return (room - NEAR_ENOUGH, room) if room <= most else (int(most * 0.7), most)
+
+
 @cache
 def gaussian_bits(columns: int, bits: int, codec: str) -> float:
     """Bits that `codec` takes for a Gaussian weight in a row of `columns`, measured on a sample."""
     sample_RC = torch.randn(max(1, FORECAST_SAMPLE // columns), columns, generator=torch.Generator().manual_seed(0))
     name = "blocks.0.mlp.fc.weight"
-    (plan, *_) = plan_streams({name: sample_RC.shape}, {name: bits})
-    planes = stream_planes(plan, quantize_state({name: sample_RC}, QuantConfig(), {name: bits}))
-    return 8 * sum(len(compress_stream(codec, plane)) for plane in planes) / sample_RC.numel()
+    (size, *_), _ = encode_streams(quantize_state({name: sample_RC}, QuantConfig(), {name: bits}), codec)
+    return size.bits_per_element

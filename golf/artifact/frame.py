@@ -1,6 +1,7 @@
 """The outer form of an artifact: magic, version, checksum, codec, fields; and files that are put in place at once.
 
-b"GOLF" | version, 1 byte | SHA-256 of all that follows, 32 bytes | codec, 1 byte | (LEB128 length, bytes) ...
+b"GOLF" | version, 1 byte | SHA-256, 32 bytes | codec, 1 byte | (LEB128 length, bytes) ...
+The SHA-256 is of the version byte and all that follows the SHA-256; in version 1 of the latter alone.
 """
 
 import hashlib
@@ -10,13 +11,15 @@ from pathlib import Path
 from golf.artifact.codecs import ArtifactError
 
 ARTIFACT_MAGIC = b"GOLF"
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 knows neither brotli nor rans, and only tensors with a scale for each row."""
 DIGEST_START = len(ARTIFACT_MAGIC) + 1
 DIGEST_END = DIGEST_START + 32
 LARGEST_FILE = 2**30
 LONGEST_NUMBER = 5
 """Bytes of a LEB128 number; enough for 2**35."""
-CODEC_IDS = {"none": 0, "zlib": 1, "lzma": 2, "zstd": 3}
+CODEC_IDS = {"none": 0, "zlib": 1, "lzma": 2, "zstd": 3, "brotli": 4, "rans": 5}
 
 
 def encode_number(value: int) -> bytes:
@@ -38,9 +41,13 @@ def decode_number(data: bytes, start: int) -> tuple[int, int]:
     raise ArtifactError("the artifact is damaged: a length does not end")
 
 
+def frame_digest(version: int, body: bytes) -> bytes:
+    return hashlib.sha256((b"" if version == 1 else bytes([version])) + body).digest()
+
+
 def frame_artifact(codec: str, fields: Iterable[bytes]) -> bytes:
     body = bytes([CODEC_IDS[codec]]) + b"".join(encode_number(len(field)) + field for field in fields)
-    return ARTIFACT_MAGIC + bytes([ARTIFACT_VERSION]) + hashlib.sha256(body).digest() + body
+    return ARTIFACT_MAGIC + bytes([ARTIFACT_VERSION]) + frame_digest(ARTIFACT_VERSION, body) + body
 
 
 def unframe_artifact(data: bytes) -> tuple[str, list[bytes]]:
@@ -49,9 +56,10 @@ def unframe_artifact(data: bytes) -> tuple[str, list[bytes]]:
         raise ArtifactError("not an artifact: it does not begin with GOLF")
     if len(data) <= DIGEST_END:
         raise ArtifactError("the artifact is truncated: it ends within its header")
-    if data[DIGEST_START - 1] != ARTIFACT_VERSION:
-        raise ArtifactError(f"artifact version {data[DIGEST_START - 1]} is unknown: this reads {ARTIFACT_VERSION}")
-    if hashlib.sha256(data[DIGEST_END:]).digest() != data[DIGEST_START:DIGEST_END]:
+    version = data[DIGEST_START - 1]
+    if version not in READABLE_VERSIONS:
+        raise ArtifactError(f"artifact version {version} is unknown: this reads up to {ARTIFACT_VERSION}")
+    if frame_digest(version, data[DIGEST_END:]) != data[DIGEST_START:DIGEST_END]:
         raise ArtifactError("the artifact is damaged or truncated: its checksum does not match")
     codecs = {number: name for name, number in CODEC_IDS.items()}
     if data[DIGEST_END] not in codecs:

@@ -1,9 +1,10 @@
-"""Which bytes lie next to which: stored tensors <-> byte streams in which the compressor sees like with like.
+"""Which numbers lie next to which: stored tensors <-> streams in which a coder sees like with like.
 
-Part of format version 1: a change here is a new version. Measured on trained codes (docs/LOG.md): one symbol per
+Part of the format: a change here is a new version. Measured on trained codes (docs/LOG.md). Byte codecs: one symbol per
 byte; kinds of matrix together, layers one after the other; zigzag (0, -1, 1, -2, ...) symbols; the MLP's output
 matrix column by column (its columns, the hidden units, differ more than its rows: 1.7 % of its bytes); fp16 split
-into high and low bytes.
+into high and low bytes. Codec rans: the matrices of one kind and shape side by side, with their zero points taken off.
+R rows, C columns, L layers, S rows of scales, G groups, N numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,19 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.artifact.codecs import ArtifactError
-from golf.quant.grid import FP16_TINY, grid_clip
+from golf.artifact.codecs import ArtifactError, compress_stream, decompress_stream
+from golf.artifact.forms import Form, Forms, is_factor
+from golf.artifact.sequences import decode_halves, decode_sequence, encode_halves, encode_sequence
+from golf.artifact.stacks import StackSpec
+from golf.artifact.streams import decode_codes, encode_codes
+from golf.quant.grid import FP16_TINY
 from golf.quant.policy import FP16_BITS
-from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.quant.stored import QuantizedState, QuantizedTensor, spread_groups
 
 COLUMN_MAJOR_ENDING = "mlp.proj.weight"
+HALF_ROLES = ("fp16", "scales", "columns")
 
-Shapes = Mapping[str, tuple[int, ...]]
+Parts = dict[str, dict[str, Tensor]]
+"""Role -> tensor name -> codes (int8 or int16), fp16 scales, fp16 column scales, int8 zero points or fp16 tensor."""
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """One byte stream: what it holds (codes, scales or fp16), of which tensors."""
+    """One stream: what it holds (codes, scales, columns, zeros or fp16), of which tensors."""
 
     role: str
     label: str
@@ -34,15 +41,21 @@ class StreamPlan:
     names: tuple[str, ...]
     elements: int
 
+    def fields(self, codec: str) -> int:
+        """Pieces, each compressed on its own: byte codecs have two of an fp16 stream, its high and low bytes."""
+        return 2 if codec != "rans" and self.role in HALF_ROLES else 1
+
     @property
-    def planes(self) -> int:
-        """Byte planes, each compressed on its own: codes have one, fp16 has two."""
-        return 1 if self.role == "codes" else 2
+    def raw_bytes(self) -> int:
+        """One byte a code, two an fp16 value."""
+        return self.elements * (2 if self.role in HALF_ROLES else 1)
 
 
 def stream_label(name: str, bits: int) -> str:
     """Tensors of one label share a stream: by name for matrices on a grid; fp16 ones are the embedding or small."""
     parts = name.split(".")
+    if is_factor(name):
+        return "low rank"
     if parts[0] == "tok_emb":
         return "embed"
     if bits == FP16_BITS:
@@ -55,81 +68,160 @@ def kind_and_layer(name: str) -> tuple[list[str], list[int]]:
     return [part for part in parts if not part.isdigit()], [int(part) for part in parts if part.isdigit()]
 
 
-def plan_streams(shapes: Shapes, bits: Mapping[str, int]) -> list[StreamPlan]:
+def part_shape(role: str, form: Form) -> tuple[int, ...]:
+    if role == "columns":
+        return form.shape[1:]
+    return form.scale_shape if role in ("scales", "zeros") else form.shape
+
+
+def plan_streams(forms: Forms) -> list[StreamPlan]:
     """The streams of an artifact, in the order in which they are stored."""
-    groups: dict[tuple[str, int], list[str]] = {}
-    for name in sorted(shapes, key=kind_and_layer):
-        groups.setdefault((stream_label(name, bits[name]), bits[name]), []).append(name)
-    plans = []
-    for (label, width), names in sorted(groups.items()):
-        role = "fp16" if width == FP16_BITS else "codes"
-        plans.append(StreamPlan(role, label, width, tuple(names), sum(prod(shapes[name]) for name in names)))
-    scaled = tuple(name for plan in plans if plan.role == "codes" for name in plan.names)
-    if scaled:
-        plans.append(StreamPlan("scales", "scales", FP16_BITS, scaled, sum(shapes[name][0] for name in scaled)))
-    return plans
+    groups: dict[tuple[str, int, str], list[str]] = {}
+    for name in sorted(forms, key=kind_and_layer):
+        bits = forms[name].bits
+        groups.setdefault((stream_label(name, bits), bits, "fp16" if bits == FP16_BITS else "codes"), []).append(name)
+    plans = [(role, label, bits, names) for (label, bits, role), names in sorted(groups.items())]
+    coded = [name for role, _, _, names in plans if role == "codes" for name in names]
+    plans += [
+        ("scales", "scales", FP16_BITS, coded),
+        ("columns", "column scales", FP16_BITS, [name for name in coded if forms[name].column_scales]),
+        ("zeros", "zero points", 8, [name for name in coded if forms[name].zeros]),
+    ]
+    return [
+        StreamPlan(role, label, bits, tuple(names), sum(prod(part_shape(role, forms[name])) for name in names))
+        for role, label, bits, names in plans
+        if names
+    ]
 
 
-def stream_planes(plan: StreamPlan, stored: QuantizedState) -> list[bytes]:
-    """The bytes of a stream, plane by plane."""
-    entries = [stored[name] for name in plan.names]
+def part_of(role: str, entry: QuantizedTensor | Tensor) -> Tensor:
+    if isinstance(entry, Tensor):
+        return entry
+    part = {"codes": entry.codes_RC, "scales": entry.scale_SG, "columns": entry.column_scale_C, "zeros": entry.zero_SG}
+    found = part[role]
+    assert found is not None
+    return found
+
+
+def encode_stream(codec: str, plan: StreamPlan, entries: QuantizedState, forms: Forms) -> list[bytes]:
+    """The fields of a stream."""
+    parts = {name: part_of(plan.role, entries[name]) for name in plan.names}
     if plan.role == "codes":
-        return [b"".join(symbols_of(name, stored[name]) for name in plan.names)]
-    halves = [entry.scale_SG if plan.role == "scales" else entry for entry in entries]
-    pairs_N2 = torch.cat([half.flatten() for half in halves]).numpy().astype("<f2").view(np.uint8).reshape(-1, 2)
-    return [pairs_N2[:, 1].tobytes(), pairs_N2[:, 0].tobytes()]
+        if codec == "rans":
+            stacks = stacks_of(plan, forms)
+            steps = {name: part_of("scales", entries[name]) for name in plan.names}
+            return [encode_codes(specs_of(stacks, forms, steps), [stack_of(names, entries) for names in stacks])]
+        return [compress_stream(codec, b"".join(symbols_of(name, part) for name, part in parts.items()))]
+    numbers_N = torch.cat([part.flatten() for part in parts.values()]).numpy()
+    if plan.role == "zeros":
+        shifted_N = numbers_N.astype(np.int16) + 128
+        return [
+            encode_sequence(shifted_N)
+            if codec == "rans"
+            else compress_stream(codec, shifted_N.astype(np.uint8).tobytes())
+        ]
+    pattern_N = numbers_N.view(np.uint16)
+    if codec == "rans":
+        return [encode_halves(pattern_N)]
+    return [compress_stream(codec, plane.astype(np.uint8).tobytes()) for plane in (pattern_N >> 8, pattern_N & 255)]
 
 
-def symbols_of(name: str, entry: QuantizedTensor) -> bytes:
-    """Codes as unsigned bytes, small magnitudes first: 0, -1, 1, -2, ..."""
-    codes_RC = entry.codes_RC.numpy()
-    codes_N = (codes_RC.T if name.endswith(COLUMN_MAJOR_ENDING) else codes_RC).reshape(-1).astype(np.int16)
-    return ((codes_N << 1) ^ (codes_N >> 15)).astype(np.uint8).tobytes()
+def decode_stream(
+    codec: str, plan: StreamPlan, fields: Sequence[bytes], forms: Forms, parts: Parts
+) -> dict[str, Tensor]:
+    """The parts in a stream by tensor name; codes need the zero points, found in `parts`. Raises ArtifactError."""
+    if plan.role == "codes":
+        return decode_code_stream(codec, plan, fields[0], forms, parts)
+    if plan.role == "zeros":
+        plain = (
+            np.zeros(0)
+            if codec == "rans"
+            else np.frombuffer(decompress_stream(codec, fields[0], plan.elements), np.uint8)
+        )
+        numbers_N = decode_sequence(fields[0], plan.elements) if codec == "rans" else plain.astype(np.int64)
+        if numbers_N.max() > 255:
+            raise ArtifactError("the zero points hold values that no sound model has")
+        values_N = torch.from_numpy((numbers_N - 128).astype(np.int8))
+    else:
+        values_N = decode_half_stream(codec, plan, fields)
+    return {name: part.clone() for name, part in split_parts(plan, values_N, forms).items()}
 
 
-def codes_from_symbols(name: str, symbols: bytes, shape: Sequence[int], bits: int) -> Tensor:
-    """int8 codes_RC. Raises ArtifactError for a code outside the grid."""
-    symbols_N = np.frombuffer(symbols, np.uint8)
-    if symbols_N.max(initial=0) > 2 * grid_clip(bits):
-        raise ArtifactError(f"tensor {name!r} has codes outside its {bits}-bit grid")
-    codes_N = ((symbols_N >> 1) ^ -(symbols_N & 1)).astype(np.int8)
-    rows, columns = shape
-    codes_RC = (
-        codes_N.reshape(columns, rows).T if name.endswith(COLUMN_MAJOR_ENDING) else codes_N.reshape(rows, columns)
-    )
-    return torch.from_numpy(np.ascontiguousarray(codes_RC))
-
-
-def halves_from_planes(plan: StreamPlan, planes: Sequence[bytes]) -> Tensor:
-    """fp16 values of a stream. Raises ArtifactError for values that are not finite and scales that are too small."""
-    high_N, low_N = (np.frombuffer(plane, np.uint8) for plane in planes)
-    halves_N = np.stack((low_N, high_N), axis=1).reshape(-1).view("<f2").astype(np.float16)
-    sound = np.isfinite(halves_N) & (halves_N >= FP16_TINY if plan.role == "scales" else True)
-    if not sound.all():
+def decode_half_stream(codec: str, plan: StreamPlan, fields: Sequence[bytes]) -> Tensor:
+    """fp16 values. Raises ArtifactError for values that are not finite and scales that are too small."""
+    if codec == "rans":
+        pattern_N = decode_halves(fields[0], plan.elements)
+    else:
+        planes = [decompress_stream(codec, field, plan.elements) for field in fields]
+        high_N, low_N = (np.frombuffer(plane, np.uint8).astype(np.uint16) for plane in planes)
+        pattern_N = high_N << 8 | low_N
+    halves_N = pattern_N.view(np.float16)
+    if not (np.isfinite(halves_N) & (halves_N >= FP16_TINY if plan.role != "fp16" else True)).all():
         raise ArtifactError(f"the {plan.role} of {plan.label} hold values that no sound model has")
     return torch.from_numpy(halves_N)
 
 
-def split_stream(plan: StreamPlan, planes: Sequence[bytes], shapes: Shapes) -> dict[str, Tensor]:
-    """The parts of one stream by tensor name: int8 codes, fp16 scales or fp16 tensors."""
-    parts, start = {}, 0
-    halves_N = None if plan.role == "codes" else halves_from_planes(plan, planes)
+def split_parts(plan: StreamPlan, values_N: Tensor, forms: Forms) -> dict[str, Tensor]:
+    shapes = [part_shape(plan.role, forms[name]) for name in plan.names]
+    pieces = values_N.split([prod(shape) for shape in shapes])
+    return {name: piece.view(shape) for name, piece, shape in zip(plan.names, pieces, shapes, strict=True)}
+
+
+def decode_code_stream(codec: str, plan: StreamPlan, field: bytes, forms: Forms, parts: Parts) -> dict[str, Tensor]:
+    """int16 codes_RC by tensor name, not checked against their grids."""
+    if codec != "rans":
+        symbols_N = np.frombuffer(decompress_stream(codec, field, plan.elements), np.uint8).astype(np.int16)
+        flat = split_parts(plan, torch.from_numpy((symbols_N >> 1) ^ -(symbols_N & 1)), forms)
+        return {name: by_rows(name, part) for name, part in flat.items()}
+    stacks = stacks_of(plan, forms)
+    codes = {}
+    for names, stack_LRC in zip(stacks, decode_codes(field, specs_of(stacks, forms, parts["scales"])), strict=True):
+        for name, code_RC in zip(names, torch.from_numpy(stack_LRC), strict=True):
+            zero_SG = parts["zeros"].get(name)
+            codes[name] = code_RC if zero_SG is None else code_RC + spread_groups(zero_SG.short(), code_RC.size(1))
+    return codes
+
+
+def specs_of(stacks: list[list[str]], forms: Forms, steps: Mapping[str, Tensor]) -> list[StackSpec]:
+    """What the coder is told of each stack. The MLP's input matrix, where it is in the same stream, guides its output
+    matrix: a hidden unit that is large in one is large in the other."""
+    specs: list[StackSpec] = []
+    for names in stacks:
+        form, guide = forms[names[0]], None
+        inputs = [name.replace(COLUMN_MAJOR_ENDING, "mlp.fc.weight") for name in names]
+        if inputs != names and inputs in stacks[: len(specs)] and forms[inputs[0]].shape[0] == form.shape[1]:
+            guide = stacks.index(inputs), np.stack([steps[name].numpy().view(np.uint16)[:, 0] for name in inputs])
+        specs.append(StackSpec((len(names), *form.shape), form.trellis, guide))
+    return specs
+
+
+def symbols_of(name: str, codes_RC: Tensor) -> bytes:
+    """Codes as unsigned bytes, small magnitudes first: 0, -1, 1, -2, ..."""
+    codes_N = (codes_RC.T if name.endswith(COLUMN_MAJOR_ENDING) else codes_RC).numpy().reshape(-1).astype(np.int16)
+    return ((codes_N << 1) ^ (codes_N >> 15)).astype(np.uint8).tobytes()
+
+
+def by_rows(name: str, part_RC: Tensor) -> Tensor:
+    """A matrix from its symbols, which may lie column by column."""
+    return part_RC.view(part_RC.shape[::-1]).T.contiguous() if name.endswith(COLUMN_MAJOR_ENDING) else part_RC
+
+
+def stacks_of(plan: StreamPlan, forms: Forms) -> list[list[str]]:
+    """Names of a stream of codes, those of one kind, shape and grid together."""
+    stacks: dict[tuple, list[str]] = {}
     for name in plan.names:
-        shape = shapes[name][:1] if plan.role == "scales" else shapes[name]
-        end = start + prod(shape)
-        if halves_N is None:
-            parts[name] = codes_from_symbols(name, planes[0][start:end], shape, plan.bits)
-        else:
-            parts[name] = halves_N[start:end].reshape(shape).clone()
-        start = end
-    return parts
+        stacks.setdefault((*kind_and_layer(name)[0], forms[name].shape, forms[name].trellis), []).append(name)
+    return list(stacks.values())
 
 
-def join_streams(parts: Mapping[str, Mapping[str, Tensor]], shapes: Shapes, bits: Mapping[str, int]) -> QuantizedState:
-    """Stored tensors from the parts of all streams (role -> name -> tensor), in the order of `shapes`."""
-    return {
-        name: parts["fp16"][name]
-        if bits[name] == FP16_BITS
-        else QuantizedTensor(parts["codes"][name], parts["scales"][name].unsqueeze(1), bits[name])
-        for name in shapes
-    }
+def stack_of(names: list[str], entries: QuantizedState) -> np.ndarray:
+    """int16 codes_LRC of matrices of one shape, less their zero points."""
+    matrices = []
+    for name in names:
+        entry = entries[name]
+        assert isinstance(entry, QuantizedTensor)
+        code_RC = entry.codes_RC.short()
+        if entry.zero_SG is not None:
+            code_RC = code_RC - spread_groups(entry.zero_SG.short(), code_RC.size(1))
+        matrices.append(code_RC)
+    return torch.stack(matrices).numpy()

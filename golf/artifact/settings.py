@@ -12,8 +12,10 @@ LARGEST_NUMBER = 2**24
 MOST_LAYERS = 1024
 MAY_BE_ZERO = ("bigram_vocab_size", "bigram_dim", "bos_id")
 """Whole numbers that may be 0; all others are at least 1."""
-ADDED_FIELDS = {"document_attention"}
-"""Of ModelConfig since version 1: written where they differ from their default, which older artifacts mean."""
+ADDED_FIELDS = {
+    "document_attention", "quantizer", "calibration_tokens", "calibration_text", "calibration_reserve", "rate_weight",
+}  # fmt: skip
+"""Since version 1: those of ModelConfig are written where they differ from their default, which older files mean."""
 
 
 def model_to_json(model: ModelConfig) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""What an artifact's bytes are spent on."""
+"""What an artifact's bytes are spent on, and how near they come to the codes' order-0 entropy."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+import torch
+
 from golf.artifact.layout import StreamPlan
+from golf.quant.stored import QuantizedState, QuantizedTensor
 
 
 @dataclass(frozen=True)
 class StreamSize:
-    """One stream: codes of a class, all scales, or fp16 tensors."""
+    """One stream: codes of a class, all scales, all column scales, all zero points, or fp16 tensors."""
 
     role: str
     label: str
@@ -17,10 +20,19 @@ class StreamSize:
     raw_bytes: int
     """Before compression: one byte a code, two an fp16 value."""
     compressed_bytes: int
+    entropy_bytes: float
+    """Of codes: the order-0 entropy of the whole stream, the least that a coder without context can reach; else 0."""
+    encode_seconds: float
+    decode_seconds: float = 0.0
 
     @property
     def bits_per_element(self) -> float:
         return 8 * self.compressed_bytes / self.elements
+
+    @property
+    def entropy_ratio(self) -> float | None:
+        """Compressed bytes over the order-0 entropy; None where that is 0."""
+        return self.compressed_bytes / self.entropy_bytes if self.entropy_bytes else None
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,8 @@ class SizeReport:
 
     @property
     def weights(self) -> int:
-        """Parameters of the model: scales stand for none."""
-        return sum(stream.elements for stream in self.streams if stream.role != "scales")
+        """Parameters of the model: scales and corrections stand for none."""
+        return sum(s.elements for s in self.streams if s.role in ("codes", "fp16") and s.label != "low rank")
 
     @property
     def overhead_bytes(self) -> int:
@@ -44,21 +56,43 @@ class SizeReport:
     def bits_per_weight(self) -> float:
         return 8 * self.total_bytes / self.weights
 
+    @property
+    def codes(self) -> StreamSize:
+        """All streams of codes together; their entropies are added, each with its own frequencies."""
+        parts = [stream for stream in self.streams if stream.role == "codes"]
+        names = ("elements", "raw_bytes", "compressed_bytes", "entropy_bytes", "encode_seconds", "decode_seconds")
+        return StreamSize("codes", "all", 0, **{name: sum(getattr(part, name) for part in parts) for name in names})
 
-def measure_stream(plan: StreamPlan, planes: Sequence[bytes]) -> StreamSize:
-    """Sizes of a stream whose compressed planes these are."""
-    raw_bytes = plan.elements * plan.planes
-    return StreamSize(plan.role, plan.label, plan.bits, plan.elements, raw_bytes, sum(map(len, planes)))
+
+def measure_stream(plan: StreamPlan, entries: QuantizedState, compressed_bytes: int, seconds: float) -> StreamSize:
+    """Sizes of a stream that became so many bytes in so many seconds."""
+    codes = [entry.codes_RC for name in plan.names if isinstance(entry := entries[name], QuantizedTensor)]
+    entropy = code_entropy_bytes(codes) if plan.role == "codes" else 0.0
+    return StreamSize(
+        plan.role, plan.label, plan.bits, plan.elements, plan.raw_bytes, compressed_bytes, entropy, seconds
+    )  # fmt: skip
+
+
+def code_entropy_bytes(codes: list[torch.Tensor]) -> float:
+    """Order-0 entropy of int8 codes of any shapes, all together."""
+    counts = sum(np.bincount(part.numpy().reshape(-1).view(np.uint8), minlength=256) for part in codes)
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log2(share)).sum() * counts.sum() / 8)
 
 
 def size_report_dict(report: SizeReport) -> dict:
     """For JSON: the streams and the sums."""
-    streams = [asdict(stream) | {"bits_per_element": stream.bits_per_element} for stream in report.streams]
+    streams = [stream_dict(stream) for stream in report.streams]
     return {
         "codec": report.codec,
         "streams": streams,
+        "codes": stream_dict(report.codes) if report.codes.elements else None,
         "weights": report.weights,
         "overhead_bytes": report.overhead_bytes,
         "bits_per_weight": report.bits_per_weight,
         "bytes_model": report.total_bytes,
     }
+
+
+def stream_dict(stream: StreamSize) -> dict:
+    return asdict(stream) | {"bits_per_element": stream.bits_per_element, "entropy_ratio": stream.entropy_ratio}

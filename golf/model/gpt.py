@@ -38,7 +38,7 @@ class GPT(nn.Module):
     def embed(self, ids_BT: Tensor, embedding_VD: Tensor) -> Tensor:
         """What the first block sees: token (+ hashed bigram), normalised, smeared with its predecessor."""
         has_previous_BT = has_predecessor(ids_BT, self.config.bos_id)
-        e_BTD = F.embedding(ids_BT, embedding_VD).to(self.compute_dtype)
+        e_BTD = self.tok_emb(ids_BT, embedding_VD).to(self.compute_dtype)
         if self.bigram is not None:
             e_BTD = e_BTD + self.bigram(ids_BT, has_previous_BT, self.compute_dtype)
         e_BTD = rms_norm(e_BTD)

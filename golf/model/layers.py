@@ -33,10 +33,10 @@ class Linear(Matrix):
 
 
 class Embedding(Matrix):
-    """Rows of a table, fp32."""
+    """Rows of a table, fp32; of `weight_VD` where the caller has the effective weight at hand."""
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        return F.embedding(ids_BT, self.effective_weight())
+    def forward(self, ids_BT: Tensor, weight_VD: Tensor | None = None) -> Tensor:
+        return F.embedding(ids_BT, self.effective_weight() if weight_VD is None else weight_VD)
 
 
 def rms_norm(x_BTD: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from golf.config import OptimConfig, TrainConfig
+from golf.config import Config, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,14 @@ class Budget:
         """True when one more step, at the measured time of a step, would go past a limit."""
         out_of_steps = self.iterations > 0 and step >= self.iterations
         return out_of_steps or (self.seconds > 0 and elapsed + step_seconds > self.seconds)
+
+
+def training_budget(config: Config) -> Budget:
+    """Of optimizer steps: the wall clock's cap, less what calibration will need of it."""
+    seconds = config.train.max_wallclock_seconds
+    if seconds and config.quant.quantizer == "fit":
+        seconds -= config.quant.calibration_reserve
+    return Budget(config.train.iterations, seconds)
 
 
 def learning_rate_scale(progress: float, config: TrainConfig) -> float:

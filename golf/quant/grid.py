@@ -12,9 +12,9 @@ FP16_MAX = 65_504.0
 
 
 def grid_clip(bits: int) -> int:
-    """Largest code of a symmetric grid: 15 for 5 bits, 31 for 6, 127 for 8."""
-    assert 2 <= bits <= 8
-    return 2 ** (bits - 1) - 1
+    """Largest code of a symmetric grid: 1 for 1 bit (codes -1 and 1), 15 for 5 bits, 31 for 6, 127 for 8."""
+    assert 1 <= bits <= 8
+    return max(2 ** (bits - 1) - 1, 1)
 
 
 def grid_codes_and_scale(weight_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:

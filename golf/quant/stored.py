@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from golf.quant.trellis import trellis_halves
+
 PLAIN_PARTS = ("codes_RC", "scale_SG", "column_scale_C", "zero_SG")
 """Tensors of a QuantizedTensor, the optional ones last."""
 
@@ -31,6 +33,8 @@ class QuantizedTensor:
     """int8, the code that stands for 0; None: symmetric."""
     low_rank: tuple["QuantizedTensor", "QuantizedTensor"] | None = None
     """left_RK and right_KC, quantized themselves: a correction of the rounding error (LQER, arXiv 2402.02446)."""
+    trellis: bool = False
+    """Codes stand for points 2 code + half of the trellis grid (golf/quant/trellis.py)."""
 
 
 QuantizedState = dict[str, QuantizedTensor | Tensor]
@@ -54,6 +58,8 @@ def dequantize_tensor(entry: QuantizedTensor) -> Tensor:
     """The fp32 weights that `entry` stands for."""
     columns = entry.codes_RC.size(1)
     weight_RC = entry.codes_RC.float()
+    if entry.trellis:
+        weight_RC = 2 * weight_RC + trellis_halves(entry.codes_RC).float()
     if entry.zero_SG is not None:
         weight_RC = weight_RC - spread_groups(entry.zero_SG.float(), columns)
     weight_RC = weight_RC * spread_groups(entry.scale_SG.float(), columns)
@@ -81,7 +87,7 @@ def same_stored(one: QuantizedTensor | Tensor | None, other: QuantizedTensor | T
             (getattr(one, part), getattr(other, part)) for part in ("codes_RC", "scale_SG", "column_scale_C", "zero_SG")
         ]
         pairs += zip(one.low_rank or (None, None), other.low_rank or (None, None), strict=True)
-        return one.bits == other.bits and all(same_stored(*pair) for pair in pairs)
+        return (one.bits, one.trellis) == (other.bits, other.trellis) and all(same_stored(*pair) for pair in pairs)
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     return one is None and other is None

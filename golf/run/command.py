@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from golf.config import PRESETS, Config, ConfigError, build_config, iter_knobs, knobs_of_environment
+from golf.config import Config, ConfigError, build_config, iter_knobs, knobs_of_environment
+from golf.presets import PRESETS
 from golf.run.folder import RunFolder
 
 

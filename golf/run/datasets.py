@@ -29,14 +29,27 @@ def locate_data(config: Config, runtime: Runtime, root: Path) -> Config:
     code that a submission ships.
     """
     if config.data.data_path:
-        return with_tokenizer_path(config)
+        return with_vocabulary(with_tokenizer_path(config))
     prepared = prepare_corpus_data(config, root) if runtime.is_main else ""
     folder = Path(runtime.text_of_main(prepared))
     if str(folder).startswith("!"):
         raise ConfigError(str(folder)[1:])
-    return replace(
-        config, data=replace(config.data, data_path=str(folder), tokenizer_path=str(tokenizer_beside(folder)))
-    )
+    data = replace(config.data, data_path=str(folder), tokenizer_path=str(tokenizer_beside(folder)))
+    return with_vocabulary(replace(config, data=data))
+
+
+def corpus_tokenizer(config: Config) -> str:
+    """What `corpus` is prepared with, as data/prepare.py calls it: a file, trained pieces, or characters."""
+    pieces = config.model.vocab_size
+    return config.data.tokenizer_path or (f"train:{pieces}" if pieces else "chars")
+
+
+def with_vocabulary(config: Config) -> Config:
+    """`config` with the vocabulary of its tokenizer, where the model leaves that open. Raises DataError."""
+    if config.model.vocab_size:
+        return config
+    vocab_size = load_tokenizer(config.data.tokenizer_path).vocab_size
+    return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 
 def with_tokenizer_path(config: Config) -> Config:
@@ -60,7 +73,7 @@ def prepare_corpus_data(config: Config, root: Path) -> str:
     if not program.exists():
         return f"!{program} is missing: set data_path and tokenizer_path to prepared shards and their tokenizer"
     command = [sys.executable, str(program), "--input", config.data.corpus, "--json"]
-    command += ["--tokenizer", config.data.tokenizer_path or f"train:{config.model.vocab_size}"]
+    command += ["--tokenizer", corpus_tokenizer(config)]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if finished.returncode:
         return f"!data/prepare.py failed (exit status {finished.returncode}); its message stands above"

@@ -16,7 +16,7 @@ def run_findings(figures: Mapping[str, Any]) -> list[str]:
             f"{figures['limit_bytes']:,}: use fewer parameters or fewer bits"
         )
     for what, spent, cap in (
-        ("training", figures["train_seconds"], figures["max_wallclock_seconds"]),
+        ("training", figures["train_seconds"] + figures["calibration_seconds"], figures["max_wallclock_seconds"]),
         ("scoring", figures["eval_seconds"], figures["max_eval_seconds"]),
     ):
         if 0 < cap < spent:

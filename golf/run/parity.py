@@ -12,7 +12,7 @@ from golf.config import Config, ScoreConfig, UserError
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.quant.qat import install_fake_quantization
-from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.quant.stored import QuantizedState, QuantizedTensor, dequantize_state
 from golf.runtime import Runtime
 from golf.score.scorer import evaluation_mode, plain_settings, score_stream, sliding_settings
 
@@ -26,14 +26,17 @@ class ParityError(UserError):
 
 @torch.no_grad()
 def trained_record(
-    weights: Mapping[str, Tensor], stored: QuantizedState, config: Config, ids: list[int], runtime: Runtime
+    weights: Mapping[str, Tensor] | None, stored: QuantizedState, config: Config, ids: list[int], runtime: Runtime
 ) -> dict[str, Any]:
     """parity.json: a row of training text, and the nats of its tokens by the trained weights, through the forward
-    and the grid of training (what is stored as fp16 is rounded to it)."""
+    and the grid of training (what is stored as fp16 is rounded to it); without `weights`, by what is stored."""
     model = GPT(config.model, runtime.compute_dtype)
-    bits = {name: entry.bits for name, entry in stored.items() if isinstance(entry, QuantizedTensor)}
-    model.load_state_dict({name: part if name in bits else part.half().float() for name, part in weights.items()})
-    install_fake_quantization(model, config.quant, bits)
+    if weights is None:
+        model.load_state_dict(dequantize_state(stored))
+    else:
+        bits = {name: entry.bits for name, entry in stored.items() if isinstance(entry, QuantizedTensor)}
+        model.load_state_dict({name: part if name in bits else part.half().float() for name, part in weights.items()})
+        install_fake_quantization(model, config.quant, bits)
     return {"ids": ids, "losses": row_losses(model.to(runtime.device), ids).tolist()}
 
 

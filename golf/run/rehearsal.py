@@ -1,25 +1,41 @@
 """The way after training, walked once before it with the untrained model, so that what is missing shows at once."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 
 from golf.artifact.container import read_artifact, write_artifact
+from golf.artifact.level_fit import FIRST_GUESS, LevelSearch
 from golf.artifact.restore import restore_model
 from golf.config import UserError
 from golf.data.tokenizer import ByteTable, TextTokenizer
 from golf.quant.export import quantize_state
 from golf.quant.prune import prune_state
+from golf.quant.stored import QuantizedState
+from golf.run.calibrating import calibrate_run
 from golf.run.folder import RunFolder
 from golf.run.training import Trainer
 from golf.score.scorer import evaluation_mode, prepare_job, score_windows, sliding_settings
 
+REHEARSED_ROWS = 4
 STATE_COPIES = 12
 """Bytes on the disk for each fp32 byte of weights: three checkpoints of weights, optimizer state and average."""
 
 
 class RehearsalError(UserError):
     """Something that the stages after training need is not there."""
+
+
+def quantize_once(trainer: Trainer) -> QuantizedState:
+    """The untrained weights as they would be stored, calibrated on a few rows where the run will calibrate."""
+    config, state = trainer.config, trainer.model.state_dict()
+    if config.quant.quantizer == "grid":
+        return quantize_state(prune_state(state, config.quant)[0], config.quant)
+    alone = replace(trainer.runtime, rank=0, world_size=1)
+    calibration = calibrate_run(state, config, trainer.batches.stream, alone, rows=REHEARSED_ROWS)
+    search = LevelSearch(state, calibration.statistics, config.quant, config.model, log=lambda line: None)
+    return search.quantize(FIRST_GUESS)
 
 
 def rehearse(trainer: Trainer, tokenizer: TextTokenizer, folder: RunFolder) -> str:
@@ -33,9 +49,7 @@ def rehearse(trainer: Trainer, tokenizer: TextTokenizer, folder: RunFolder) -> s
         raise RehearsalError(f"{folder.path}: {free >> 20} MiB are free, and a run needs {needed >> 20}: free some")
     path = folder.path / "rehearsal.golf"
     try:
-        pruned, _ = prune_state(state, config.quant)
-        stored = quantize_state(pruned, config.quant)
-        sizes = write_artifact(path, stored, config.model, tokenizer.sha256, config.quant.codec)
+        sizes = write_artifact(path, quantize_once(trainer), config.model, tokenizer.sha256, config.quant.codec)
         model = restore_model(read_artifact(path), runtime)
     finally:
         path.unlink(missing_ok=True)

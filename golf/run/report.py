@@ -17,7 +17,9 @@ from golf.score.scorer import Score
 
 
 def quantization_name(quant: QuantConfig) -> str:
-    """int8 where MLP and attention share a width, int5int6 where they do not."""
+    """int8 where MLP and attention share a width, int5int6 where they do not; fit where steps fill the limit."""
+    if quant.quantizer == "fit":
+        return "fit"
     return f"int{quant.mlp_bits}" + (f"int{quant.attn_bits}" if quant.attn_bits != quant.mlp_bits else "")
 
 
@@ -47,7 +49,8 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
         f"seed:{config.run.seed}",
         f"qat:{quant.qat_enabled}(start={quant.qat_start}) bigram:{model.bigram_vocab_size}x{model.bigram_dim} "
         f"swa:{average.swa_enabled}(start={average.swa_start},snapshots={average.swa_snapshots}) "
-        f"prune:{quant.prune_frac} eval_seq_len:{config.score.eval_seq_len} warmdown:{train.warmdown_shape}",
+        f"quantizer:{quant.quantizer} prune:{quant.prune_frac} eval_seq_len:{config.score.eval_seq_len} "
+        f"warmdown:{train.warmdown_shape}",
     ]
 
 

@@ -40,6 +40,7 @@ def pruning_record(fitted: FittedArtifact) -> dict[str, Any]:
     return {
         "pruned_codes": sum(tensor.codes_changed for tensor in fitted.prune_reports),
         "codes": sum(tensor.weights for tensor in fitted.prune_reports),
+        "codes_not_nearest": fitted.codes_not_nearest,
         "fit_actions": fitted.actions,
     }
 
@@ -77,6 +78,10 @@ def full_witness(config: Config, session: Session) -> Witness:
         witness.prove(
             "prune", pruned["pruned_codes"] > 0, f"changed {pruned['pruned_codes']} of {pruned['codes']} codes"
         )
+    if config.quant.quantizer == "fit":
+        moved = pruned["codes_not_nearest"]
+        witness.act("calibration", count=pruned["calibration_tokens"])
+        witness.prove("calibration", moved > 0, f"{moved} codes are not the nearest to their weights")
     if config.score.eval_rope == "ntk":
         witness.act("ntk_rope", count=folder.load_json(folder.score)["eval_windows"])
         effect = reloaded["ntk_effect"]

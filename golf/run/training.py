@@ -17,7 +17,7 @@ from golf.data.orders import order_stream
 from golf.model.gpt import GPT
 from golf.optim.average import WeightAverage
 from golf.optim.groups import Optimizers, average_gradients
-from golf.optim.schedule import Budget, learning_rate_scale, muon_momentum
+from golf.optim.schedule import learning_rate_scale, muon_momentum, training_budget
 from golf.quant.qat import install_fake_quantization, quantize_in_place, remove_fake_quantization
 from golf.run.checkpoint import TrainingState, generator_tensors, restore_generators
 from golf.run.witness import Witness
@@ -59,7 +59,7 @@ class Trainer:
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if runtime.compiles else model
         self.optimizers = self.new_optimizers()
         self.average = WeightAverage(config.average)
-        self.budget = Budget(config.train.iterations, config.train.max_wallclock_seconds)
+        self.budget = training_budget(config)
         self.micro_steps = count_micro_steps(config, runtime.world_size)
         self.clock = clock or Stopwatch()
         self.recent_seconds: deque[float] = deque([0.0], maxlen=100)

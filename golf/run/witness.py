@@ -34,6 +34,7 @@ def armed_features(config: Config) -> dict[str, str]:
         "smear_gate": (model.smear_gate, "set smear_gate=0"),
         "bigram_hash": (model.bigram_vocab_size > 0, "set bigram_vocab_size=0"),
         "validation": (train.val_loss_every > 0, longer + "set val_loss_every=0"),
+        "calibration": (quant.quantizer == "fit", "set quantizer=grid"),
         "prune": (quant.prune_frac > 0, "set prune_frac=0, or raise it"),
         "ntk_rope": (score.eval_rope == "ntk", "set eval_rope=none"),
         "document_attention": (model.document_attention, "set document_attention=0"),

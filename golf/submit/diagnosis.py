@@ -10,14 +10,20 @@ from typing import Any, Literal
 
 from golf.artifact.shapes import expected_shapes
 from golf.config import KNOBS, Config, ModelConfig, UserError, changed_knobs, with_knobs
-from golf.data.manifest import TOKENIZER_NAME, data_identity
+from golf.data.manifest import data_identity
 from golf.data.prepare import prepared_folder
 from golf.data.shards import find_shards
 from golf.data.tokenizer import load_tokenizer
-from golf.run.datasets import check_vocabulary, with_tokenizer_path
+from golf.run.datasets import (
+    check_vocabulary,
+    corpus_tokenizer,
+    tokenizer_beside,
+    with_tokenizer_path,
+    with_vocabulary,
+)
 from golf.run.plan import EXPECTED_STEP_SECONDS
 
-CODEC_PACKAGES = {"lzma": "lzma", "zlib": "zlib", "zstd": "zstandard"}
+CODEC_PACKAGES = {"lzma": "lzma", "zlib": "zlib", "zstd": "zstandard", "brotli": "brotli"}
 """Module that each codec of the configuration needs."""
 NCCL_SWITCHES = ("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE")
 LOWEST_CLOCK = 0.85
@@ -213,17 +219,17 @@ def inspect_data(config: Config, cache: Path) -> tuple[dict[str, str], list[Mach
         if config.data.data_path:
             config = with_tokenizer_path(config)
         else:
-            model_path, vocab_size = config.data.tokenizer_path or None, config.model.vocab_size
-            prepared = prepared_folder(config.data.corpus, vocab_size, cache, model=model_path)
+            tokenizer, vocab_size = corpus_tokenizer(config), config.model.vocab_size
+            prepared = prepared_folder(config.data.corpus, vocab_size, cache, model=tokenizer)
             if not prepared.exists():
                 return {}, [unprepared(config)]
-            paths = {"data_path": str(prepared), "tokenizer_path": str(prepared / TOKENIZER_NAME)}
+            paths = {"data_path": str(prepared), "tokenizer_path": str(tokenizer_beside(prepared))}
             config = with_knobs(config, paths)
         folder = config.data.data_path
         for split in ("train", "val"):
             find_shards(folder, split)
         tokenizer = load_tokenizer(config.data.tokenizer_path)
-        check_vocabulary(config, tokenizer)
+        check_vocabulary(with_vocabulary(config), tokenizer)
         identity = data_identity(folder, tokenizer)
     except (UserError, OSError) as error:
         return {}, [MachineFinding("data-missing", "error", str(error), DATA_REMEDY)]
@@ -231,10 +237,9 @@ def inspect_data(config: Config, cache: Path) -> tuple[dict[str, str], list[Mach
 
 
 def unprepared(config: Config) -> MachineFinding:
-    tokenizer = config.data.tokenizer_path or f"train:{config.model.vocab_size}"
     return MachineFinding(
         "data-missing", "note", f"the corpus {config.data.corpus} is not prepared yet; a run does that when it starts",
-        f"python data/prepare.py --input {config.data.corpus} --tokenizer {tokenizer}",
+        f"python data/prepare.py --input {config.data.corpus} --tokenizer {corpus_tokenizer(config)}",
     )  # fmt: skip
 
 

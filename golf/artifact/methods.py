@@ -1,0 +1,112 @@
+"""Ways from trained weights to stored ones, each over a range of rates: the competitors of the rate curve."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from golf.artifact.weights import SavedWeights
+from golf.config import CODECS, ModelConfig, QuantConfig
+from golf.model.gpt import GPT
+from golf.quant.calibration import LayerStatistics, calibrate
+from golf.quant.export import quantize_state
+from golf.quant.gptq import quantize_matrix
+from golf.quant.policy import tensor_class
+from golf.quant.prune import prune_state
+from golf.quant.spec import QuantSpec
+from golf.quant.steps import RATE_WEIGHT, PreparedMatrix, prepare_matrix
+from golf.quant.stored import QuantizedState
+from golf.runtime import Runtime
+
+FRONTIER_GRIDS = {"attn": (6, 13.0), "mlp": (6, 11.5), "embed": (7, 14.0), "bigram": (6, 13.0)}
+"""Bits and k of SDClip, step = k * std(row) / largest code, by class (parameter-golf PR #1855)."""
+RECIPE_OFFSETS = {"mlp_bits": 0, "attn_bits": 1, "bigram_bits": 1, "embed_bits": 1}
+"""Bits of the recipe's grids above those of its MLPs (2026-03-20 record: int5 and int6; the embedding, which it
+keeps as fp16, on a grid here: at these sizes fp16 would be half of the artifact)."""
+
+
+@dataclass(frozen=True, eq=False)
+class MethodInput:
+    """Trained weights, and what calibration says of them."""
+
+    state: Mapping[str, Tensor]
+    model: ModelConfig
+    quant: QuantConfig
+    statistics: dict[str, LayerStatistics]
+
+    @cached_property
+    def prepared(self) -> dict[str, PreparedMatrix]:
+        return {name: prepare_matrix(self.state[name], one) for name, one in self.statistics.items()}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Weights to stored weights at a rate: a number that the method understands, more of it being more bytes."""
+
+    name: str
+    text: str
+    codec: CODECS
+    rates: tuple[float, ...]
+    encode: Callable[[MethodInput, float], QuantizedState]
+
+
+def prepare_method_input(saved: SavedWeights, rows_NT: Tensor, runtime: Runtime) -> MethodInput:
+    """Weights with their calibration on rows of training tokens. Raises QuantError."""
+    model = GPT(saved.model, runtime.compute_dtype)
+    model.load_state_dict(saved.state)
+    statistics = calibrate(model.to(runtime.device), rows_NT, runtime)
+    return MethodInput(saved.state, saved.model, saved.quant, statistics)
+
+
+def others_as_fp16(given: MethodInput, stored: QuantizedState) -> QuantizedState:
+    """All tensors in the model's order: those of `stored`, the rest as fp16."""
+    return {name: stored.get(name, part.half()) for name, part in given.state.items()}
+
+
+def round_like_recipe(given: MethodInput, rate: float) -> QuantizedState:
+    """Round to nearest on absmax rows, 5 % pruned; `rate` is the bits of the MLPs."""
+    bits = {knob: min(8, int(rate) + offset) for knob, offset in RECIPE_OFFSETS.items()}
+    quant = replace(given.quant, prune_frac=0.05, **bits)
+    pruned, _ = prune_state(given.state, quant)
+    return quantize_state(pruned, quant)
+
+
+def round_like_frontier(given: MethodInput, rate: float) -> QuantizedState:
+    """GPTQ on rows of step k * std / clip; `rate` divides k."""
+    stored = {}
+    for name, one in given.statistics.items():
+        bits, k = FRONTIER_GRIDS[tensor_class(name, given.state[name].shape)]
+        # The step is what counts: the largest code is int8's, so that a fine step does not clip.
+        k = k / rate * (2**7 - 1) / (2 ** (bits - 1) - 1)
+        spec = QuantSpec(8, scale_rule="std", parameter=k)
+        stored[name] = quantize_matrix(given.state[name], spec, one.hessian_CC)
+    return others_as_fp16(given, stored)
+
+
+def round_by_level(
+    given: MethodInput, rate: float, rate_weight: float = RATE_WEIGHT, trellis: bool = True
+) -> QuantizedState:
+    """One water level for all matrices (golf/quant/steps.py), 2^-rate nats."""
+    codes = {name: one.quantize(2.0**-rate, rate_weight, trellis) for name, one in given.prepared.items()}
+    return others_as_fp16(given, codes)
+
+
+RECIPE_RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+FRONTIER_RATES = (0.3, 0.45, 0.65, 1.0, 1.5, 2.2, 3.2)
+LEVEL_RATES = (17.0, 18.5, 20.0, 21.5, 23.0, 24.5, 26.0)
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("recipe", "int5/int6 round to nearest, 5 % pruned, lzma", "lzma", RECIPE_RATES, round_like_recipe),
+        Method("recipe-rans", "the recipe's codes, our coder", "rans", RECIPE_RATES, round_like_recipe),
+        Method("frontier", "GPTQ, SDClip, brotli", "brotli", FRONTIER_RATES, round_like_frontier),
+        Method("frontier-rans", "GPTQ, SDClip, our coder", "rans", FRONTIER_RATES, round_like_frontier),
+        Method("fit-nearest", "one water level, plain grids, codes by error alone", "rans", LEVEL_RATES,
+               lambda given, rate: round_by_level(given, rate, 0.0, trellis=False)),
+        Method("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,
+               lambda given, rate: round_by_level(given, rate, trellis=False)),
+        Method("fit", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
+    )
+}  # fmt: skip

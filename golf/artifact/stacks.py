@@ -1,0 +1,119 @@
+"""Stacks of code matrices <-> one modelled byte stream.
+
+L layers, R rows, C columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from golf.artifact.codecs import ArtifactError
+from golf.artifact.frame import decode_number, encode_number
+from golf.artifact.magnitudes import (
+    TILES_DOWN,
+    AdaptiveTables,
+    StackShape,
+    Strengths,
+    bell_counts,
+    code_stack,
+    tile_edges,
+)
+from golf.artifact.rans import RansReader, RansWriter
+
+LOCAL_ROWS = 16
+"""Added to the first strength: rows are taken to be like those above them, not like all."""
+LARGEST_CODE = 511
+"""Codes less their zero point reach 255, residuals this."""
+
+Guide = tuple[int, np.ndarray]
+"""Number of an earlier stack whose rows are this one's columns, and the step sizes of its rows as fp16's bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class StackSpec:
+    """What is known of a stack before its codes are."""
+
+    shape: StackShape
+    trellis: bool = False
+    guide: Guide | None = None
+
+    @property
+    def size(self) -> int:
+        layers, rows, columns = self.shape
+        return layers * rows * columns
+
+
+def guess_columns(code_LRC: np.ndarray, pattern_LR: np.ndarray) -> np.ndarray:
+    """Expected relative magnitudes of columns, 256 for the typical one, from rows of codes and their fp16 steps."""
+    step_LR = ((pattern_LR & 0x3FF | 0x400).astype(np.int64)) << (pattern_LR >> 10 & 31).astype(np.int64)
+    size_LR = (16 * np.abs(code_LRC.astype(np.int64)).sum(axis=2) // code_LRC.shape[2] + 1) * step_LR
+    size_LR >>= max(0, int(size_LR.max()).bit_length() - 30)
+    return (size_LR * 256 * size_LR.shape[1] // size_LR.sum(axis=1, keepdims=True).clip(1)).clip(1, 2**14)
+
+
+def stack_strengths(code_LRC: np.ndarray, guess_LC: np.ndarray | None = None) -> Strengths:
+    """Priors of a stack's row factors, column factors and column means, by how much those differ beyond chance.
+
+    Only a choice of the writer's: the reader is told, so it may use floating point.
+    """
+    magnitude_LRC = np.abs(code_LRC).astype(np.float32)
+    size_LRC = magnitude_LRC / np.maximum(magnitude_LRC.mean(axis=(1, 2), keepdims=True), 1e-9)
+    noise, (_, rows, columns) = float(size_LRC.var()), code_LRC.shape
+    row_LR, column_LC = size_LRC.mean(axis=2), size_LRC.mean(axis=1)
+    if guess_LC is not None:
+        column_LC = column_LC / (guess_LC / 256)
+    mean_square = float(np.square(code_LRC.mean(axis=1)).mean())
+    apart = float(np.log(row_LR + 0.01).var()), float(np.log((row_LR + 0.01) / near_rows(row_LR)).var())
+    return (
+        prior_strength(noise, min(apart) - noise / columns) | LOCAL_ROWS * (apart[1] < apart[0]),
+        prior_strength(noise, float(column_LC.var()) - noise / rows),
+        prior_strength(float(code_LRC.var()), mean_square - float(code_LRC.var()) / rows),
+    )
+
+
+def near_rows(row_LR: np.ndarray) -> np.ndarray:
+    """What FactorModel.leave_rows would take rows to be, about."""
+    near_LR, near_L = np.ones_like(row_LR), np.ones(len(row_LR), np.float32)
+    for top, bottom in pairwise(tile_edges(row_LR.shape[1], TILES_DOWN)):
+        near_LR[:, top:bottom] = near_L[:, None]
+        near_L = (near_L + row_LR[:, top:bottom].mean(axis=1)) / 2
+    return near_LR + 0.01
+
+
+def prior_strength(noise: float, spread: float) -> int:
+    """log2 of how many observations of variance `noise` tell as much as knowing the variance of what they observe."""
+    return int(np.clip(np.rint(np.log2(max(noise, 1e-9) / max(spread, 1e-9))), 0, 15))
+
+
+def encode_stacks(
+    specs: Sequence[StackSpec], stacks: Sequence[np.ndarray], strengths: Strengths | None = None
+) -> bytes:
+    """Largest magnitude, each stack's strengths (given, or chosen for it), and the symbols of all."""
+    largest = max(int(np.abs(stack).max()) + spec.trellis for spec, stack in zip(specs, stacks, strict=True))
+    header, writer, tables = encode_number(largest), RansWriter(), AdaptiveTables(bell_counts(largest))
+    for spec, code_LRC in zip(specs, stacks, strict=True):
+        guess_LC = guess_columns(stacks[spec.guide[0]], spec.guide[1]) if spec.guide else None
+        chosen = strengths or stack_strengths(code_LRC, guess_LC)
+        header += encode_number(chosen[0] << 8 | chosen[1] << 4 | chosen[2])
+        code_stack(writer, tables, spec.shape, spec.trellis, chosen, guess_LC, code_LRC)
+    return header + writer.finish(sum(spec.size for spec in specs))
+
+
+def decode_stacks(data: bytes, specs: Sequence[StackSpec]) -> list[np.ndarray]:
+    """int16 stacks. Raises ArtifactError."""
+    largest, position = decode_number(data, 0)
+    if largest > LARGEST_CODE:
+        raise ArtifactError("a rans stream is damaged: its codes are too large")
+    strengths, stacks = [], []
+    for _ in specs:
+        packed, position = decode_number(data, position)
+        strengths.append((packed >> 8 & 31, packed >> 4 & 15, packed & 15))
+    reader = RansReader(data[position:], sum(spec.size for spec in specs))
+    tables = AdaptiveTables(bell_counts(largest))
+    for spec, chosen in zip(specs, strengths, strict=True):
+        guess_LC = guess_columns(stacks[spec.guide[0]], spec.guide[1]) if spec.guide else None
+        stacks.append(code_stack(reader, tables, spec.shape, spec.trellis, chosen, guess_LC, None))
+    reader.finish()
+    return stacks

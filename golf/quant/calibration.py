@@ -1,0 +1,226 @@
+"""What a quantizer wants to know of each weight: the second moments of its inputs, and how much its rows count.
+
+Both come from one forward and backward pass over calibration rows with labels drawn from the model itself, so that
+the gradients' second moments are the Fisher information and not the data's (Kunstner et al. 2019, arXiv 1905.12558).
+With x the inputs of a matrix and g the loss's gradient by its outputs, rounding by E costs about
+
+    1/2 sum_r row_weight_r  e_r^T hessian_CC e_r   nats per token,   hessian = E[x x^T], row_weight_r = E[g_r^2]:
+
+the Kronecker form of Martens and Grosse 2015 (arXiv 1503.05671) less what couples two rows, whose rounding errors
+have nothing to do with each other. A position's x counts by the size of its g.
+
+N rows of tokens, T time, B rows at once, P positions, R rows (outputs) and C columns (inputs) of a weight,
+D model width, V vocabulary, L number of lookups.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golf.model.gpt import GPT
+from golf.model.layers import Embedding, Linear, rms_norm
+from golf.quant.policy import QuantError
+from golf.runtime import Runtime
+
+UNSEEN = 0.5
+"""Added to the count of every row of a table: one that was never looked up will be."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Of one weight: loss added = 1/2 sum_r row_weight_r e_r^T hessian e_r, nats per token; float64, on the CPU."""
+
+    hessian_CC: Tensor
+    row_weight_R: Tensor
+
+
+@dataclass(eq=False)
+class Sums:
+    """Sums over positions for one weight, float64."""
+
+    hessian_CC: Tensor
+    rows_R: Tensor
+    weight: Tensor
+    """What the sum of `hessian_CC` is to be divided by."""
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hessian_CC, self.rows_R, self.weight
+
+
+@dataclass(eq=False)
+class MomentRecorder:
+    """Sums of all matrices over the passes that are made while its hooks are on."""
+
+    model: GPT
+    sums: dict[str, Sums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.modules: dict[str, Linear | Embedding] = {
+            f"{path}.weight": module
+            for path, module in self.model.named_modules()
+            if isinstance(module, Linear | Embedding)
+        }
+        device = self.model.tok_emb.weight.device
+        shapes = {name: module.weight.shape for name, module in self.modules.items()}
+        shapes["head"] = self.model.tok_emb.weight.shape
+        for name, (rows, columns) in shapes.items():
+            zeros = [
+                torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((columns, columns), (rows,), ())
+            ]
+            self.sums[name] = Sums(*zeros)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Within it every use of a matrix is added up, in the forward pass or, where gradients flow, the backward."""
+        handles = [
+            module.register_forward_hook(lambda _, inputs, output, name=name: self.record(name, inputs[0], output))
+            for name, module in self.modules.items()
+        ]
+        handles.append(self.model.blocks[-1].register_forward_hook(lambda _, inputs, output: self.keep(output)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def keep(self, stream_BTD: Tensor) -> None:
+        self.stream_BTD = stream_BTD.detach()
+
+    def record(self, name: str, x: Tensor, output: Tensor) -> None:
+        add = self.add_lookups if isinstance(self.modules[name], Embedding) else self.add_product
+        if output.requires_grad:
+            output.register_hook(lambda gradient: add(name, x.detach(), gradient))
+        elif add == self.add_product:
+            add(name, x, None)
+
+    def add_product(self, name: str, x_BTC: Tensor, g_BTR: Tensor | None) -> None:
+        x_PC, sums = x_BTC.flatten(0, -2).float(), self.sums[name]
+        weight_P = torch.ones(len(x_PC), device=x_PC.device)
+        if g_BTR is not None:
+            g_PR = g_BTR.flatten(0, -2).float()
+            weight_P = g_PR.square().sum(1)
+            sums.rows_R += g_PR.square().double().sum(0)
+        add_outer(sums, x_PC, weight_P)
+
+    def add_lookups(self, name: str, ids_BT: Tensor, g_BTC: Tensor) -> None:
+        """A row of a table has the gradients of the positions that looked it up; its share of them is its weight."""
+        g_PC, sums = g_BTC.flatten(0, -2).float(), self.sums[name]
+        sums.hessian_CC += (g_PC.T @ g_PC).double()
+        sums.weight += len(g_PC)
+        sums.rows_R += torch.bincount(ids_BT.flatten(), minlength=len(sums.rows_R)).double()
+
+    def add_head(self, logits_BTV: Tensor) -> None:
+        """The tied head: its inputs are the final norm's output, its gradients those of the softmax in closed form."""
+        cap, sums = self.model.config.logit_softcap, self.sums["head"]
+        p_PV = torch.softmax(logits_BTV.flatten(0, 1), -1)
+        slope_PV = 1 - (logits_BTV.flatten(0, 1) / cap).square()
+        fisher_PV = p_PV * (1 - p_PV) * slope_PV.square()
+        sums.rows_R += fisher_PV.double().sum(0)
+        add_outer(sums, rms_norm(self.stream_BTD).flatten(0, 1).float(), fisher_PV.sum(1))
+
+
+def add_outer(sums: Sums, x_PC: Tensor, weight_P: Tensor) -> None:
+    weighted_PC = x_PC * weight_P.sqrt().unsqueeze(1)
+    sums.hessian_CC += (weighted_PC.T @ weighted_PC).double()
+    sums.weight += weight_P.double().sum()
+
+
+def add_pass(recorder: MomentRecorder, ids_BT: Tensor, generator: torch.Generator) -> None:
+    """One forward and backward pass, with labels drawn from the model's own predictions."""
+    with recorder.hooks(), torch.enable_grad():
+        logits_BTV = recorder.model.logits(ids_BT)
+        if not logits_BTV.isfinite().all():
+            raise QuantError("the model's predictions are NaN or infinite: the weights are broken")
+        with torch.no_grad():
+            recorder.add_head(logits_BTV.detach())
+            drawn_P = torch.multinomial(torch.softmax(logits_BTV.flatten(0, 1), -1).cpu(), 1, generator=generator)
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), drawn_P.flatten().to(ids_BT.device), reduction="sum")
+        loss.backward()
+    recorder.model.zero_grad(set_to_none=True)
+
+
+def calibrate(
+    model: GPT, rows_NT: Tensor, runtime: Runtime, batch_rows: int = 8, seed: int = 0
+) -> dict[str, LayerStatistics]:
+    """Statistics of every matrix over all ranks' rows; each rank gives its share of `rows_NT`.
+
+    Raises QuantError for no rows, or a model whose gradients are not finite.
+    """
+    check_rows(rows_NT, model)
+    recorder, generator = MomentRecorder(model), torch.Generator().manual_seed(seed + runtime.rank)
+    mine_NT = rows_NT[runtime.rank :: runtime.world_size].to(runtime.device)
+    for start in range(0, len(mine_NT), batch_rows):
+        add_pass(recorder, mine_NT[start : start + batch_rows], generator)
+    for sums in recorder.sums.values():
+        for part in sums.parts():
+            runtime.sum_over_ranks(part)
+    return settle_statistics(recorder, rows_NT.numel())
+
+
+def collect_hessians(model: GPT, rows_NT: Tensor, batch_rows: int = 8) -> dict[str, Tensor]:
+    """Mean of x x^T at every matrix product, by forward passes alone; the tied table's is the head's.
+
+    Raises QuantError for no rows.
+    """
+    check_rows(rows_NT, model)
+    recorder = MomentRecorder(model)
+    with torch.no_grad(), recorder.hooks():
+        for start in range(0, len(rows_NT), batch_rows):
+            model.logits(rows_NT[start : start + batch_rows])
+            x_PC = rms_norm(recorder.stream_BTD).flatten(0, 1).float()
+            add_outer(recorder.sums["head"], x_PC, torch.ones(len(x_PC), device=x_PC.device))
+    sums = recorder.sums | {"tok_emb.weight": recorder.sums.pop("head")}
+    return {name: (part.hessian_CC / part.weight).cpu() for name, part in sums.items() if part.weight > 0}
+
+
+def settle_statistics(recorder: MomentRecorder, tokens: int) -> dict[str, LayerStatistics]:
+    """From sums to what they say of each weight. Raises QuantError."""
+    statistics = {}
+    for name, module in recorder.modules.items():
+        sums = recorder.sums[name]
+        if isinstance(module, Embedding):
+            count_R = sums.rows_R + UNSEEN
+            statistics[name] = LayerStatistics(sums.hessian_CC / tokens, count_R / count_R.sum())
+        else:
+            statistics[name] = LayerStatistics(sums.hessian_CC / sums.weight.clamp_min(1e-300), sums.rows_R / tokens)
+    head = recorder.sums["head"]
+    statistics["tok_emb.weight"] = tied_statistics(
+        LayerStatistics(head.hessian_CC / head.weight, head.rows_R / tokens), statistics["tok_emb.weight"]
+    )
+    for name, one in statistics.items():
+        if not (one.hessian_CC.isfinite().all() and one.row_weight_R.isfinite().all()):
+            raise QuantError(f"calibration gave NaN or infinite values for {name!r}: the weights are broken")
+    return {name: LayerStatistics(one.hessian_CC.cpu(), one.row_weight_R.cpu()) for name, one in statistics.items()}
+
+
+def tied_statistics(head: LayerStatistics, table: LayerStatistics) -> LayerStatistics:
+    """One Kronecker form for a table that is also the head: rows by the sum of both costs, columns by their mean."""
+    head_size, table_size = head.hessian_CC.trace(), table.hessian_CC.trace()
+    hessian_CC = head.row_weight_R.sum() * head.hessian_CC + table.row_weight_R.sum() * table.hessian_CC
+    row_weight_R = head.row_weight_R * head_size + table.row_weight_R * table_size
+    return LayerStatistics(hessian_CC / hessian_CC.trace(), row_weight_R)
+
+
+def check_rows(rows_NT: Tensor, model: GPT) -> None:
+    if rows_NT.dim() != 2 or rows_NT.numel() == 0:
+        raise QuantError("the calibration set is empty: give rows of training tokens")
+    if int(rows_NT.max()) >= model.config.vocab_size:
+        raise QuantError(
+            f"calibration token {int(rows_NT.max())} is beyond the vocabulary of {model.config.vocab_size}"
+        )
+
+
+@torch.no_grad()
+def generated_rows(model: nn.Module, count: int, length: int, seed: int) -> Tensor:
+    """Rows_NT of text that the model makes up itself, each from a document's start: calibration without any data."""
+    generator = torch.Generator().manual_seed(seed)
+    rows_NT = torch.full((count, 1), model.config.bos_id)
+    for _ in range(length - 1):
+        logits_BV = model.logits(rows_NT.to(model.tok_emb.weight.device), last=1)[:, -1]
+        drawn_B1 = torch.multinomial(torch.softmax(logits_BV.float().cpu(), -1), 1, generator=generator)
+        rows_NT = torch.cat((rows_NT, drawn_B1), dim=1)
+    return rows_NT

@@ -1,0 +1,87 @@
+"""What a code costs to send, for rounding that minds it.
+
+An adaptive coder predicts the size of a code from what it has seen of the code's row and column. Here each code is
+put into one of a few classes by the size that its row and its column let one expect, and costs -log2 of the share
+of its magnitude in that class, and a bit for the sign.
+
+R rows, C columns, N a few candidates.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RATE_CLASSES = 16
+"""Classes of expected magnitude, equally full."""
+PRIOR_COUNT = 16.0
+"""Weight of the distribution over all classes in that of each, in codes."""
+HIGH_RATE_SLOPE = 2 * math.log(2) / 12
+"""-dD/dR in squared steps per bit of a uniform quantizer with D = step^2 / 12 and R = const - log2(step)."""
+
+
+@dataclass(frozen=True, eq=False)
+class CodeCosts:
+    """Bits of each magnitude in each class, and each weight's class."""
+
+    bits_F: Tensor
+    """float32, RATE_CLASSES tables of `width` magnitudes one after the other."""
+    width: int
+    offset_CR: Tensor
+    """int64: where the table of the weight's class begins."""
+
+    def of(self, column: int, magnitude_NR: Tensor) -> Tensor:
+        """bits_NR of candidate magnitudes of a column's weights."""
+        return self.bits_F[self.offset_CR[column] + magnitude_NR.long()]
+
+
+def expected_classes(level_RC: Tensor) -> Tensor:
+    """int64 classes_RC by the product of mean magnitudes of row and column, equally full up to equal products."""
+    magnitude_RC = level_RC.abs().double()
+    expected_RC = magnitude_RC.mean(1, keepdim=True) * magnitude_RC.mean(0, keepdim=True)
+    sorted_N = expected_RC.flatten().sort().values
+    edges = [sorted_N[len(sorted_N) * k // RATE_CLASSES] for k in range(1, RATE_CLASSES)]
+    return torch.bucketize(expected_RC, torch.stack(edges), right=True)
+
+
+def learn_costs(level_RC: Tensor, most: int) -> CodeCosts:
+    """Costs under the distribution of these levels, for levels of magnitude 0..most."""
+    width = most + 1
+    class_RC = expected_classes(level_RC)
+    cells_N = (class_RC * width + level_RC.abs().long()).flatten()
+    counts_KM = torch.bincount(cells_N, minlength=RATE_CLASSES * width).view(RATE_CLASSES, width).double()
+    overall_M = counts_KM.sum(0) + 0.5  # half a code: what has not been seen is dear, not impossible
+    counts_KM = counts_KM + PRIOR_COUNT * overall_M / overall_M.sum()
+    bits_KM = -torch.log2(counts_KM / counts_KM.sum(1, keepdim=True))
+    bits_KM[:, 1:] += 1.0
+    return CodeCosts(bits_KM.flatten().float(), width, (class_RC * width).T.contiguous())
+
+
+def cheapest_level(
+    ratio_1R: Tensor, low: Tensor | float, high: Tensor | float, costs: CodeCosts, column: int, price_1R: Tensor
+) -> Tensor:
+    """level_1R of a column that minimises (ratio - level)^2 + price * bits among 0 and the three next to the ratio.
+
+    Magnitudes floor|ratio| - 1, + 0 and + 1, within low..high; of equal costs the smallest magnitude wins.
+    """
+    size_1R, positive_1R = ratio_1R.abs(), ratio_1R >= 0
+    most_1R = torch.where(positive_1R, high, -low)
+    floor_1R = size_1R.floor()
+    magnitude_NR = torch.cat([torch.zeros_like(floor_1R), floor_1R - 1, floor_1R, floor_1R + 1])
+    magnitude_NR = torch.minimum(magnitude_NR.clamp_(min=0), most_1R)
+    cost_NR = (size_1R - magnitude_NR).square_().add_(price_1R * costs.of(column, magnitude_NR))
+    best_1R = magnitude_NR.gather(0, cost_NR.argmin(0, keepdim=True))
+    return torch.where(positive_1R, best_1R, -best_1R)
+
+
+def class_entropy(level_RC: Tensor) -> float:
+    """Bits per code that an ideal adaptive coder with these classes would send."""
+    counts_KM = torch.stack([torch.bincount(part_N, minlength=256) for part_N in split_by_class(level_RC)]).double()
+    share_KM = counts_KM / counts_KM.sum(1, keepdim=True).clamp(min=1)
+    return float(-(counts_KM * share_KM.clamp(min=1e-300).log2()).sum() / max(level_RC.numel(), 1))
+
+
+def split_by_class(level_RC: Tensor) -> list[Tensor]:
+    class_RC = expected_classes(level_RC)
+    return [level_RC[class_RC == k].long() + 128 for k in range(RATE_CLASSES)]

@@ -1,0 +1,58 @@
+"""The rows that weights are calibrated on, and the calibration of a run: chosen by the seed, recorded, timed."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf.config import Config
+from golf.data.loader import TokenStream
+from golf.model.gpt import GPT
+from golf.quant.calibration import LayerStatistics, calibrate, generated_rows
+from golf.runtime import Runtime
+
+
+@dataclass(frozen=True, eq=False)
+class RunCalibration:
+    """Statistics of all matrices, and how they came about."""
+
+    statistics: dict[str, LayerStatistics]
+    record: dict[str, Any]
+
+
+NO_CALIBRATION: dict[str, Any] = {"calibration_seconds": 0.0, "calibration_tokens": 0}
+
+
+def training_rows(stream: TokenStream, count: int, length: int, seed: int) -> Tensor:
+    """rows_NT from places all over the stream: the n-th is drawn from its n-th part of `count`."""
+    part = len(stream) // count
+    offsets_N = torch.randint(max(1, part), (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [torch.from_numpy(stream.tokens(n * part + offset, length)) for n, offset in enumerate(offsets_N)]
+    return torch.stack(rows)
+
+
+def calibrate_run(
+    state: Mapping[str, Tensor], config: Config, stream: TokenStream, runtime: Runtime, rows: int = 0
+) -> RunCalibration:
+    """Calibrate trained weights as the configuration says, all ranks together; on fewer `rows` for a rehearsal."""
+    quant, length, started = config.quant, config.model.train_seq_len, time.perf_counter()
+    model = GPT(config.model, runtime.compute_dtype)
+    model.load_state_dict(state)
+    model.to(runtime.device)
+    count = rows or quant.calibration_tokens // length
+    if quant.calibration_text == "train":
+        rows_NT = training_rows(stream, count, length, config.run.seed)
+    else:
+        rows_NT = generated_rows(model, count, length, config.run.seed)
+    batch_rows = max(1, config.train.micro_batch_tokens // length)
+    statistics = calibrate(model, rows_NT, runtime, batch_rows, config.run.seed)
+    record = {
+        "calibration_seconds": time.perf_counter() - started,
+        "calibration_tokens": rows_NT.numel(),
+        "calibration_text": quant.calibration_text,
+        "calibration_seed": config.run.seed,
+    }
+    return RunCalibration(statistics, record)
