@@ -52,6 +52,7 @@ class LevelSearch:
     log: Callable[[str], None] = print
     trellis: bool = False
     first_guess: float = FIRST_GUESS
+    near_enough: int = NEAR_ENOUGH
     device: torch.device = CPU
     tried: dict[float, LevelArtifact] = field(default_factory=dict)
 
@@ -70,14 +71,14 @@ class LevelSearch:
         """Quantized and packed at a level."""
         if log_level not in self.tried:
             stored = self.quantize(log_level)
-            data, sizes = pack_artifact(stored, self.model, self.tokenizer_sha256, self.quant.codec)
+            data, sizes = pack_artifact(stored, self.model, self.tokenizer_sha256, self.quant.codec, verify=False)
             loss = sum(matrix.loss_added(dequantize_tensor(stored[name])) for name, matrix in self.matrices.items())
             self.tried[log_level] = LevelArtifact(log_level, data, sizes, stored, loss)
             self.log(f"fit: level 2^{log_level:.4f}: {len(data):,} bytes, {loss:.5f} nats per token expected")
         return self.tried[log_level]
 
     def fill(self, goal: int) -> LevelArtifact:
-        """The largest artifact within `goal` bytes, up to NEAR_ENOUGH; less only where no finer step is of use.
+        """The largest artifact within `goal` bytes, up to `near_enough`; less only where no finer step is of use.
 
         Raises FitError where the coarsest is larger.
         """
@@ -86,7 +87,7 @@ class LevelSearch:
         for packing in range(MOST_PACKINGS):
             size = len(self.at(guess).data)
             over, within = (over, guess) if size <= goal else (guess, within)
-            if goal - NEAR_ENOUGH <= size <= goal or (within == FINEST and size <= goal) or over == COARSEST:
+            if goal - self.near_enough <= size <= goal or (within == FINEST and size <= goal) or over == COARSEST:
                 break
             guess = self.next_guess(goal, over, within, halve=packing % 4 == 3)
         if within is None:
@@ -107,7 +108,7 @@ class LevelSearch:
         if halve:
             return (over + within) / 2
         most, least = (math.log(len(self.tried[level].data)) for level in (over, within))
-        share = (most - math.log(goal - NEAR_ENOUGH / 2)) / (most - least)
+        share = (most - math.log(goal - self.near_enough / 2)) / (most - least)
         return over + min(max(share, 0.02), 0.98) * (within - over)
 
 
@@ -119,11 +120,11 @@ def fit_by_level(
     """The artifact that fills the limit, less a reserve: the level is sought with plain grids, which are quick, and
     from there on with trellises. Deterministic. Raises FitError, QuantError."""
     goal = limit_bytes_model - reserve_bytes
-    search = LevelSearch(state, statistics, quant, model, tokenizer_sha256, log, device=device)
-    found, packings = search.fill(goal), len(search.tried)
-    search = replace(search, trellis=True, first_guess=found.log_level, tried={})
-    found = max(found, search.fill(goal), key=lambda one: -one.loss_added)
-    packings += len(search.tried)
+    roughly = max(NEAR_ENOUGH, goal // 50)
+    search = LevelSearch(state, statistics, quant, model, tokenizer_sha256, log, near_enough=roughly, device=device)
+    first_guess, packings = search.fill(goal).log_level, len(search.tried)
+    search = replace(search, trellis=True, first_guess=first_guess, near_enough=NEAR_ENOUGH, tried={})
+    found, packings = search.fill(goal), packings + len(search.tried)
     zeros = sum(int((found.stored[name].codes_RC == 0).sum()) for name in statistics)
     codes = sum(found.stored[name].codes_RC.numel() for name in statistics)
     woven = sum(found.stored[name].trellis for name in statistics)
@@ -133,4 +134,6 @@ def fit_by_level(
     )
     log(f"fit: {len(found.data):,} bytes in {packings} packings: {action}")
     moved = sum(matrix.codes_not_nearest(found.stored[name]) for name, matrix in search.matrices.items())
-    return FittedArtifact(found.data, found.sizes, found.stored, [], [action], codes_not_nearest=moved)
+    data, sizes = pack_artifact(found.stored, model, tokenizer_sha256, quant.codec)  # read back and compared
+    assert data == found.data
+    return FittedArtifact(data, sizes, found.stored, [], [action], codes_not_nearest=moved)
