@@ -94,7 +94,7 @@ def round_by_level(
 
 RECIPE_RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 FRONTIER_RATES = (0.3, 0.45, 0.65, 1.0, 1.5, 2.2, 3.2)
-LEVEL_RATES = (17.0, 18.5, 20.0, 21.5, 23.0, 24.5, 26.0)
+LEVEL_RATES = (19.5, 20.5, 21.5, 22.5, 23.5, 24.5, 25.5, 27.0)
 
 METHODS: dict[str, Method] = {
     method.name: method
