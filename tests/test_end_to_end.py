@@ -155,3 +155,45 @@ def test_bad_input_is_one_clear_line_before_anything_runs(arguments, message, re
     finished = run_script(command, repository)
     assert finished.returncode == 2 and finished.stdout == ""
     assert message in finished.stderr and finished.stderr.count("\n") == 1
+
+
+FITTED = ["qat_enabled=0", "prune_frac=0", "quantizer=fit", "codec=rans", "calibration_tokens=512", "reserve_bytes=100"]
+
+
+@pytest.fixture(scope="module")
+def fitted_run(repository, prepared, tmp_path_factory) -> tuple[dict, list[float], bytes, str]:
+    """A run whose artifact fills its limit: that of the plain run's model, less a fifth of its codes' bytes."""
+    root = tmp_path_factory.mktemp("fitted")
+    code = root / "code.py"
+    subprocess.run([sys.executable, "tools/bundle.py", "--pack", "--out", code], check=True, cwd=repository)
+    limit = f"limit_bytes={code.stat().st_size + 13_000}"
+    script = [sys.executable, "train_gpt.py", "--preset", "local", f"runs_root={root}", "run_id=f"]
+    finished = run_script([*script, *prepared, *TINY_RUN, *FITTED, limit], repository)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return read_run(root / "f")
+
+
+def test_a_fitted_run_fills_its_limit_and_is_valid(fitted_run):
+    result, _, artifact, log = fitted_run
+    assert result["valid"] and result["limit_bytes"] - 2000 <= result["bytes_total"] <= result["limit_bytes"] - 100
+    assert "final_fit_rans_roundtrip" in log and result["fit_actions"][0].startswith("water level")
+    assert result["calibration_tokens"] == 512 and result["calibration_seconds"] > 0
+    assert result["witness"]["calibration"]["proven"] and result["parity"]["largest_difference"] < 1e-5
+    assert "calibrate" in {row["phase"] for row in result["ledger"]["phases"]}
+    assert len(artifact) == result["bytes_model"]
+
+
+def test_a_fitted_run_scores_near_the_weights_it_was_made_of(fitted_run):
+    result = fitted_run[0]
+    assert result["unquantized"]["val_loss"] - 0.05 < result["val_loss"] < result["unquantized"]["val_loss"] + 0.3
+
+
+def test_torchrun_fits_on_the_sums_of_all_ranks(fitted_run, repository, prepared, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "train_gpt.py", "--preset", "local", f"runs_root={tmp_path}", "run_id=t"]
+    limit = f"limit_bytes={fitted_run[0]['limit_bytes']}"
+    finished = run_script([*command, *prepared, *TINY_RUN, *FITTED, limit], repository)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    result, losses, _, _ = read_run(tmp_path / "t")
+    assert result["valid"] and losses == pytest.approx(fitted_run[1], abs=1e-4)
+    assert result["val_loss"] == pytest.approx(fitted_run[0]["val_loss"], abs=0.02)

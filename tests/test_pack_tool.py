@@ -13,12 +13,14 @@ from golf.artifact.container import read_artifact, same_stored_state
 from golf.artifact.shapes import expected_shapes
 from golf.artifact.weights import load_weights, save_weights
 from golf.config import ModelConfig, QuantConfig, UserError
+from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from golf.quant.prune import prune_state
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ModelConfig(
-    vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, bigram_vocab_size=64, bigram_dim=16
+    vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, bigram_vocab_size=64, bigram_dim=16,
+    train_seq_len=64,
 )
 QUANT = QuantConfig(embed_bits=6, prune_frac=0.1)
 TOKENIZER = "ab" * 32
@@ -77,3 +79,56 @@ def test_the_limit_itself_is_allowed(weights, tmp_path, monkeypatch):
         pack(replace(options, weights=tmp_path / "bad"))
     with pytest.raises(UserError, match="no folder"):
         pack(replace(options, out=tmp_path / "absent" / "model.golf"))
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """Weights that give finite losses on any text."""
+    model = build_model(MODEL, seed=2)
+    save_weights(tmp_path / "trained.safetensors", model.state_dict(), MODEL, QUANT, TOKENIZER)
+    return tmp_path / "trained.safetensors"
+
+
+def test_fit_fills_the_limit_and_says_how(trained, tmp_path):
+    out = tmp_path / "model.golf"
+    options = ["--fit", "--calibration-tokens", "4096", "--threads", "1", "--json"]
+    done = run_pack("--weights", trained, "--out", out, "--limit-bytes", "9000", "--reserve-bytes", "500", *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert 8000 <= result["bytes_model"] == out.stat().st_size <= 8500
+    assert (
+        result["fit"]["calibration"] == "text of the model's own" and "water level" in result["fit"]["fit_actions"][0]
+    )
+    assert "calibrated on 4,096 tokens" in done.stderr and read_artifact(out).codec == "rans"
+
+
+BAD_FITS = {
+    ("--fit", "--limit-bytes", "700"): "can't fit in 700 bytes",
+    ("--fit", "--limit-bytes", "100", "--reserve-bytes", "200"): "the limit leaves -100 bytes",
+    ("--fit", "--prune", "0.1"): "--prune has no place in --fit",
+    ("--fit", "--target-bpb", "1.2"): "--target-bpb is measured: give --val and --tokenizer too",
+    ("--fit", "--calibration", "/nowhere/*_train_*.bin"): "/nowhere/",
+    ("--fit", "--calibration-tokens", "3"): "calibration",
+    ("--target-bpb", "1.2"): "go with --fit",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_FITS.items())
+def test_a_fit_that_can_not_be_is_one_line_and_touches_nothing(trained, tmp_path, arguments, message):
+    out = tmp_path / "model.golf"
+    out.write_bytes(b"the old one")
+    done = run_pack(
+        "--weights",
+        trained,
+        "--out",
+        out,
+        "--threads",
+        "1",
+        "--calibration-tokens",
+        "512",
+        "--codec",
+        "zlib",
+        *arguments,
+    )
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr and out.read_bytes() == b"the old one"

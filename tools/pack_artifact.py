@@ -1,15 +1,20 @@
 """Prune, quantize and pack weights into an artifact, and hold its size against the limit.
 
-python tools/pack_artifact.py --weights FILE.safetensors --out FILE [--limit-bytes 16000000] [--prune 0.05]
-    [--codec rans|brotli|lzma|zstd|zlib|none] [--code FILE] [--json]
+    python tools/pack_artifact.py --weights FILE.safetensors --out FILE [--limit-bytes 16000000] [--prune 0.05]
+        [--codec rans|brotli|lzma|zstd|zlib|none] [--code FILE] [--json]
+    python tools/pack_artifact.py --weights FILE --out FILE --fit [--calibration 'GLOB'] [--reserve-bytes N]
+        [--target-bpb X --val 'GLOB' --tokenizer FILE]
 
-Exit status: 0 packed; 1 over the limit (nothing is written); 2 bad input.
+--fit chooses the step of every row and column after calibration, so that the artifact fills the limit with the least
+loss; with --target-bpb it is the smallest that keeps the score. Exit status: 0 packed; 1 over the limit (nothing is
+written); 2 bad input.
 """
 
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -20,10 +25,11 @@ from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport, StreamSize, size_report_dict
 from golf.artifact.weights import SavedWeights, load_weights
-from golf.config import CODECS, EXIT_FINDINGS, Config, QuantConfig, check_config
+from golf.config import CODECS, EXIT_FINDINGS, Config, ConfigError, QuantConfig, RunConfig, check_config
 from golf.quant.export import quantize_state
 from golf.quant.prune import PruneReport, prune_state
-from golf.runtime import write_file_atomically
+from golf.runtime import Log, start_runtime, write_file_atomically
+from golf.submit.packing_fit import FitRequest, fit_weights
 from golf.submit.tool import ToolOptions, run_command
 
 WIDTH_OF_TABLE = 100
@@ -43,6 +49,25 @@ class Options(ToolOptions):
     """Default: what the run was configured with."""
     code: Path | None = None
     """The code file of the submission, counted with the artifact; default: no code is counted."""
+    fit: bool = False
+    """Choose all steps anew to fill the limit (codec rans unless another one is asked for)."""
+    reserve_bytes: int = 0
+    """With --fit: bytes to stay below the limit."""
+    calibration: str = ""
+    """With --fit: pattern of training shards to calibrate on, quoted; default: text that the model makes up itself."""
+    calibration_tokens: int = 65_536
+    """With --fit: tokens to calibrate on, in rows of the training length."""
+    seed: int = 0
+    """With --fit: of the choice of rows, or of the text."""
+    target_bpb: float | None = None
+    """With --fit: the smallest artifact of at most so many bits per byte on --val, in plain rows."""
+    val: str = ""
+    """With --target-bpb: pattern of validation shards, quoted."""
+    tokenizer: Path | None = None
+    """With --target-bpb: their tokenizer."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    threads: int = 0
+    """CPU threads; 0: torch's own choice."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,8 @@ class PackResult:
     bytes_code: int
     limit_bytes: int
     code_counted: bool
+    fit: dict[str, Any] | None = None
+    """How a fit came about."""
 
     @property
     def bytes_total(self) -> int:
@@ -78,12 +105,34 @@ def pack(options: Options) -> PackResult:
         raise ArtifactError(f"there is no folder {options.out.parent} to write {options.out.name} to")
     bytes_code = options.code.stat().st_size if options.code else 0
     saved = load_weights(options.weights)
+    if options.fit:
+        return pack_fitted(saved, options, bytes_code)
+    if options.target_bpb is not None or options.calibration or options.reserve_bytes:
+        raise ConfigError("--target-bpb, --calibration and --reserve-bytes go with --fit")
     quant = choose_quantization(saved, options)
     state, pruned = prune_state(saved.state, quant)
     data, sizes = pack_artifact(quantize_state(state, quant), saved.model, saved.tokenizer_sha256, quant.codec)
     result = PackResult(sizes, pruned, bytes_code, options.limit_bytes, options.code is not None)
     if result.fits:
         write_file_atomically(options.out, data)
+    return result
+
+
+def pack_fitted(saved: SavedWeights, options: Options, bytes_code: int) -> PackResult:
+    """Write the artifact that a fit gives. Raises UserError."""
+    if options.prune is not None:
+        raise ConfigError("--prune has no place in --fit: it sets codes to zero by itself")
+    goal = options.limit_bytes - options.reserve_bytes - bytes_code
+    request = FitRequest(
+        goal, options.calibration, options.calibration_tokens, options.seed, options.codec or "rans",
+        options.target_bpb, options.val, options.tokenizer,
+    )  # fmt: skip
+    run = RunConfig(device=options.device, threads=options.threads)
+    with start_runtime(run, "pack", Log(sys.stderr)) as runtime:
+        fitted, record = fit_weights(saved, request, runtime, runtime.print)
+    result = PackResult(fitted.sizes, [], bytes_code, options.limit_bytes, options.code is not None, record)
+    if result.fits:
+        write_file_atomically(options.out, fitted.data)
     return result
 
 
@@ -94,6 +143,7 @@ def result_dict(result: PackResult) -> dict:
         "limit_bytes": result.limit_bytes,
         "fits": result.fits,
         "pruned": [asdict(report) for report in result.pruned],
+        "fit": result.fit,
     }
 
 
@@ -130,6 +180,9 @@ def print_result(result: PackResult) -> None:
     console = Console()
     console.width = max(console.width, WIDTH_OF_TABLE)
     console.print(size_table(result))
+    if result.fit:
+        console.print(*result.fit["fit_actions"], sep="; ")
+        return
     zeroed, changed = sum(r.zeroed for r in result.pruned), sum(r.codes_changed for r in result.pruned)
     weights = sum(report.weights for report in result.pruned)
     console.print(f"pruning set {zeroed:,} of {weights:,} weights to zero; {changed:,} codes changed by it")

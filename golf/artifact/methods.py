@@ -6,17 +6,21 @@ from functools import cached_property
 
 from torch import Tensor
 
+from golf.artifact.level_fit import LevelSearch
 from golf.artifact.weights import SavedWeights
 from golf.config import CODECS, ModelConfig, QuantConfig
 from golf.model.gpt import GPT
 from golf.quant.calibration import LayerStatistics, calibrate
 from golf.quant.export import quantize_state
 from golf.quant.gptq import quantize_matrix
+from golf.quant.grid import grid_clip
+from golf.quant.low_rank import correct_worst
 from golf.quant.policy import tensor_class
+from golf.quant.protect import protected_steps
 from golf.quant.prune import prune_state
 from golf.quant.spec import QuantSpec
-from golf.quant.steps import RATE_WEIGHT, PreparedMatrix, prepare_matrix
-from golf.quant.stored import QuantizedState
+from golf.quant.steps import RATE_WEIGHT
+from golf.quant.stored import QuantizedState, QuantizedTensor
 from golf.runtime import Runtime
 
 FRONTIER_GRIDS = {"attn": (6, 13.0), "mlp": (6, 11.5), "embed": (7, 14.0), "bigram": (6, 13.0)}
@@ -36,8 +40,8 @@ class MethodInput:
     statistics: dict[str, LayerStatistics]
 
     @cached_property
-    def prepared(self) -> dict[str, PreparedMatrix]:
-        return {name: prepare_matrix(self.state[name], one) for name, one in self.statistics.items()}
+    def search(self) -> LevelSearch:
+        return LevelSearch(self.state, self.statistics, self.quant, self.model)
 
 
 @dataclass(frozen=True)
@@ -72,24 +76,47 @@ def round_like_recipe(given: MethodInput, rate: float) -> QuantizedState:
     return quantize_state(pruned, quant)
 
 
+def frontier_grid(name: str, weight_RC: Tensor, rate: float) -> QuantSpec:
+    """SDClip with k divided by `rate`. The step is what counts: codes are int8's, so that a fine step does not clip."""
+    bits, k = FRONTIER_GRIDS[tensor_class(name, weight_RC.shape)]
+    return QuantSpec(8, scale_rule="std", parameter=k / rate * grid_clip(8) / grid_clip(bits))
+
+
 def round_like_frontier(given: MethodInput, rate: float) -> QuantizedState:
-    """GPTQ on rows of step k * std / clip; `rate` divides k."""
-    stored = {}
-    for name, one in given.statistics.items():
-        bits, k = FRONTIER_GRIDS[tensor_class(name, given.state[name].shape)]
-        # The step is what counts: the largest code is int8's, so that a fine step does not clip.
-        k = k / rate * (2**7 - 1) / (2 ** (bits - 1) - 1)
-        spec = QuantSpec(8, scale_rule="std", parameter=k)
-        stored[name] = quantize_matrix(given.state[name], spec, one.hessian_CC)
-    return others_as_fp16(given, stored)
+    """GPTQ on rows of step k * std / clip."""
+    return others_as_fp16(given, frontier_codes(given, rate))
+
+
+def frontier_codes(given: MethodInput, rate: float) -> dict[str, QuantizedTensor]:
+    return {
+        name: quantize_matrix(given.state[name], frontier_grid(name, given.state[name], rate), one.hessian_CC)
+        for name, one in given.statistics.items()
+    }
+
+
+def round_with_correction(given: MethodInput, rate: float) -> QuantizedState:
+    """The frontier's codes, and LQER of rank 4 for the three matrices of largest error (PR #1797)."""
+    hessians = {name: one.hessian_CC for name, one in given.statistics.items()}
+    weights = {name: given.state[name] for name in hessians}
+    return others_as_fp16(given, correct_worst(weights, frontier_codes(given, rate), hessians, 3))
+
+
+def round_with_protection(given: MethodInput, rate: float) -> QuantizedState:
+    """The frontier's grids with two bits more for the most salient 64 columns of the embedding (PR #1908)."""
+    stored, name = frontier_codes(given, rate), "tok_emb.weight"
+    weight_RC, hessian_CC = given.state[name], given.statistics[name].hessian_CC
+    bits, k = FRONTIER_GRIDS["embed"]
+    spec = QuantSpec(6, scale_rule="std", parameter=k / rate * grid_clip(6) / grid_clip(bits))
+    spec, steps = protected_steps(weight_RC, hessian_CC, spec)
+    return others_as_fp16(given, stored | {name: quantize_matrix(weight_RC, spec, hessian_CC, scales=steps)})
 
 
 def round_by_level(
     given: MethodInput, rate: float, rate_weight: float = RATE_WEIGHT, trellis: bool = True
 ) -> QuantizedState:
     """One water level for all matrices (golf/quant/steps.py), 2^-rate nats."""
-    codes = {name: one.quantize(2.0**-rate, rate_weight, trellis) for name, one in given.prepared.items()}
-    return others_as_fp16(given, codes)
+    given.search.trellis, given.search.quant = trellis, replace(given.quant, rate_weight=rate_weight)
+    return given.search.quantize(-rate)
 
 
 RECIPE_RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
@@ -103,6 +130,10 @@ METHODS: dict[str, Method] = {
         Method("recipe-rans", "the recipe's codes, our coder", "rans", RECIPE_RATES, round_like_recipe),
         Method("frontier", "GPTQ, SDClip, brotli", "brotli", FRONTIER_RATES, round_like_frontier),
         Method("frontier-rans", "GPTQ, SDClip, our coder", "rans", FRONTIER_RATES, round_like_frontier),
+        Method("frontier-lqer", "GPTQ, SDClip, low-rank correction, our coder", "rans", FRONTIER_RATES,
+               round_with_correction),
+        Method("frontier-awq", "GPTQ, SDClip, a protected group, our coder", "rans", FRONTIER_RATES,
+               round_with_protection),
         Method("fit-nearest", "one water level, plain grids, codes by error alone", "rans", LEVEL_RATES,
                lambda given, rate: round_by_level(given, rate, 0.0, trellis=False)),
         Method("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,

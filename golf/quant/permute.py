@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from golf.quant.calibration import LayerStatistics
 from golf.quant.policy import QuantError
 
 UP_SUFFIX, DOWN_SUFFIX = ".mlp.fc.weight", ".mlp.proj.weight"
@@ -30,12 +31,29 @@ def mlp_blocks(state: Mapping[str, Tensor]) -> list[str]:
     return prefixes
 
 
+def hidden_orders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """hidden_order of every MLP by its prefix. Raises QuantError."""
+    return {block: hidden_order(state[block + UP_SUFFIX], state[block + DOWN_SUFFIX]) for block in mlp_blocks(state)}
+
+
+def permute_statistics(
+    statistics: Mapping[str, LayerStatistics], orders: Mapping[str, Tensor]
+) -> dict[str, LayerStatistics]:
+    """What calibration says of the weights once their hidden units are in `orders` (by prefix)."""
+    permuted = dict(statistics)
+    for prefix, order_H in orders.items():
+        up, down = statistics[prefix + UP_SUFFIX], statistics[prefix + DOWN_SUFFIX]
+        permuted[prefix + UP_SUFFIX] = LayerStatistics(up.hessian_CC, up.row_weight_R[order_H])
+        permuted[prefix + DOWN_SUFFIX] = LayerStatistics(down.hessian_CC[order_H][:, order_H], down.row_weight_R)
+    return permuted
+
+
 def permute_hidden_units(state: Mapping[str, Tensor], orders: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """A state of the same function with each MLP's units in `orders` (by prefix, "blocks.0"), or by hidden_order."""
     permuted = dict(state)
+    orders = hidden_orders(state) if orders is None else orders
     for prefix in mlp_blocks(state):
-        up_HD, down_DH = state[prefix + UP_SUFFIX], state[prefix + DOWN_SUFFIX]
-        order_H = hidden_order(up_HD, down_DH) if orders is None else orders[prefix]
+        up_HD, down_DH, order_H = state[prefix + UP_SUFFIX], state[prefix + DOWN_SUFFIX], orders[prefix]
         if not torch.equal(order_H.sort().values.cpu(), torch.arange(len(up_HD))):
             raise QuantError(f"the order of {prefix}'s units is no permutation of {len(up_HD)}")
         permuted[prefix + UP_SUFFIX] = up_HD[order_H].contiguous()
