@@ -14,6 +14,7 @@ TINY_RUN = [
     "vocab_size=400", "model_dim=32", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32", "iterations=8",
     "max_wallclock_seconds=0", "train_batch_tokens=256", "micro_batch_tokens=256", "warmup_steps=1", "threads=1",
     "swa_start=0.4", "compile=off", "swa_snapshots=2", "eval_seq_len=64", "eval_stride=32",
+    "quantizer=grid", "qat_enabled=1", "prune_frac=0.05", "codec=zstd",
 ]  # fmt: skip
 
 

@@ -19,7 +19,13 @@ from golf.quant.prune import prune_state
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ModelConfig(
-    vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, bigram_vocab_size=64, bigram_dim=16,
+    vocab_size=64,
+    num_layers=2,
+    model_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    bigram_vocab_size=64,
+    bigram_dim=16,
     train_seq_len=64,
 )
 QUANT = QuantConfig(embed_bits=6, prune_frac=0.1)

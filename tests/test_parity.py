@@ -41,6 +41,7 @@ def tiny_config(vocab_size: int, **knobs: str) -> Config:
         vocab_size=str(vocab_size), model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="32",
         iterations="12", max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="128",
         warmup_steps="0", threads="1", eval_seq_len="64", eval_stride="16", eval_batch_seqs="4", compile="off",
+        quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
     )  # fmt: skip
     return build_config("local", {}, tiny | knobs)
 

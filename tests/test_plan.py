@@ -31,6 +31,7 @@ from golf.runtime import Runtime, Stopwatch
 TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", threads="1",
     train_batch_tokens="32", micro_batch_tokens="32", eval_seq_len="32", eval_stride="8",
+    quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def test_what_is_switched_off_or_acts_from_the_first_step_is_no_problem():
 
 
 def test_bytes_and_seconds_that_can_not_be_kept_are_problems():
-    config = build_config("local", {}, {})
+    config = build_config("local", {}, {"quantizer": "grid", "codec": "zstd"})
     over = replace(config, run=replace(config.run, limit_bytes=300_000))
     assert ["limit_bytes" in problem for problem in plan_run(over).problems] == [True]
     assert plan_run(config, bytes_code=40_000).problems == [], "part of the forecast is over: fitting is for that"
@@ -136,6 +137,14 @@ def test_bytes_and_seconds_that_can_not_be_kept_are_problems():
     (problem,) = plan_run(slow).problems
     assert "raise eval_stride" in problem
     assert plan_run(replace(slow, score=replace(slow.score, max_eval_seconds=0.0))).problems == []
+
+
+def test_a_fit_is_expected_to_fill_its_limit():
+    config = build_config("local", {}, {})
+    plan = plan_run(config, bytes_code=70_000)
+    assert plan.bytes_model == (500_000 - 1_000 - 70_000 - 500, 500_000 - 1_000 - 70_000) and plan.problems == []
+    loose = plan_run(replace(config, run=replace(config.run, limit_bytes=16_000_000)))
+    assert loose.bytes_model[1] < 1_000_000, "finer than int8 codes are not"
 
 
 @pytest.mark.parametrize("step_seconds", [0.0, -1.0, float("nan"), float("inf"), 1e-5])
@@ -195,7 +204,7 @@ def test_nothing_is_planned_after_the_end(iterations, seconds, step_seconds, war
         iterations=iterations, max_wallclock_seconds=seconds, warmdown_fraction=warmdown, qat_start=qat, swa_start=swa,
         val_loss_every=every, checkpoint_seconds=checkpoint,
     )  # fmt: skip
-    config: Config = with_knobs(build_config("local", {}, {}), knobs)
+    config: Config = with_knobs(build_config("local", {}, {"quantizer": "grid"}), knobs)
     acts = simulate_training(config, step_seconds)
     end = acts["training"][-1]
     assert 1 <= end.step <= (iterations or 10**9)

@@ -17,6 +17,7 @@ TINY = [
     "max_wallclock_seconds=0", "train_batch_tokens=256", "micro_batch_tokens=256", "warmup_steps=1", "threads=1",
     "swa_start=0.5", "compile=off", "swa_snapshots=6", "eval_seq_len=64", "eval_stride=32", "eval_batch_seqs=16",
     "checkpoint_seconds=0.000001", "qat_start=0.3", "val_loss_every=5", "val_batch_size=16384",
+    "quantizer=grid", "qat_enabled=1", "prune_frac=0.05", "codec=zstd",
 ]  # fmt: skip
 STAGES = ("train", "average", "quantize", "pack", "reload", "score", "report")
 

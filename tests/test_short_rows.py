@@ -17,6 +17,7 @@ TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", iterations="8",
     max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="64", warmup_steps="1", threads="1",
     eval_seq_len="32", eval_stride="8", swa_start="0.5", compile="off", qat_enabled="0",
+    quantizer="grid", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 SHORT = dict(short_seq_len="4", short_seq_fraction="0.5")
 

@@ -23,6 +23,7 @@ TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", iterations="12",
     max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="128", warmup_steps="1", threads="1",
     eval_seq_len="32", eval_stride="8", swa_start="0.5", compile="off",
+    quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 SWITCHES = {
     "warmdown": ["warmdown_fraction=0"],
@@ -203,7 +204,7 @@ def test_a_learned_feature_that_learned_nothing_is_found(stream, name):
 
 FIGURES = dict(
     val_bpb=1.2,
-    bytes_total=16_000_000, limit_bytes=16_000_000, train_seconds=600.0, max_wallclock_seconds=600.0,
+    bytes_total=16_000_000, limit_bytes=16_000_000, train_seconds=600.0, calibration_seconds=0.0, max_wallclock_seconds=600.0,
     eval_seconds=600.0, max_eval_seconds=600.0, probes={"C1": {"verdict": "PASS", "detail": ""}},
 )  # fmt: skip
 

@@ -73,10 +73,10 @@ def plan_run(
     if not val_tokens and "corpus" not in changed_knobs(config):
         val_tokens = EXPECTED_VAL_TOKENS[config.run.preset]
     scoring = forecast_scoring_seconds(config, val_tokens, step_seconds) if val_tokens else None
-    acts, bytes_model = simulate_training(config, step_seconds), forecast_bytes(config.model, config.quant)
-    if config.quant.quantizer == "fit":
-        room = config.run.limit_bytes - config.run.reserve_bytes - bytes_code
-        bytes_model = forecast_filled_bytes(config.model, room)
+    room = config.run.limit_bytes - config.run.reserve_bytes - bytes_code
+    fits = config.quant.quantizer == "fit"
+    bytes_model = forecast_filled_bytes(config.model, room) if fits else forecast_bytes(config.model, config.quant)
+    acts = simulate_training(config, step_seconds)
     return RunPlan(config, step_seconds, source, acts, bytes_model, bytes_code, scoring)
 
 

@@ -14,6 +14,8 @@ from golf.submit.rate_curve import ANCHORS, FINEST_EXCESS, CurvePair, CurveSet, 
 
 LINE_COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#c53030", "#b7791f", "#0987a0", "#4a5568")
 LINE_MARKERS = "osD^vPX*"
+WIDTH_IN_LETTERS = 170
+"""Of a legend in one row."""
 GRID_COLOUR = "#e2e8f0"
 
 
@@ -25,7 +27,8 @@ def draw_rate_curves(curves: CurveSet, title: str, path: Path) -> None:
     draw_losses(left, curves)
     draw_relative_bytes(right, curves)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), frameon=False)
+    columns = max(1, min(4, len(labels), WIDTH_IN_LETTERS // max(map(len, labels), default=1)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     save_picture(figure, path)
 
 
