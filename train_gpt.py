@@ -23,7 +23,7 @@ from golf.config import EXIT_FINDINGS, Config, UserError
 from golf.data.shards import find_shards
 from golf.model.init import build_model
 from golf.run.averaging import final_weights, prove_learned_features
-from golf.run.calibrating import NO_CALIBRATION, calibrate_run
+from golf.run.calibrating import NO_CALIBRATION, calibrate_run, seconds_left
 from golf.run.checkpoint import CheckpointWriter, read_checkpoint
 from golf.run.code import Program
 from golf.run.command import Command, parse_command
@@ -136,7 +136,8 @@ def quantize(config: Config, session: Session) -> list[Path]:
     stream, fit, record = open_training_data(config).stream, fit_to_limit, NO_CALIBRATION
     if config.quant.quantizer == "fit":
         with session.ledger.phase("calibrate"):
-            calibration = calibrate_run(saved.state, config, stream, runtime)
+            seconds = seconds_left(config, folder.load_json(folder.training)["train_seconds"])
+            calibration = calibrate_run(saved.state, config, stream, runtime, seconds)
         fit, record = partial(fit_by_level, calibration.statistics, device=runtime.device), calibration.record
     if not runtime.is_main:
         return []

@@ -9,7 +9,7 @@ LOCAL: dict[str, Any] = dict(
     train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
     swa_start=0.94, swa_snapshots=16, val_loss_every=0, train_log_every=100, val_batch_size=16_384, embed_bits=5,
     qat_enabled=False, prune_frac=0.0, quantizer="fit", codec="rans", calibration_tokens=32_768,
-    calibration_reserve=4.0, reserve_bytes=1_000, eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
+    calibration_reserve=6.0, reserve_bytes=1_000, eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
 )  # fmt: skip
 
 BASELINE: dict[str, Any] = dict(

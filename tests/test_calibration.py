@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from golf.config import ModelConfig
+from golf.config import Config, ModelConfig, with_knobs
 from golf.model.init import build_model
 from golf.model.layers import rms_norm
-from golf.quant.calibration import calibrate, collect_hessians, generated_rows
+from golf.quant.calibration import calibrate, calibrate_within, collect_hessians, generated_rows
 from golf.quant.policy import QuantError
-from golf.run.calibrating import training_rows
+from golf.run.calibrating import SETTLING, seconds_left, training_rows
 from golf.runtime import Runtime
 
 TINY = ModelConfig(
@@ -86,6 +86,20 @@ def test_same_rows_give_the_same_statistics_and_other_batches_nearly(model, rows
         assert torch.equal(first[name].hessian_CC, second[name].hessian_CC)
         assert torch.equal(first[name].row_weight_R, second[name].row_weight_R)
         torch.testing.assert_close(first[name].hessian_CC.trace(), other[name].hessian_CC.trace(), rtol=0.3, atol=0)
+
+
+def test_calibration_keeps_to_its_time_but_for_one_batch(model, rows_NT):
+    statistics, tokens = calibrate_within(0.0, model, rows_NT, ALONE, 8, 0)
+    assert tokens == 8 * 12
+    first = calibrate(model, rows_NT[:8], ALONE)
+    assert all(torch.equal(statistics[name].hessian_CC, first[name].hessian_CC) for name in first)
+    assert calibrate_within(1e9, model, rows_NT, ALONE, 8, 0)[1] == rows_NT.numel()
+
+
+def test_seconds_that_training_has_left():
+    capped = with_knobs(Config(), {"max_wallclock_seconds": 180.0})
+    assert seconds_left(capped, 174.0) == 180.0 - 174.0 - SETTLING
+    assert seconds_left(with_knobs(Config(), {"max_wallclock_seconds": 0.0}), 174.0) == float("inf")
 
 
 def test_calibration_leaves_no_gradients_and_no_hooks(model, rows_NT):

@@ -56,7 +56,7 @@ def test_the_competitions_environment_is_understood():
         "EVAL_SEQ_LEN": "1024", "NUM_LAYERS": "4", "MLP_MULT": "2", "BIGRAM_VOCAB_SIZE": "0", "MATRIX_LR": "0.01",
         "TIED_EMBED_LR": "0.02", "GRAD_CLIP_NORM": "1", "PRUNE_FRAC": "0.1", "QK_GAIN_INIT": "2", "WARMUP_STEPS": "0",
     }  # fmt: skip
-    knobs = {knob: value for _, knob, _, value in iter_knobs(build_config("local", environ, {}))}
+    knobs = {knob: value for _, knob, _, value in iter_knobs(build_config("local", environ, {"quantizer": "grid"}))}
     for name, text in environ.items():
         assert str(knobs[name.lower()]) in (text, f"{text}.0"), name
 

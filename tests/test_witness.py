@@ -204,7 +204,8 @@ def test_a_learned_feature_that_learned_nothing_is_found(stream, name):
 
 FIGURES = dict(
     val_bpb=1.2,
-    bytes_total=16_000_000, limit_bytes=16_000_000, train_seconds=600.0, calibration_seconds=0.0, max_wallclock_seconds=600.0,
+    bytes_total=16_000_000, limit_bytes=16_000_000, train_seconds=600.0, max_wallclock_seconds=600.0,
+    calibration_seconds=0.0,
     eval_seconds=600.0, max_eval_seconds=600.0, probes={"C1": {"verdict": "PASS", "detail": ""}},
 )  # fmt: skip
 

@@ -13,6 +13,8 @@ N rows of tokens, T time, B rows at once, P positions, R rows (outputs) and C co
 D model width, V vocabulary, L number of lookups.
 """
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,15 +152,26 @@ def calibrate(
 
     Raises QuantError for no rows, or a model whose gradients are not finite.
     """
+    return calibrate_within(math.inf, model, rows_NT, runtime, batch_rows, seed)[0]
+
+
+def calibrate_within(
+    seconds: float, model: GPT, rows_NT: Tensor, runtime: Runtime, batch_rows: int, seed: int
+) -> tuple[dict[str, LayerStatistics], int]:
+    """`calibrate` on as many of the rows as there is time for on each rank, one batch at least; and their tokens."""
     check_rows(rows_NT, model)
     recorder, generator = MomentRecorder(model), torch.Generator().manual_seed(seed + runtime.rank)
     mine_NT = rows_NT[runtime.rank :: runtime.world_size].to(runtime.device)
-    for start in range(0, len(mine_NT), batch_rows):
-        add_pass(recorder, mine_NT[start : start + batch_rows], generator)
-    for sums in recorder.sums.values():
-        for part in sums.parts():
-            runtime.sum_over_ranks(part)
-    return settle_statistics(recorder, rows_NT.numel())
+    started, tokens = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for done, batch_NT in enumerate(mine_NT.split(batch_rows)):
+        spent = time.perf_counter() - started
+        if done and spent * (done + 1) / done > seconds:
+            break
+        add_pass(recorder, batch_NT, generator)
+        tokens += batch_NT.numel()
+    for part in (tokens, *(part for sums in recorder.sums.values() for part in sums.parts())):
+        runtime.sum_over_ranks(part)
+    return settle_statistics(recorder, int(tokens)), int(tokens)
 
 
 def collect_hessians(model: GPT, rows_NT: Tensor, batch_rows: int = 8) -> dict[str, Tensor]:

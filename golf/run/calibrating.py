@@ -1,5 +1,6 @@
 """The rows that weights are calibrated on, and the calibration of a run: chosen by the seed, recorded, timed."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 from golf.config import Config
 from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
-from golf.quant.calibration import LayerStatistics, calibrate, generated_rows
+from golf.quant.calibration import LayerStatistics, calibrate_within, generated_rows
 from golf.runtime import Runtime
 
 
@@ -23,6 +24,8 @@ class RunCalibration:
     record: dict[str, Any]
 
 
+SETTLING = 0.25
+"""Seconds of the cap that are left for the sums of all ranks."""
 NO_CALIBRATION: dict[str, Any] = {"calibration_seconds": 0.0, "calibration_tokens": 0}
 
 
@@ -35,9 +38,15 @@ def training_rows(stream: TokenStream, count: int, length: int, seed: int) -> Te
 
 
 def calibrate_run(
-    state: Mapping[str, Tensor], config: Config, stream: TokenStream, runtime: Runtime, rows: int = 0
+    state: Mapping[str, Tensor],
+    config: Config,
+    stream: TokenStream,
+    runtime: Runtime,
+    seconds: float = math.inf,
+    rows: int = 0,
 ) -> RunCalibration:
-    """Calibrate trained weights as the configuration says, all ranks together; on fewer `rows` for a rehearsal."""
+    """Calibrate trained weights as the configuration says, all ranks together, within `seconds`: what was trained and
+    what is calibrated share one cap. On fewer `rows` for a rehearsal."""
     quant, length, started = config.quant, config.model.train_seq_len, time.perf_counter()
     model = GPT(config.model, runtime.compute_dtype)
     model.load_state_dict(state)
@@ -48,11 +57,18 @@ def calibrate_run(
     else:
         rows_NT = generated_rows(model, count, length, config.run.seed)
     batch_rows = max(1, config.train.micro_batch_tokens // length)
-    statistics = calibrate(model, rows_NT, runtime, batch_rows, config.run.seed)
+    left = seconds - (time.perf_counter() - started)
+    statistics, tokens = calibrate_within(left, model, rows_NT, runtime, batch_rows, config.run.seed)
     record = {
         "calibration_seconds": time.perf_counter() - started,
-        "calibration_tokens": rows_NT.numel(),
+        "calibration_tokens": tokens,
         "calibration_text": quant.calibration_text,
         "calibration_seed": config.run.seed,
     }
     return RunCalibration(statistics, record)
+
+
+def seconds_left(config: Config, train_seconds: float) -> float:
+    """For calibration, of the wall clock's cap."""
+    cap = config.train.max_wallclock_seconds
+    return cap - train_seconds - SETTLING if cap else math.inf
