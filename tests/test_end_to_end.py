@@ -125,6 +125,7 @@ def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
         "max_wallclock_seconds=20",
         "eval_stride=160",
         "swa_start=0.5",
+        "calibration_tokens=4096",
     ]
     finished = run_script(command, repository, PYTHON=sys.executable)
     assert finished.returncode == 0, finished.stderr
@@ -134,7 +135,7 @@ def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
     assert result["valid"] and result["preset"] == "local" and result["val_bpb"] < 8
     assert result["bytes_model"] == len(artifact)
     assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"] <= result["limit_bytes"] == 500_000
-    assert f"final_int5int6_zstd_roundtrip_exact val_loss:{result['val_loss']:.8f}" in log
+    assert f"final_fit_rans_roundtrip_exact val_loss:{result['val_loss']:.8f}" in log
     assert (tmp_path / "short" / "loss.png").stat().st_size > 5000
     assert (tmp_path / "short" / "bytes.png").stat().st_size > 5000
 
