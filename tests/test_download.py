@@ -320,6 +320,7 @@ def test_a_full_disk_stops_before_the_first_byte(hub, root, monkeypatch, capsys)
 
 def test_an_interrupt_keeps_what_is_whole(hub, root, monkeypatch, capsys):
     hub.faults[f"{SHARDS}/fineweb_train_000001.bin"] = ["slow"]
+    hub.pause = 0.5  # a piece; the interrupt must be there before the last one, on a busy machine too
     sent = []
 
     def finish(display, wanted):

@@ -146,7 +146,7 @@ def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
         (["num_layer=3"], "unknown knob 'num_layer'"),
         (["num_layers=three"], "num_layers='three' is not a valid value: it must be int"),
         (["num_layers=1"], "num_layers must be at least 2"),
-        (["codec=lz4"], "it must be lzma or zstd or zlib or none"),
+        (["codec=lz4"], "it must be rans or brotli or lzma or zstd or zlib or none"),
         (["--preset", "huge"], "unknown preset 'huge'"),
         (["warmdown_iters=3000"], "set warmdown_fraction"),
         (["data_path=/nowhere", "tokenizer_path=/nowhere/t.model"], "/nowhere"),

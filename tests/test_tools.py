@@ -142,7 +142,7 @@ def test_plan_in_figures(run_here):
     assert (status, complaint) == (0, "")
     figures = json.loads(output)
     steps, seconds = figures["steps"], figures["train_seconds"]
-    assert (figures["preset"], figures["step_ms"]) == ("local", 500.0) and steps == 2 * seconds and 178 < seconds <= 180
+    assert (figures["preset"], figures["step_ms"]) == ("local", 500.0) and steps == 2 * seconds and 172 < seconds <= 174
     assert figures["timeline"][0] == {"step": 1, "seconds": 0.0, "progress": 0.0, "what": "training begins"}
     assert figures["timeline"][-1]["what"].startswith("training ends") and figures["timeline"][-1]["step"] == steps
     least, most = figures["bytes_model"]
