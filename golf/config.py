@@ -259,10 +259,15 @@ def build_config(preset: str, environ: Mapping[str, str], overrides: Mapping[str
     if chosen.get("corpus"):  # text of the user's own replaces the preset's shards
         chosen = {"data_path": "", "tokenizer_path": ""} | chosen
     config = with_knobs(with_knobs(Config(), PRESETS[preset] | {"preset": preset}), chosen)
+    unheard = sorted(chosen.keys() & GRID_KNOBS)
+    if unheard and config.quant.quantizer == "fit":
+        raise ConfigError(f"{unheard[0]} does nothing with quantizer=fit, which chooses all steps: set quantizer=grid")
     check_config(config)
     return config
 
 
+GRID_KNOBS = {"mlp_bits", "attn_bits", "bigram_bits", "embed_bits", "qat_start"}
+"""Of the grid that weights train through and are rounded to; a fit has no use for them."""
 POSITIVE_KNOBS = (
     "num_heads", "num_kv_heads", "model_dim", "mlp_mult", "train_seq_len", "rope_base", "logit_softcap",
     "train_batch_tokens", "micro_batch_tokens", "train_log_every", "val_batch_size", "limit_bytes", "eval_batch_seqs",

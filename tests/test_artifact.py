@@ -6,7 +6,7 @@ import random
 import sys
 import tracemalloc
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from stored_fixtures import TINY, TOKENIZER, integer_weights
+from stored_fixtures import TINY, TOKENIZER, integer_weights, stored_of_every_form
 
 from golf.artifact.codecs import ArtifactError, compress_stream, decompress_stream
 from golf.artifact.container import pack_artifact, read_artifact, same_stored_state, write_artifact
@@ -28,7 +28,7 @@ from golf.artifact.frame import (
     unframe_artifact,
 )
 from golf.artifact.shapes import expected_shapes
-from golf.artifact.weights import load_weights, save_weights
+from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
 from golf.config import QuantConfig, build_config
 from golf.model.gpt import GPT
 from golf.presets import PRESETS
@@ -354,3 +354,15 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_weights(path)
     with pytest.raises(ArtifactError, match="cannot read weights"):
         load_weights(tmp_path / "absent.safetensors")
+
+
+def test_quantized_weights_are_saved_in_every_form(tmp_path):
+    """A run that goes on behind its quantize stage packs what it would have packed: trellis, factors and all."""
+    stored = stored_of_every_form()
+    save_quantized(tmp_path / "quantized.safetensors", stored)
+    loaded = load_quantized(tmp_path / "quantized.safetensors")
+    assert list(loaded) == list(stored) and same_stored_state(loaded, stored)
+    entries = [entry for entry in stored.values() if isinstance(entry, QuantizedTensor)]
+    for part in fields(QuantizedTensor):  # the state has every form: a field that is not saved is seen here
+        values = {repr(getattr(entry, part.name)) for entry in entries}
+        assert len(values) > 1, part.name

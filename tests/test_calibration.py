@@ -153,10 +153,15 @@ class Stream:
 
 
 def test_training_rows_come_from_all_parts_of_the_text():
-    rows_NT = training_rows(Stream(1000), 10, 7, seed=1)
-    assert rows_NT.shape == (10, 7) and (rows_NT[:, 0] // 100).tolist() == list(range(10))
-    assert torch.equal(rows_NT, training_rows(Stream(1000), 10, 7, seed=1))
-    assert not torch.equal(rows_NT, training_rows(Stream(1000), 10, 7, seed=2))
+    rows_NT = training_rows(Stream(1000), 70, 7, seed=1)
+    starts_N = rows_NT[:, 0]
+    assert rows_NT.shape == (10, 7) and len(starts_N.unique()) == 10 and starts_N.tolist() == sorted(starts_N.tolist())
+    assert starts_N.min() < 300 and starts_N.max() > 700 and (starts_N % 7 == 0).all()
+    assert torch.equal(rows_NT, training_rows(Stream(1000), 70, 7, seed=1))
+    assert not torch.equal(rows_NT, training_rows(Stream(1000), 70, 7, seed=2))
+    assert training_rows(Stream(30), 1000, 7, seed=1).shape == (4, 7), "no row comes twice"
+    with pytest.raises(QuantError, match="no row to calibrate on: 6 tokens"):
+        training_rows(Stream(1000), 6, 7, seed=1)
 
 
 def test_bad_input_is_named(model):

@@ -15,12 +15,14 @@ from scipy import stats
 
 from golf.artifact.container import pack_artifact
 from golf.artifact.weights import load_weights, save_weights
+from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
 from golf.quant.calibration import collect_hessians
 from golf.quant.gptq import quantize_matrix
 from golf.quant.policy import QuantError
 from golf.quant.spec import QuantSpec
 from golf.quant.stored import QuantizedTensor, same_stored
+from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
 from golf.submit.bootstrap import block_numbers, bootstrap_ratio
@@ -34,7 +36,7 @@ from golf.submit.quant_comparison import (
 )
 from golf.submit.statistics import StatisticsError
 from golf.submit.tool import run_command
-from golf.submit.trained_run import TrainedRun, draw_calibration_rows, open_trained_run
+from golf.submit.trained_run import TrainedRun, open_trained_run
 from tests.trained_run_fixtures import copied_run, make_trained_run
 from tools import compare_quant
 
@@ -120,7 +122,7 @@ def opened(run) -> TrainedRun:
 def hessians(opened) -> dict[str, torch.Tensor]:
     model = GPT(opened.saved.model)
     model.load_state_dict(opened.saved.state)
-    return collect_hessians(model.eval(), draw_calibration_rows(opened.train_paths, 4096, 32, 0))
+    return collect_hessians(model.eval(), training_rows(TokenStream(opened.train_paths), 4096, 32, 0))
 
 
 def subject(opened: TrainedRun, hessians: dict[str, torch.Tensor], targets: int = 600) -> ComparisonSubject:

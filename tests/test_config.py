@@ -5,6 +5,7 @@ import json
 import pytest
 
 from golf.config import (
+    GRID_KNOBS,
     KNOBS,
     Config,
     ConfigError,
@@ -100,3 +101,13 @@ def test_changed_knobs_are_those_that_differ_from_the_preset():
 def test_corpus_and_shards_together_are_refused():
     with pytest.raises(ConfigError, match="both set"):
         build_config("local", {"CORPUS": "a.txt"}, {"data_path": "shards"})
+
+
+@pytest.mark.parametrize("knob", sorted(GRID_KNOBS))
+def test_knobs_of_the_grid_are_refused_where_a_fit_chooses_all_steps(knob):
+    with pytest.raises(ConfigError, match=f"{knob} does nothing with quantizer=fit"):
+        build_config("local", {}, {knob: "0" if knob == "qat_start" else "4"})
+    with pytest.raises(ConfigError, match=f"{knob} does nothing"):
+        build_config("local", {knob.upper(): "0" if knob == "qat_start" else "4"}, {})
+    grid = {"quantizer": "grid", knob: "0" if knob == "qat_start" else "4"}
+    assert build_config("local", {}, grid).quant.quantizer == "grid"

@@ -21,8 +21,10 @@ from golf.artifact.methods import METHODS, prepare_method_input
 from golf.artifact.restore import restore_model
 from golf.artifact.weights import load_weights, save_weights
 from golf.config import QuantConfig
+from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.quant.export import quantize_state
+from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
 from golf.submit import rate_points
@@ -30,7 +32,7 @@ from golf.submit.rate_curve import ANCHORS, FEWEST_RATES, build_curves, parse_ra
 from golf.submit.rate_difference import MonotoneCubic, RateError, bjontegaard_percent, loss_curve
 from golf.submit.rate_points import RatePoint, RateSubject, scoring_code_sha256
 from golf.submit.tool import run_command
-from golf.submit.trained_run import TrainedRunError, draw_calibration_rows, open_trained_run
+from golf.submit.trained_run import open_trained_run
 from tests.trained_run_fixtures import copied_run, make_trained_run
 from tools import rate_curve
 
@@ -372,14 +374,12 @@ def test_calibration_rows_are_seeded_distinct_and_of_the_training_text(tmp_path)
     paths = [tmp_path / f"text_train_{number:06d}.bin" for number in range(2)]
     for number, path in enumerate(paths):
         write_shard(path, np.arange(1000) + 1000 * number)
-    rows_NT, again_NT, other_NT = (draw_calibration_rows(paths, 640, 32, seed) for seed in (0, 0, 1))
+    rows_NT, again_NT, other_NT = (training_rows(TokenStream(paths), 640, 32, seed) for seed in (0, 0, 1))
     assert rows_NT.shape == (20, 32) and torch.equal(rows_NT, again_NT) and not torch.equal(rows_NT, other_NT)
     starts = rows_NT[:, 0].tolist()
     assert starts == sorted(set(starts)) and max(starts) > 1000 > min(starts)
     assert torch.equal(rows_NT, rows_NT[:, :1] + torch.arange(32)) and all(start % 32 == 0 for start in starts)
-    assert len(draw_calibration_rows(paths, 10**9, 32, 0)) == 2000 // 32
-    with pytest.raises(TrainedRunError, match="no row to calibrate on"):
-        draw_calibration_rows(paths, 10**9, 10**6, 0)
+    assert len(training_rows(TokenStream(paths), 10**9, 32, 0)) == 2000 // 32
 
 
 def test_the_registry_keeps_its_contract_and_makes_real_points(run, run_tool, monkeypatch):
@@ -388,7 +388,7 @@ def test_the_registry_keeps_its_contract_and_makes_real_points(run, run_tool, mo
         assert method.name == name and len(method.rates) >= FEWEST_RATES and "\n" not in method.text
         assert list(method.rates) == sorted(set(method.rates))
     opened = open_trained_run(run)
-    rows_NT = draw_calibration_rows(opened.train_paths, 1024, 32, 0)
+    rows_NT = training_rows(TokenStream(opened.train_paths), 1024, 32, 0)
     given_once = prepare_method_input(opened.saved, rows_NT, Runtime(torch.device("cpu")))
     monkeypatch.setattr(rate_curve, "prepare_method_input", lambda *args: given_once)
     status, output, complaint = run_tool("--methods", ",".join(ANCHORS), "--json")

@@ -22,8 +22,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from golf.config import CODECS, Config, RunConfig, check_config
+from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
 from golf.quant.calibration import calibrate, collect_hessians
+from golf.run.calibrating import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
 from golf.score.scorer import ScoreSettings, evaluation_mode, sliding_settings
 from golf.submit.quant_comparison import (
@@ -39,7 +41,6 @@ from golf.submit.tool import ToolOptions, run_command
 from golf.submit.trained_run import (
     TrainedRun,
     TrainedRunError,
-    draw_calibration_rows,
     open_trained_run,
     scoring_config,
 )
@@ -91,8 +92,8 @@ def hessians_of(
     """(hessian_CC by name, tokens seen) where a variant asks for them."""
     if not any(variant.method == "gptq" for variant in variants):
         return {}, 0
-    rows_NT = draw_calibration_rows(
-        run.train_paths, options.calibration_tokens, run.saved.model.train_seq_len, options.seed
+    rows_NT = training_rows(
+        TokenStream(run.train_paths), options.calibration_tokens, run.saved.model.train_seq_len, options.seed
     )
     model = GPT(run.saved.model, runtime.compute_dtype)
     model.load_state_dict(run.saved.state)

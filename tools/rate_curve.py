@@ -24,6 +24,8 @@ from rich.table import Table
 
 from golf.artifact.methods import METHODS, prepare_method_input
 from golf.config import Config, RunConfig, ScoreConfig, check_config
+from golf.data.loader import TokenStream
+from golf.run.calibrating import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
 from golf.submit.rate_curve import (
     ANCHORS,
@@ -50,7 +52,7 @@ from golf.submit.rate_points import (
     rate_subject,
 )
 from golf.submit.tool import ToolOptions, run_command
-from golf.submit.trained_run import TrainedRun, draw_calibration_rows, open_trained_run, scoring_config
+from golf.submit.trained_run import TrainedRun, open_trained_run, scoring_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -102,8 +104,8 @@ def measure_points(
     options: Options, run: TrainedRun, score: ScoreConfig, chosen: Mapping[str, tuple[float, ...]], runtime: Runtime
 ) -> tuple[list[RatePoint], RateSubject, dict[str, Any]]:
     """All points, the unquantized first; what they have in common; the machine."""
-    rows_NT = draw_calibration_rows(
-        run.train_paths, options.calibration_tokens, run.saved.model.train_seq_len, options.seed
+    rows_NT = training_rows(
+        TokenStream(run.train_paths), options.calibration_tokens, run.saved.model.train_seq_len, options.seed
     )
     out, subject = choose_out(options), rate_subject(run, rows_NT, score, runtime, REPOSITORY)
     machine, store = describe_machine(runtime, out, run.saved.model, score), PointStore(out / "points", subject)

@@ -1,7 +1,7 @@
 """weights.safetensors: fp32 weights as training leaves them, with what packing needs to know as metadata."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import check_sha256, check_shapes
+from golf.artifact.forms import FACTOR_NAMES, all_entries
 from golf.artifact.settings import model_from_json, quant_from_json
 from golf.artifact.shapes import expected_shapes
 from golf.config import ModelConfig, QuantConfig
@@ -19,7 +20,6 @@ from golf.quant.stored import PLAIN_PARTS, QuantizedState, QuantizedTensor
 from golf.runtime import write_file_atomically
 
 METADATA_ENTRIES = ("model", "quant", "tokenizer_sha256")
-FACTORS = ("left", "right")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,54 +63,39 @@ def load_weights(path: Path) -> SavedWeights:
     return SavedWeights({name: state[name].float() for name in shapes}, model, quant, metadata["tokenizer_sha256"])
 
 
-def stored_parts(name: str, entry: QuantizedTensor | Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that a stored weight consists of, by a name of its own."""
-    if isinstance(entry, Tensor):
-        yield name, entry.contiguous()
-        return
-    for part in PLAIN_PARTS:
-        if (tensor := getattr(entry, part)) is not None:
-            yield f"{name}:{part}", tensor.contiguous()
-    for side, factor in zip(FACTORS, entry.low_rank or (), strict=False):
-        yield from stored_parts(f"{name}:{side}", factor)
-
-
-def stored_widths(name: str, entry: QuantizedTensor) -> Iterator[tuple[str, int]]:
-    """Bits of a stored weight and of the factors of its correction."""
-    yield name, entry.bits
-    for side, factor in zip(FACTORS, entry.low_rank or (), strict=False):
-        yield from stored_widths(f"{name}:{side}", factor)
-
-
-def stored_from_parts(name: str, parts: Mapping[str, Tensor], bits: Mapping[str, int]) -> QuantizedTensor | Tensor:
-    """Inverse of `stored_parts`. Raises KeyError."""
-    if name not in bits:
-        return parts[name]
-    left, right = (f"{name}:{side}" for side in FACTORS)
-    factors = (stored_from_parts(left, parts, bits), stored_from_parts(right, parts, bits)) if left in bits else None
-    plain = {part: parts.get(f"{name}:{part}") for part in PLAIN_PARTS[2:]}
-    return QuantizedTensor(
-        parts[f"{name}:codes_RC"], parts[f"{name}:scale_SG"], bits[name], **plain, low_rank=factors
-    )  # fmt: skip
-
-
 def save_quantized(path: Path, stored: QuantizedState) -> None:
     """Write codes, scales and fp16 tensors as they are, the file put in place at once."""
-    tensors = {key: part for name, entry in stored.items() for key, part in stored_parts(name, entry)}
-    grids = [stored_widths(name, entry) for name, entry in stored.items() if isinstance(entry, QuantizedTensor)]
-    bits = dict(pair for grid in grids for pair in grid)
-    write_file_atomically(path, save(tensors, {"bits": json.dumps(bits), "names": json.dumps(list(stored))}))
+    tensors, grids = {}, {}
+    for name, entry in all_entries(stored).items():
+        if isinstance(entry, QuantizedTensor):
+            parts = {part: getattr(entry, part) for part in PLAIN_PARTS}
+            tensors |= {f"{name}:{part}": tensor.contiguous() for part, tensor in parts.items() if tensor is not None}
+            grids[name] = [entry.bits, entry.trellis]
+        else:
+            tensors[name] = entry.contiguous()
+    write_file_atomically(path, save(tensors, {"grids": json.dumps(grids), "names": json.dumps(list(stored))}))
 
 
 def load_quantized(path: Path) -> QuantizedState:
     """Inverse of save_quantized. Raises ArtifactError."""
     try:
         with safe_open(path, framework="pt") as file:
-            bits, names = (json.loads(file.metadata()[key]) for key in ("bits", "names"))
-            parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        return {name: stored_from_parts(name, parts, bits) for name in names}
+            grids, names = (json.loads(file.metadata()[key]) for key in ("grids", "names"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: load_entry(name, tensors, grids) for name in names}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"cannot read quantized weights from {path}: {error}") from None
+
+
+def load_entry(name: str, tensors: Mapping[str, Tensor], grids: Mapping[str, list]) -> QuantizedTensor | Tensor:
+    """A stored weight with the factors of its correction. Raises KeyError."""
+    if name not in grids:
+        return tensors[name]
+    bits, trellis = grids[name]
+    sides = [f"{name}:{side}" for side in FACTOR_NAMES]
+    factors = tuple(load_entry(side, tensors, grids) for side in sides) if sides[0] in grids else None
+    parts = {part: tensors.get(f"{name}:{part}") for part in PLAIN_PARTS}
+    return QuantizedTensor(bits=bits, trellis=trellis, low_rank=factors, **parts)
 
 
 def load_metadata_json(text: str) -> object:

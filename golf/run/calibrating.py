@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from golf.config import Config
 from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
 from golf.quant.calibration import LayerStatistics, calibrate_within, generated_rows
+from golf.quant.policy import QuantError
 from golf.runtime import Runtime
 
 
@@ -29,12 +31,18 @@ SETTLING = 0.25
 NO_CALIBRATION: dict[str, Any] = {"calibration_seconds": 0.0, "calibration_tokens": 0}
 
 
-def training_rows(stream: TokenStream, count: int, length: int, seed: int) -> Tensor:
-    """rows_NT from places all over the stream: the n-th is drawn from its n-th part of `count`."""
-    part = len(stream) // count
-    offsets_N = torch.randint(max(1, part), (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = [torch.from_numpy(stream.tokens(n * part + offset, length)) for n, offset in enumerate(offsets_N)]
-    return torch.stack(rows)
+def training_rows(stream: TokenStream, tokens: int, length: int, seed: int) -> Tensor:
+    """int64 rows_NT of `length` tokens from all over the stream, distinct, in order; the same for a seed.
+
+    Raises QuantError where there is no row.
+    """
+    rows, whole = tokens // length, len(stream) // length
+    if rows < 1 or whole < 1:
+        raise QuantError(
+            f"no row to calibrate on: {tokens:,} tokens of the training shards' {len(stream):,}, in rows of {length:,}"
+        )
+    numbers = np.sort(np.random.default_rng(seed).choice(whole, min(rows, whole), replace=False))
+    return torch.from_numpy(np.stack([stream.tokens(int(number) * length, length) for number in numbers]))
 
 
 def calibrate_run(
@@ -51,11 +59,11 @@ def calibrate_run(
     model = GPT(config.model, runtime.compute_dtype)
     model.load_state_dict(state)
     model.to(runtime.device)
-    count = rows or quant.calibration_tokens // length
+    tokens = rows * length or quant.calibration_tokens
     if quant.calibration_text == "train":
-        rows_NT = training_rows(stream, count, length, config.run.seed)
+        rows_NT = training_rows(stream, tokens, length, config.run.seed)
     else:
-        rows_NT = generated_rows(model, count, length, config.run.seed)
+        rows_NT = generated_rows(model, tokens // length, length, config.run.seed)
     batch_rows = max(1, config.train.micro_batch_tokens // length)
     left = seconds - (time.perf_counter() - started)
     statistics, tokens = calibrate_within(left, model, rows_NT, runtime, batch_rows, config.run.seed)

@@ -12,12 +12,14 @@ from golf.artifact.level_fit import LevelSearch, fit_by_level
 from golf.artifact.target_fit import smallest_at_score
 from golf.artifact.weights import SavedWeights
 from golf.config import CODECS, ConfigError, QuantConfig
+from golf.data.loader import TokenStream
 from golf.data.shards import expand_glob
 from golf.model.gpt import GPT
 from golf.quant.calibration import LayerStatistics, calibrate, generated_rows
+from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
 from golf.score.roundtrip import score_artifact
-from golf.submit.trained_run import draw_calibration_rows, scoring_config
+from golf.submit.trained_run import check_calibration_shards, scoring_config
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def measure_weights(saved: SavedWeights, request: FitRequest, runtime: Runtime) 
     length = saved.model.train_seq_len
     if request.calibration:
         paths = [Path(path) for path in expand_glob(request.calibration)]
-        rows_NT = draw_calibration_rows(paths, request.calibration_tokens, length, request.seed)
+        check_calibration_shards(paths, [Path(path) for path in expand_glob(request.val)] if request.val else [])
+        rows_NT = training_rows(TokenStream(paths), request.calibration_tokens, length, request.seed)
     else:
         rows_NT = generated_rows(model, request.calibration_tokens // length, length, request.seed)
     return calibrate(model, rows_NT, runtime, seed=request.seed)

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from golf.artifact.container import Artifact
 from golf.artifact.weights import SavedWeights, load_weights
 from golf.config import ModelConfig, ScoreConfig, UserError
-from golf.data.loader import TokenStream
 from golf.data.manifest import MANIFEST_NAME
 from golf.data.shards import SHARD_NAME, expand_glob, find_shards
 from golf.data.sidecar import StreamBytes, without_sidecars
@@ -115,21 +113,6 @@ def check_calibration_shards(train_paths: Sequence[Path], val_paths: Sequence[Pa
             raise TrainedRunError(f"{path} is a validation shard: quantizers are calibrated on training shards only")
         if path.stat().st_size in sizes and file_sha256(path) in held_out:
             raise TrainedRunError(f"{path} holds the validation text: calibrate on training shards")
-
-
-def draw_calibration_rows(train_paths: Sequence[Path], tokens: int, length: int, seed: int) -> Tensor:
-    """int64 rows_NT of `length` tokens from all over the training text, distinct, in order; the same for a seed.
-
-    Raises TrainedRunError where there is no row.
-    """
-    rows, stream = tokens // length, TokenStream(train_paths)
-    whole = len(stream) // length
-    if rows < 1 or whole < 1:
-        raise TrainedRunError(
-            f"no row to calibrate on: {tokens:,} tokens of the training shards' {len(stream):,}, in rows of {length:,}"
-        )
-    numbers = np.sort(np.random.default_rng(seed).choice(whole, min(rows, whole), replace=False))
-    return torch.from_numpy(np.stack([stream.tokens(int(number) * length, length) for number in numbers]))
 
 
 def scoring_config(model: ModelConfig, window: int, stride: int, device: str) -> ScoreConfig:
