@@ -22,6 +22,7 @@ from golf.artifact.weights import load_quantized, load_weights, save_quantized, 
 from golf.config import EXIT_FINDINGS, Config, UserError
 from golf.data.shards import find_shards
 from golf.model.init import build_model
+from golf.quant.activations import install_activation_quantizers
 from golf.run.averaging import final_weights, prove_learned_features
 from golf.run.calibrating import NO_CALIBRATION, calibrate_run, seconds_left
 from golf.run.checkpoint import CheckpointWriter, read_checkpoint
@@ -96,7 +97,7 @@ def train(config: Config, session: Session) -> list[Path]:
     with ledger.phase("setup"):
         data = open_training_data(config)
         model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
-        trainer = Trainer(model, config, runtime, data.stream)
+        trainer = Trainer(install_activation_quantizers(model), config, runtime, data.stream)
         for line in opening_lines(trainer, data, folder):
             runtime.print(line)
     if config.run.rehearse and runtime.is_main:

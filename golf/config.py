@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 from golf.presets import PRESETS, RETIRED_KNOBS
+from golf.sites import SiteError, site_rules
 
 CODECS = Literal["rans", "brotli", "lzma", "zstd", "zlib", "none"]
 
@@ -93,6 +94,24 @@ class ModelConfig:
     """Token that starts a document."""
     document_attention: bool = False
     """Attention stays within a document; off: it sees all of the row before."""
+    attention_window: int = 0
+    """Positions that a query sees, its own the last of them; 0: all before it."""
+    tie_embeddings: bool = True
+    """One table for the embedding and the head; off: the head has its own."""
+    mlp_activation: Literal["relu2", "tanh", "sigmoid", "identity"] = "relu2"
+    knowledge_tokens: int = 0
+    """Learned vectors that every query sees beside the text, never a target (External Knowledge Tokens)."""
+    knowledge_at: Literal["input", "layers"] = "input"
+    """input: before the first block, which then treats them as positions; layers: anew before every block."""
+    act_attn_in: str = ""
+    """Quantizer (golf/sites.py) of the attention's input; so for the other act_*: part of the model for good."""
+    act_q: str = ""
+    act_k: str = ""
+    act_v: str = ""
+    act_attn_out: str = ""
+    act_mlp_in: str = ""
+    act_hidden: str = ""
+    """Of the MLP's hidden values, after its non-linearity."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,8 @@ class TrainConfig:
     """Most optimizer steps; 0: no limit."""
     max_wallclock_seconds: float = 600.0
     """Most seconds of training; 0: no limit (then equal seeds give equal bytes)."""
+    knowledge_frozen: bool = False
+    """Knowledge tokens stay the random vectors that they begin as: a control."""
     train_batch_tokens: int = 786_432
     """Tokens of a step over all ranks and micro-steps."""
     micro_batch_tokens: int = 98_304
@@ -171,6 +192,15 @@ class QuantConfig:
     """Training text, or text that the model makes up itself."""
     calibration_reserve: float = 8.0
     """Seconds of max_wallclock_seconds that training leaves to the calibration of quantizer=fit."""
+    weight_q: str = ""
+    """Quantizer (golf/sites.py) that the matrix trains through and is exported on, instead of its class's bits."""
+    weight_k: str = ""
+    weight_v: str = ""
+    weight_o: str = ""
+    weight_up: str = ""
+    weight_down: str = ""
+    weight_embed: str = ""
+    weight_head: str = ""
     rate_weight: float = 0.15
     """What a code's bits count beside its error in quantizer=fit; 1: their full price; 0: the error decides alone."""
 
@@ -274,6 +304,13 @@ POSITIVE_KNOBS = (
 )  # fmt: skip
 
 
+def low_bit_rules(config: Config) -> list[tuple[bool, str]]:
+    try:
+        return site_rules(config.model, config.quant, config.train.knowledge_frozen)
+    except SiteError as error:
+        raise ConfigError(str(error)) from None
+
+
 def check_config(config: Config) -> None:
     """Raise ConfigError where values do not fit together, before anything has cost time."""
     for _, knob, _, value in iter_knobs(config):
@@ -282,6 +319,7 @@ def check_config(config: Config) -> None:
     model, train, quant, score, average = config.model, config.train, config.quant, config.score, config.average
     short = train.short_seq_len
     rules = [
+        *low_bit_rules(config),
         (model.model_dim % model.num_heads == 0, "model_dim must be a multiple of num_heads"),
         (model.num_heads % model.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads"),
         (model.model_dim // model.num_heads % 2 == 0, "the head width model_dim / num_heads must be even"),
@@ -301,8 +339,10 @@ def check_config(config: Config) -> None:
         (0 <= train.warmdown_fraction <= 1, "warmdown_fraction is a share, 0 to 1"),
         (0 <= quant.qat_start < 1, "qat_start is a share, 0 to below 1"),
         (0 <= quant.prune_frac < 1, "prune_frac is a share, 0 to below 1"),
-        (all(2 <= bits <= 8 for bits in (quant.mlp_bits, quant.attn_bits, quant.bigram_bits)), "bits must be 2 to 8"),
-        (2 <= quant.embed_bits <= 8 or quant.embed_bits == 16, "embed_bits must be 2 to 8, or 16"),
+        (
+            {quant.mlp_bits, quant.attn_bits, quant.bigram_bits, quant.embed_bits} <= {*range(2, 9), 16},
+            "mlp_bits, attn_bits, bigram_bits and embed_bits must be 2 to 8, or 16",
+        ),
         (
             quant.quantizer == "grid" or not (quant.qat_enabled or quant.prune_frac),
             "quantizer=fit chooses its own grid: set qat_enabled=0 and prune_frac=0, or quantizer=grid",

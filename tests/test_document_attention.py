@@ -15,7 +15,7 @@ from golf.artifact.settings import model_from_json, model_to_json
 from golf.config import ModelConfig, QuantConfig, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
-from golf.model.block import causal_attention
+from golf.model.block import causal_attention, visible_keys
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
@@ -107,7 +107,8 @@ def test_no_gradient_crosses_a_document_start():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2))
     document_BT = torch.tensor([[0] * 5 + [1] * 7])
-    causal_attention(q, k, v, document_BT)[:, :, 5:].square().sum().backward()
+    visible = visible_keys(12, 12, 0, 0, q.device, document_BT)
+    causal_attention(q, k, v, visible)[:, :, 5:].square().sum().backward()
     assert k.grad[:, :, :5].abs().max() == 0 == v.grad[:, :, :5].abs().max()
     assert (k.grad[:, :, 5:-1].abs().amax((0, 1, 3)) > 0).all()
 
@@ -117,13 +118,13 @@ def test_the_mask_is_made_only_where_the_flag_is_on(flag, monkeypatch):
     seen = []
 
     def spy(*arguments):
-        seen.append(len(arguments))
+        seen.append(arguments[3] is not None)
         return causal_attention(*arguments)
 
     monkeypatch.setattr(golf.model.block, "causal_attention", spy)
     with torch.no_grad():
         lively_model(replace(SMALL, document_attention=flag)).logits(random_rows())
-    assert seen == [4 if flag else 3] * SMALL.num_layers
+    assert seen == [flag] * SMALL.num_layers
 
 
 # ---- the artifact ----

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from golf.config import CODECS, Config, RunConfig, check_config
 from golf.data.loader import TokenStream
-from golf.model.gpt import GPT
+from golf.quant.activations import quantized_gpt
 from golf.quant.calibration import calibrate, collect_hessians
 from golf.run.calibrating import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
@@ -95,7 +95,7 @@ def hessians_of(
     rows_NT = training_rows(
         TokenStream(run.train_paths), options.calibration_tokens, run.saved.model.train_seq_len, options.seed
     )
-    model = GPT(run.saved.model, runtime.compute_dtype)
+    model = quantized_gpt(run.saved.model, runtime.compute_dtype)
     model.load_state_dict(run.saved.state)
     model = model.to(runtime.device)
     with evaluation_mode(model):

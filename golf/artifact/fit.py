@@ -16,7 +16,7 @@ from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport
 from golf.config import ModelConfig, QuantConfig, UserError
 from golf.quant.export import quantize_state
-from golf.quant.policy import bits_of, tensor_class
+from golf.quant.policy import bits_of, tensor_class, weight_site
 from golf.quant.prune import PruneReport, prune_state
 from golf.quant.stored import QuantizedState, dequantize_state
 
@@ -93,8 +93,8 @@ def coarsening_actions(state: Mapping[str, Tensor], quant: QuantConfig) -> list[
     """Every bit that a matrix can lose, by the relative squared error added per code bit saved, smallest first."""
     ranked = []
     for name, tensor in state.items():
-        if tensor_class(name, tensor.shape) == "small":
-            continue
+        if tensor_class(name, tensor.shape) == "small" or weight_site(name, quant):
+            continue  # what has a quantizer of its own trained for that one
         widths = [bits_of(name, tensor.shape, quant)]
         widths += range(min(widths[0] - 1, 8), FEWEST_BITS - 1, -1)
         errors, cost = [rounding_error(name, tensor, bits, quant) for bits in widths], 0.0

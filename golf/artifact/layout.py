@@ -56,7 +56,7 @@ def stream_label(name: str, bits: int) -> str:
     parts = name.split(".")
     if is_factor(name):
         return "low rank"
-    if parts[0] == "tok_emb":
+    if parts[0] in ("tok_emb", "head"):
         return "embed"
     if bits == FP16_BITS:
         return "small"

@@ -9,7 +9,7 @@ from torch import Tensor
 from golf.artifact.level_fit import LevelSearch
 from golf.artifact.weights import SavedWeights
 from golf.config import CODECS, ModelConfig, QuantConfig
-from golf.model.gpt import GPT
+from golf.quant.activations import quantized_gpt
 from golf.quant.calibration import LayerStatistics, calibrate
 from golf.quant.export import quantize_state
 from golf.quant.gptq import quantize_matrix
@@ -57,7 +57,7 @@ class Method:
 
 def prepare_method_input(saved: SavedWeights, rows_NT: Tensor, runtime: Runtime) -> MethodInput:
     """Weights with their calibration on rows of training tokens. Raises QuantError."""
-    model = GPT(saved.model, runtime.compute_dtype)
+    model = quantized_gpt(saved.model, runtime.compute_dtype)
     model.load_state_dict(saved.state)
     statistics = calibrate(model.to(runtime.device), rows_NT, runtime)
     return MethodInput(saved.state, saved.model, saved.quant, statistics)

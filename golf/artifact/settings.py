@@ -7,13 +7,16 @@ from typing import Any, Literal, get_args, get_origin
 
 from golf.artifact.codecs import ArtifactError
 from golf.config import Config, ConfigError, ModelConfig, QuantConfig, ScoreConfig, TrainConfig, check_config
+from golf.sites import ACTIVATION_SITES, WEIGHT_SITES
 
 LARGEST_NUMBER = 2**24
 MOST_LAYERS = 1024
-MAY_BE_ZERO = ("bigram_vocab_size", "bigram_dim", "bos_id")
+MAY_BE_ZERO = ("bigram_vocab_size", "bigram_dim", "bos_id", "attention_window", "knowledge_tokens")
 """Whole numbers that may be 0; all others are at least 1."""
 ADDED_FIELDS = {
     "document_attention", "quantizer", "calibration_tokens", "calibration_text", "calibration_reserve", "rate_weight",
+    "attention_window", "tie_embeddings", "mlp_activation", "knowledge_tokens", "knowledge_at",
+    *(f"act_{site}" for site in ACTIVATION_SITES), *(f"weight_{site}" for site in WEIGHT_SITES),
 }  # fmt: skip
 """Since version 1: those of ModelConfig are written where they differ from their default, which older files mean."""
 

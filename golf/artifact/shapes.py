@@ -27,6 +27,11 @@ def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["bigram.embed.weight"] = (model.bigram_vocab_size, model.bigram_dim)
         shapes["bigram.proj.weight"] = (model.model_dim, model.bigram_dim)
         shapes["bigram.scale"] = ()
+    if not model.tie_embeddings:
+        shapes["head.weight"] = (model.vocab_size, model.model_dim)
+    if model.knowledge_tokens:
+        layers = () if model.knowledge_at == "input" else (model.num_layers,)
+        shapes["knowledge"] = (*layers, model.knowledge_tokens, model.model_dim)
     if model.smear_gate:
         shapes["smear.gate"] = (model.model_dim,)
     shapes["skip_weights"] = (model.num_layers // 2, model.model_dim)

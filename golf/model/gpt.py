@@ -1,6 +1,7 @@
 """The network: embeddings, U-Net of blocks, tied head. One forward pass serves every stage of a run.
 
-B batch, T time, S scored positions (the last S of T), D model width, V vocabulary, P = head width / 2.
+B batch, T time, S scored positions (the last S of T), U keys, M knowledge tokens, R recent ids of a cache,
+D model width, V vocabulary, P = head width / 2.
 """
 
 import torch
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf.config import ModelConfig
-from golf.model.block import Block
+from golf.model.block import Block, Positions, visible_keys
+from golf.model.cache import KeyValueCache
 from golf.model.embedding import BigramHash, SmearGate, has_predecessor
-from golf.model.layers import Embedding, rms_norm
+from golf.model.layers import Embedding, Linear, rms_norm
 from golf.model.rotary import rotary_tables
 
 
@@ -25,6 +27,11 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.tok_emb = Embedding(config.vocab_size, config.model_dim)
+        self.head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size)
+        self.knowledge = None
+        if config.knowledge_tokens:
+            layers = () if config.knowledge_at == "input" else (config.num_layers,)
+            self.knowledge = nn.Parameter(torch.zeros(*layers, config.knowledge_tokens, config.model_dim))
         self.bigram = (
             BigramHash(config.bigram_vocab_size, config.bigram_dim, config.model_dim)
             if config.bigram_vocab_size
@@ -35,44 +42,80 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, config.model_dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
-    def embed(self, ids_BT: Tensor, embedding_VD: Tensor) -> Tensor:
+    def embed(self, ids_BT: Tensor, embedding_VD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What the first block sees: token (+ hashed bigram), normalised, smeared with its predecessor."""
+        known = 0 if cache is None or cache.recent_BR is None else cache.recent_BR.size(1)
+        if known:
+            ids_BT = torch.cat((cache.recent_BR, ids_BT), 1)
         has_previous_BT = has_predecessor(ids_BT, self.config.bos_id)
         e_BTD = self.tok_emb(ids_BT, embedding_VD).to(self.compute_dtype)
         if self.bigram is not None:
             e_BTD = e_BTD + self.bigram(ids_BT, has_previous_BT, self.compute_dtype)
         e_BTD = rms_norm(e_BTD)
-        return e_BTD if self.smear is None else self.smear(e_BTD, has_previous_BT)
+        return (e_BTD if self.smear is None else self.smear(e_BTD, has_previous_BT))[:, known:]
 
-    def tables(self, ids_BT: Tensor, rope_base: float) -> tuple[Tensor, ...]:
-        """What attention knows of positions: cos_TP, sin_TP, and document_BT where it stays within documents."""
-        config = self.config
-        rotary = rotary_tables(ids_BT.size(1), config.model_dim // config.num_heads, rope_base, ids_BT.device)
-        return (*rotary, (ids_BT == config.bos_id).cumsum(1)) if config.document_attention else rotary
+    def positions(self, ids_BT: Tensor, rope_base: float, cache: KeyValueCache | None = None) -> Positions:
+        """Rotary tables of the positions to be read, and what they see; knowledge tokens come first and don't turn."""
+        config, past, device = self.config, 0 if cache is None else cache.length, ids_BT.device
+        tables = rotary_tables(past + ids_BT.size(1), config.model_dim // config.num_heads, rope_base, device)
+        new = 0 if past else config.knowledge_tokens
+        if past or new:
+            pads = torch.ones, torch.zeros
+            tables = tuple(
+                torch.cat((pad(new, table.size(1), device=device), table[past:]))
+                for pad, table in zip(pads, tables, strict=True)
+            )
+        if not (config.document_attention or config.attention_window):
+            return Positions(*tables)
+        queries = new + ids_BT.size(1)
+        document_BU = F.pad((ids_BT == config.bos_id).cumsum(1), (new, 0))
+        document_BU = document_BU if cache is None else cache.documents(document_BU)
+        visible = visible_keys(
+            queries, document_BU.size(1), config.knowledge_tokens, config.attention_window, device,
+            document_BU if config.document_attention else None,
+        )  # fmt: skip
+        return Positions(*tables, visible)
 
-    def trunk(self, x0_BTD: Tensor, tables: tuple[Tensor, ...], last: int) -> Tensor:
+    def with_knowledge(self, layer: int, x_BTD: Tensor, replaced: int = 0) -> Tensor:
+        """The stream with the knowledge tokens of this block before the text, in the place of `replaced` positions."""
+        knowledge_MD = self.knowledge if self.knowledge.dim() == 2 else self.knowledge[layer]
+        knowledge_BMD = knowledge_MD.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1)
+        return torch.cat((knowledge_BMD, x_BTD[:, replaced:]), 1)
+
+    def trunk(self, x0_BTD: Tensor, positions: Positions, last: int, cache: KeyValueCache | None = None) -> Tensor:
         """x_BSD after all blocks; the stream of encoder block i is added before its decoder twin."""
-        time = x0_BTD.size(1)
-        x_BTD, skips = x0_BTD, []
-        for block in self.blocks[: self.encoder_layers]:
-            x_BTD = block(x_BTD, x0_BTD, *tables, last=time)
-            skips.append(x_BTD)
-        for j, block in enumerate(self.blocks[self.encoder_layers :]):
-            if skips:
-                x_BTD = x_BTD + self.skip_weights[j].to(x_BTD.dtype) * skips.pop()
-            x_BTD = block(x_BTD, x0_BTD, *tables, last=last if block is self.blocks[-1] else time)
+        joins = self.knowledge is not None and (cache is None or not cache.length)
+        renewed = joins and self.knowledge.dim() == 3
+        x_BTD = x0_BTD = self.with_knowledge(0, x0_BTD) if joins else x0_BTD
+        time, skips, final = x0_BTD.size(1), [], len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            if layer >= self.encoder_layers and skips:
+                x_BTD = x_BTD + self.skip_weights[layer - self.encoder_layers].to(x_BTD.dtype) * skips.pop()
+            if renewed and layer:
+                x_BTD = self.with_knowledge(layer, x_BTD, self.config.knowledge_tokens)
+            kept = None if cache is None else cache.layers[layer]
+            x_BTD = block(x_BTD, x0_BTD, positions, last if layer == final else time, kept)
+            if layer < self.encoder_layers:
+                skips.append(x_BTD)
         return x_BTD
 
-    def logits(self, ids_BT: Tensor, last: int | None = None, rope_base: float | None = None) -> Tensor:
+    def logits(
+        self, ids_BT: Tensor, last: int | None = None, rope_base: float | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """fp32 logits_BSV of the `last` S positions (default: all), soft-capped to +-logit_softcap.
 
-        `rope_base` replaces the model's own base (for rows longer than the training length).
+        `rope_base` replaces the model's own base (for rows longer than the training length). With a `cache`, `ids_BT`
+        come after the positions that it has kept, under the same base, and are added to it.
         """
         embedding_VD = self.tok_emb.effective_weight()
-        x0_BTD = self.embed(ids_BT, embedding_VD)
-        tables = self.tables(ids_BT, rope_base or self.config.rope_base)
-        x_BSD = self.trunk(x0_BTD, tables, last or ids_BT.size(1))
-        logits_BSV = F.linear(rms_norm(x_BSD), embedding_VD.to(x_BSD.dtype)).float()
+        x0_BTD = self.embed(ids_BT, embedding_VD, cache)
+        positions = self.positions(ids_BT, rope_base or self.config.rope_base, cache)
+        x_BSD = self.trunk(x0_BTD, positions, last or ids_BT.size(1), cache)
+        if cache is not None:
+            cache.advance(ids_BT)
+        head_VD = embedding_VD if self.head is None else self.head.effective_weight()
+        logits_BSV = F.linear(rms_norm(x_BSD), head_VD.to(x_BSD.dtype)).float()
         return self.config.logit_softcap * torch.tanh(logits_BSV / self.config.logit_softcap)
 
     def token_losses(self, ids_BT: Tensor, targets_BS: Tensor, rope_base: float | None = None) -> Tensor:

@@ -20,6 +20,8 @@ def build_model(config: ModelConfig, seed: int, compute_dtype: torch.dtype = tor
             init_matrix(module.weight, name, config, generator)
     if config.resid_mix_init == "phase":
         init_phase_mix(model)
+    if model.knowledge is not None:  # of the size of normalised embeddings, which they stand among
+        nn.init.normal_(model.knowledge, generator=generator)
     return model
 
 
@@ -29,7 +31,9 @@ def init_matrix(weight_OI: Tensor, name: str, config: ModelConfig, generator: to
 
     The bigram's projection is never zero: its table is, and zero times zero would have no gradient for ever.
     """
-    if config.matrix_init == "orthogonal":
+    if name == "head":
+        nn.init.normal_(weight_OI, std=config.tied_embed_init_std, generator=generator)
+    elif config.matrix_init == "orthogonal":
         gain = 1 / math.sqrt(2 * config.num_layers) if name.endswith("proj") else 1.0
         nn.init.orthogonal_(weight_OI, gain=gain, generator=generator)
     elif not name.endswith(("attn.proj", "mlp.proj")):

@@ -1,4 +1,4 @@
-"""The two kinds of weight matrix, and the norm. Both let a quantizer stand between weight and use.
+"""The two kinds of weight matrix, the norm, and the place of a quantizer: between a weight or activation and its use.
 
 B batch, T time, I input width, O output width, V vocabulary, D model width.
 """
@@ -37,6 +37,19 @@ class Embedding(Matrix):
 
     def forward(self, ids_BT: Tensor, weight_VD: Tensor | None = None) -> Tensor:
         return F.embedding(ids_BT, self.effective_weight() if weight_VD is None else weight_VD)
+
+
+class ActivationSite(nn.Module):
+    """A place where the model's configuration may name a quantizer; golf/quant/activations.py puts it in."""
+
+    def __init__(self, quantizer: str):
+        super().__init__()
+        self.quantizer = quantizer
+        self.quantize: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.quantize or not self.quantizer, f"{self.quantizer} was not put in: build models by quantized_gpt"
+        return x if self.quantize is None else self.quantize(x)
 
 
 def rms_norm(x_BTD: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ from golf.runtime import Runtime
 
 
 def split_parameters(model: GPT) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(matrices of Linear layers, embedding tables, everything smaller), each in the order of the model."""
+    """(matrices of Linear layers, embedding tables, everything smaller), each in the order of the model; frozen
+    parameters are in none."""
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():
-        if name in ("tok_emb.weight", "bigram.embed.weight"):
+        if not parameter.requires_grad:
+            continue
+        if name in ("tok_emb.weight", "bigram.embed.weight", "head.weight"):
             tables.append(parameter)
         elif name.endswith(".weight"):
             matrices.append(parameter)

@@ -1,13 +1,15 @@
 """A state dict as it is stored: codes and scales for the matrices, fp16 for the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 from golf.config import QuantConfig
 from golf.quant.grid import FP16_MAX, grid_clip, quantize_rows
-from golf.quant.policy import FP16_BITS, QuantError, bits_of
+from golf.quant.policy import FP16_BITS, QuantError, bits_of, shared_weights, tensor_class, weight_site
+from golf.quant.site_grid import shared_gamma, weight_codes
 from golf.quant.stored import QuantizedState, QuantizedTensor
 
 
@@ -23,7 +25,8 @@ def check_storable(name: str, tensor: Tensor, bits: int) -> None:
 def quantize_state(
     state: Mapping[str, Tensor], quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
 ) -> QuantizedState:
-    """Each tensor in the form that its class gets under `quant`, on the CPU; those in `tensor_bits` with those bits.
+    """Each tensor in the form that its class gets under `quant`, on the CPU; those in `tensor_bits` with those bits;
+    those that the configuration names a quantizer for on its grid.
 
     Raises QuantError.
     """
@@ -34,9 +37,20 @@ def quantize_state(
         tensor = tensor.detach().cpu().float()
         bits = (tensor_bits or {}).get(name) or bits_of(name, tensor.shape, quant)
         check_storable(name, tensor, bits)
-        if bits == FP16_BITS:
+        if site := weight_site(name, quant):
+            shared = tuple(shared_weights(name, site, state))
+            codes_RC, scale_SG = weight_codes(tensor, site, shared_gamma(shared) if shared else None)
+            stored[name] = QuantizedTensor(codes_RC, scale_SG, site.bits)
+        elif bits == FP16_BITS:
             stored[name] = tensor.half()
         else:
             codes_RC, scale_R = quantize_rows(tensor, bits)
             stored[name] = QuantizedTensor(codes_RC, scale_R.unsqueeze(1), bits)
     return stored
+
+
+def quantized_parameters(shapes: Mapping[str, Sequence[int]], quant: QuantConfig) -> int:
+    """How many parameters `quant` puts on a grid; the rest is exported as fp16."""
+    if quant.quantizer == "fit":
+        return sum(prod(shape) for name, shape in shapes.items() if tensor_class(name, shape) != "small")
+    return sum(prod(shape) for name, shape in shapes.items() if bits_of(name, shape, quant) < FP16_BITS)

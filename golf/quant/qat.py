@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from golf.config import QuantConfig
 from golf.quant.grid import fake_quantize_rows
-from golf.quant.policy import FP16_BITS, bits_of
+from golf.quant.policy import FP16_BITS, bits_of, shared_weights, weight_site
+from golf.quant.site_grid import quantize_weight
 
 
 class FakeQuantizable(Protocol):
@@ -30,25 +30,22 @@ def install_fake_quantization(
 ) -> list[str]:
     """Train through the grid that export will use. Returns the names of the weights it acts on.
 
-    Weights that are exported as fp16 are left alone; those in `tensor_bits` get those bits.
+    Weights that are exported as fp16 are left alone; those in `tensor_bits` get those bits, but for weights that the
+    configuration names a quantizer for.
     """
-    names = []
-    for path, module in fake_quantizable_modules(model):
+    names, modules = [], dict(fake_quantizable_modules(model))
+    for path, module in modules.items():
         name = f"{path}.weight"
         bits = (tensor_bits or {}).get(name) or bits_of(name, module.weight.shape, quant)
-        if bits < FP16_BITS:
+        if site := weight_site(name, quant):
+            weights = {f"{other}.weight": part.weight for other, part in modules.items()}
+            shared = tuple(shared_weights(name, site, weights))
+            module.fake_quantize = partial(quantize_weight, site=site, shared=shared)
+        elif bits < FP16_BITS:
             module.fake_quantize = partial(fake_quantize_rows, bits=bits)
+        if module.fake_quantize:
             names.append(name)
     return names
-
-
-@torch.no_grad()
-def quantize_in_place(model: nn.Module, quant: QuantConfig) -> None:
-    """Move every weight that goes to a grid onto it."""
-    for path, module in fake_quantizable_modules(model):
-        bits = bits_of(f"{path}.weight", module.weight.shape, quant)
-        if bits < FP16_BITS:
-            module.weight.copy_(fake_quantize_rows(module.weight, bits))
 
 
 def remove_fake_quantization(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from golf.config import Config
 from golf.data.loader import TokenStream
-from golf.model.gpt import GPT
+from golf.quant.activations import quantized_gpt
 from golf.quant.calibration import LayerStatistics, calibrate_within, generated_rows
 from golf.quant.policy import QuantError
 from golf.runtime import Runtime
@@ -56,7 +56,7 @@ def calibrate_run(
     """Calibrate trained weights as the configuration says, all ranks together, within `seconds`: what was trained and
     what is calibrated share one cap. On fewer `rows` for a rehearsal."""
     quant, length, started = config.quant, config.model.train_seq_len, time.perf_counter()
-    model = GPT(config.model, runtime.compute_dtype)
+    model = quantized_gpt(config.model, runtime.compute_dtype)
     model.load_state_dict(state)
     model.to(runtime.device)
     tokens = rows * length or quant.calibration_tokens

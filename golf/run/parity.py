@@ -11,6 +11,7 @@ from torch import Tensor
 from golf.config import Config, ScoreConfig, UserError
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
+from golf.quant.activations import quantized_gpt
 from golf.quant.qat import install_fake_quantization
 from golf.quant.stored import QuantizedState, QuantizedTensor, dequantize_state
 from golf.runtime import Runtime
@@ -30,7 +31,7 @@ def trained_record(
 ) -> dict[str, Any]:
     """parity.json: a row of training text, and the nats of its tokens by the trained weights, through the forward
     and the grid of training (what is stored as fp16 is rounded to it); without `weights`, by what is stored."""
-    model = GPT(config.model, runtime.compute_dtype)
+    model = quantized_gpt(config.model, runtime.compute_dtype)
     if weights is None:
         model.load_state_dict(dequantize_state(stored))
     else:

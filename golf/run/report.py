@@ -3,17 +3,20 @@
 import platform
 import sys
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 
 from golf.config import Config, ModelConfig, QuantConfig, changed_knobs, config_hash
+from golf.quant.export import quantized_parameters
 from golf.run.datasets import TrainingData
 from golf.run.folder import RunFolder
 from golf.run.training import StepReport, Trainer
 from golf.runtime import Runtime, file_sha256
 from golf.score.journal import ScoreJournal
 from golf.score.scorer import Score
+from golf.sites import activation_sites, weight_sites
 
 
 def quantization_name(quant: QuantConfig) -> str:
@@ -26,7 +29,8 @@ def quantization_name(quant: QuantConfig) -> str:
 def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> list[str]:
     config, runtime = trainer.config, trainer.runtime
     model, train, optim, average, quant = config.model, config.train, config.optim, config.average, config.quant
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in trainer.model.named_parameters()}
+    parameters, covered = sum(map(prod, shapes.values())), quantized_parameters(shapes, quant)
     return [
         f"{folder.log}",
         f"preset:{config.run.preset} config_hash:{config_hash(config)} data_id:{data.data_id} "
@@ -39,9 +43,11 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
         f"train_loader:dataset:{config.data.data_path} train_shards:{data.shards}",
         f"val_loader:shards pattern={config.data.data_path}/*_val_*.bin, closed until the artifact is scored",
         f"model_params:{parameters}",
+        f"quantized_params:{covered} ({covered / parameters:.1%}; the rest is exported as fp16)",
+        *low_bit_lines(model, quant),
         f"world_size:{runtime.world_size} grad_accum_steps:{trainer.micro_steps}",
         f"attention_mode:gqa num_heads:{model.num_heads} num_kv_heads:{model.num_kv_heads}",
-        f"tie_embeddings:True embed_lr:{optim.tied_embed_lr} head_lr:0.0 matrix_lr:{optim.matrix_lr} "
+        f"tie_embeddings:{model.tie_embeddings} embed_lr:{optim.tied_embed_lr} head_lr:0.0 matrix_lr:{optim.matrix_lr} "
         f"scalar_lr:{optim.scalar_lr}",
         f"train_batch_tokens:{train.train_batch_tokens} train_seq_len:{model.train_seq_len} "
         f"iterations:{train.iterations} warmup_steps:{train.warmup_steps} "
@@ -52,6 +58,15 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
         f"quantizer:{quant.quantizer} prune:{quant.prune_frac} eval_seq_len:{config.score.eval_seq_len} "
         f"warmdown:{train.warmdown_shape}",
     ]
+
+
+def low_bit_lines(model: ModelConfig, quant: QuantConfig) -> list[str]:
+    """The sites with quantizers of their own, where there are any, and what else makes the model another one."""
+    sites = [f"weight_{name}={site.text}" for name, site in weight_sites(quant).items()]
+    sites += [f"act_{name}={site.text}" for name, site in activation_sites(model).items()]
+    if model.knowledge_tokens:
+        sites.append(f"knowledge_tokens={model.knowledge_tokens} at {model.knowledge_at}")
+    return [f"low_bit:{' '.join(sites)} mlp_activation={model.mlp_activation}"] if sites else []
 
 
 def step_line(report: StepReport, config: Config) -> str:

@@ -6,6 +6,7 @@ B batch rows, T time.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +19,12 @@ from golf.model.gpt import GPT
 from golf.optim.average import WeightAverage
 from golf.optim.groups import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, muon_momentum, training_budget
-from golf.quant.qat import install_fake_quantization, quantize_in_place, remove_fake_quantization
+from golf.quant.activations import without_activation_quantizers
+from golf.quant.qat import install_fake_quantization, remove_fake_quantization
 from golf.run.checkpoint import TrainingState, generator_tensors, restore_generators
 from golf.run.witness import Witness
 from golf.runtime import Runtime, Stopwatch
+from golf.sites import activation_sites
 
 STEP_MARGIN = 1.5
 """A step may take so many times the longest of the last hundred: the cap holds on a machine that stumbles."""
@@ -51,6 +54,8 @@ class Trainer:
         self, model: GPT, config: Config, runtime: Runtime, stream: TokenStream, clock: Stopwatch | None = None
     ):
         self.model, self.config, self.runtime = model, config, runtime
+        if config.train.knowledge_frozen:
+            model.knowledge.requires_grad_(False)
         ordered = order_stream(stream, config.data.row_order, config.model.bos_id, config.run.seed)
         self.batches = BatchPrefetcher(
             ordered, config.train.train_batch_tokens, config.model.train_seq_len, runtime.rank, runtime.world_size,
@@ -97,41 +102,48 @@ class Trainer:
         return quant.qat_enabled and progress >= quant.qat_start, seq_len
 
     def prove_fake_quantization(self) -> None:
-        """The step as it is compiled must see the export grid: weights moved onto it give the loss that they gave.
-
-        A graph without the grid sees the move; how much, is measured with the grid taken out.
-        """
-        inputs_BT, targets_BT = next(self.micro_batches(0))
-        on = self.forward(inputs_BT, targets_BT).item()
-        self.set_fake_quantization(False)
-        with torch.no_grad():
-            off = self.model(inputs_BT, targets_BT).item()
-            quantize_in_place(self.model, self.config.quant)
-            off_moved = self.model(inputs_BT, targets_BT).item()
-        self.set_fake_quantization(True)
-        on_moved = self.forward(inputs_BT, targets_BT).item()
-        holds = abs(on - on_moved) < abs(off - off_moved) / 2
-        if not holds:
-            self.runtime.print("witness: the compiled step does not see the quantization grid: this run is INVALID")
-        self.witness.prove("qat", holds, f"loss without the grid {off:.6f}, on it {off_moved:.6f}, compiled {on:.6f}")
-
-    def prove_document_attention(self) -> None:
-        """The step as it is compiled must keep documents apart: its loss is that of the model which does, and not
-        that of the model which reads a row as one text."""
-        model, config = self.model, self.config.model
-        batches = (batch for step in range(100) for batch in self.micro_batches(step))
-        batch = next((batch for batch in batches if (batch[0][:, 1:] == config.bos_id).any()), None)
-        if batch is None:
-            self.witness.prove("document_attention", False, "no row of 100 batches holds the start of a document")
-            return
+        """The step as it is compiled must see the export grid: its loss is that of the model with it, and not that of
+        the model without."""
+        batch = next(self.micro_batches(0))
         compiled = self.forward(*batch).item()
         with torch.no_grad():
-            apart = model(*batch).item()
-            model.config = replace(config, document_attention=False)
-            joined = model(*batch).item()
-            model.config = config
-        effect = f"loss of rows as one text {joined:.6f}, of documents apart {apart:.6f}, compiled {compiled:.6f}"
-        self.witness.prove("document_attention", abs(compiled - apart) < abs(joined - apart) / 2, effect)
+            on = self.model(*batch).item()
+            self.set_fake_quantization(False)
+            off = self.model(*batch).item()
+        self.set_fake_quantization(True)
+        holds = abs(compiled - on) < abs(off - on) / 2
+        if not holds:
+            self.runtime.print("witness: the compiled step does not see the quantization grid: this run is INVALID")
+        self.witness.prove("qat", holds, f"loss without the grid {off:.6f}, on it {on:.6f}, compiled {compiled:.6f}")
+
+    def prove_model_features(self) -> None:
+        """The step as it is compiled must have what the model is configured with: its loss is that of the model, and
+        not that of the model without the feature."""
+        if self.config.model.document_attention:
+            self.prove_document_attention()
+        batch = next(self.micro_batches(0))
+        if activation_sites(self.config.model):
+            self.prove_effect("activation_quantizers", batch, without_activation_quantizers(self.model))
+        if self.config.model.knowledge_tokens:
+            self.prove_effect("knowledge_tokens", batch, other_knowledge(self.model))
+
+    def prove_document_attention(self) -> None:
+        batches = (batch for step in range(100) for batch in self.micro_batches(step))
+        batch = next((batch for batch in batches if (batch[0][:, 1:] == self.config.model.bos_id).any()), None)
+        if batch is None:
+            self.witness.prove("document_attention", False, "no row of 100 batches holds the start of a document")
+        else:
+            self.prove_effect("document_attention", batch, joined_documents(self.model))
+
+    def prove_effect(self, feature: str, batch: tuple[Tensor, Tensor], without: AbstractContextManager[None]) -> None:
+        """Within `without`, the model is one that lacks `feature`."""
+        compiled = self.forward(*batch).item()
+        with torch.no_grad():
+            on = self.model(*batch).item()
+            with without:
+                off = self.model(*batch).item()
+        effect = f"loss with it {on:.6f}, without {off:.6f}, compiled {compiled:.6f}"
+        self.witness.prove(feature, abs(compiled - on) < abs(off - on) / 2, effect)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """inputs_BT and targets_BT of each forward pass of `step`; its tokens are the same for rows of every length."""
@@ -198,8 +210,8 @@ class Trainer:
         optim, step = self.config.optim, self.step
         if self.fake_quantized:
             self.witness.act("qat", step)
-        if self.config.model.document_attention:
-            self.witness.act("document_attention", step)
+        for feature in {"document_attention", "activation_quantizers", "knowledge_tokens"} & self.witness.advice.keys():
+            self.witness.act(feature, step)
         if (short := self.config.train.short_seq_len) == self.seq_len:
             self.witness.act("short_seq", step)
         elif short:
@@ -219,8 +231,7 @@ class Trainer:
 
     def finish(self) -> None:
         """The last weights count in the average, however early the cap struck."""
-        if self.config.model.document_attention:
-            self.prove_document_attention()
+        self.prove_model_features()
         self.batches.close()
         self.set_fake_quantization(False)
         if self.step != self.averaged_step:
@@ -260,6 +271,23 @@ class Trainer:
         self.lost_seconds = numbers["lost_seconds"] + self.clock.total - numbers["elapsed"]
         self.recent_seconds.extend(numbers["recent_seconds"])
         self.witness = Witness(self.config, numbers["witness"])
+
+
+@contextmanager
+def joined_documents(model: GPT) -> Iterator[None]:
+    """Within it, `model` reads a row as one text."""
+    config = model.config
+    model.config = replace(config, document_attention=False)
+    yield
+    model.config = config
+
+
+@contextmanager
+def other_knowledge(model: GPT) -> Iterator[None]:
+    """Within it, the knowledge tokens of `model` point the other way."""
+    model.knowledge.neg_()
+    yield
+    model.knowledge.neg_()
 
 
 def count_micro_steps(config: Config, world_size: int) -> int:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from golf.config import Config
+from golf.sites import activation_sites
 
 
 @dataclass
@@ -30,6 +31,8 @@ def armed_features(config: Config) -> dict[str, str]:
         ),
         "grad_clip": (optim.grad_clip_norm > 0, "lower grad_clip_norm, or set it to 0"),
         "qat": (quant.qat_enabled, longer + "lower qat_start"),
+        "activation_quantizers": (bool(activation_sites(model)), "leave act_* out"),
+        "knowledge_tokens": (model.knowledge_tokens > 0, "set knowledge_tokens=0"),
         "swa": (config.average.swa_enabled, longer + "lower swa_start"),
         "smear_gate": (model.smear_gate, "set smear_gate=0"),
         "bigram_hash": (model.bigram_vocab_size > 0, "set bigram_vocab_size=0"),

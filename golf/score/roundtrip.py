@@ -15,7 +15,7 @@ from golf.config import ScoreConfig
 from golf.data.loader import validation_tokens
 from golf.data.sidecar import StreamBytes, validation_bytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer
-from golf.model.gpt import GPT
+from golf.quant.activations import quantized_gpt
 from golf.runtime import Runtime
 from golf.score.deadline import settle_stride
 from golf.score.journal import ScoreJournal
@@ -65,7 +65,7 @@ def score_weights(
     rows: int, runtime: Runtime,
 ) -> Score:  # fmt: skip
     """What the weights of the artifact's model scored before they were quantized, in plain rows."""
-    model = GPT(artifact.model, runtime.compute_dtype)
+    model = quantized_gpt(artifact.model, runtime.compute_dtype)
     model.load_state_dict(state)
     settings = plain_settings(artifact.model, max(1, rows // runtime.world_size))
     tokens, counter = load_validation(artifact, tokenizer_path, val_paths)

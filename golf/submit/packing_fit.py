@@ -14,7 +14,7 @@ from golf.artifact.weights import SavedWeights
 from golf.config import CODECS, ConfigError, QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import expand_glob
-from golf.model.gpt import GPT
+from golf.quant.activations import quantized_gpt
 from golf.quant.calibration import LayerStatistics, calibrate, generated_rows
 from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
@@ -47,7 +47,7 @@ class FitRequest:
 
 def measure_weights(saved: SavedWeights, request: FitRequest, runtime: Runtime) -> dict[str, LayerStatistics]:
     """Calibration on training shards, or on text of the model's own. Raises UserError."""
-    model = GPT(saved.model, runtime.compute_dtype)
+    model = quantized_gpt(saved.model, runtime.compute_dtype)
     model.load_state_dict(saved.state)
     model.to(runtime.device)
     length = saved.model.train_seq_len

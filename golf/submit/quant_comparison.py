@@ -16,6 +16,7 @@ from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.restore import restore_model
 from golf.data.sidecar import StreamBytes
 from golf.model.gpt import GPT
+from golf.quant.activations import quantized_gpt
 from golf.quant.export import check_storable
 from golf.quant.gptq import quantize_matrix
 from golf.quant.policy import FP16_BITS, QuantError, tensor_class
@@ -174,7 +175,7 @@ def score_variant(variant: QuantVariant, subject: ComparisonSubject) -> ScoredVa
     """Quantize, pack, load back, score. Raises UserError."""
     saved, runtime, clock = subject.run.saved, subject.runtime, [time.perf_counter()]
     if variant.name == FP32:
-        model = GPT(saved.model, runtime.compute_dtype)
+        model = quantized_gpt(saved.model, runtime.compute_dtype)
         model.load_state_dict(saved.state)
         model = model.to(runtime.device)
         size, sha256 = subject.run.weights_path.stat().st_size, subject.run.weights_sha256

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.config import Config, ModelConfig, ScoreConfig
-from golf.model.gpt import GPT
+from golf.quant.activations import quantized_gpt
 from golf.quant.stored import QuantizedState, dequantize_state
 from golf.run.machine import machine_fingerprint
 from golf.runtime import Runtime, file_sha256, write_file_atomically
@@ -151,7 +151,7 @@ def read_rate_point(path: Path) -> RatePoint:
 def measure_unquantized(run: TrainedRun, score: ScoreConfig, runtime: Runtime, machine_id: str) -> RatePoint:
     """The score of the weights as training left them, by the scorer and in the windows of all points."""
     saved = run.saved
-    model = GPT(saved.model, runtime.compute_dtype)
+    model = quantized_gpt(saved.model, runtime.compute_dtype)
     model.load_state_dict(saved.state)
     settings = sliding_settings(score, saved.model)
     found = score_stream(model.to(runtime.device), run.tokens_N, run.counter, settings, runtime, announce=False)

@@ -1,0 +1,86 @@
+"""Keys and values of the positions that a model has read, so that the next ones cost no second reading.
+
+B batch, G key/value heads, T new positions, U positions that are kept, K head width. A cache belongs to one model,
+one batch and one RoPE base. Knowledge tokens come first and are never evicted.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from golf.config import ModelConfig
+
+QuantizerSite = Callable[[Tensor], Tensor]
+"""An activation's quantizer, or what stands for none."""
+
+
+class LayerCache(Protocol):
+    """What a block wants of its part of the cache."""
+
+    def extend(
+        self, k_BGTK: Tensor, v_BGTK: Tensor, act_k: QuantizerSite, act_v: QuantizerSite
+    ) -> tuple[Tensor, Tensor]:
+        """Quantize new keys (after RoPE) and values, and keep them; returns all that are kept, the new ones last."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors that are kept."""
+
+
+class PlainLayer:
+    """Keys and values as they are; after the first `pinned` positions, the last `window` are kept (0: all)."""
+
+    def __init__(self, pinned: int, window: int):
+        self.pinned, self.window = pinned, window
+        self.k_BGUK = self.v_BGUK = None
+
+    def extend(
+        self, k_BGTK: Tensor, v_BGTK: Tensor, act_k: QuantizerSite, act_v: QuantizerSite
+    ) -> tuple[Tensor, Tensor]:
+        k_BGTK, v_BGTK = act_k(k_BGTK), act_v(v_BGTK)
+        if self.k_BGUK is not None:
+            k_BGTK, v_BGTK = (torch.cat((old, new), 2) for old, new in ((self.k_BGUK, k_BGTK), (self.v_BGUK, v_BGTK)))
+        self.k_BGUK, self.v_BGUK = (keep_window(part, self.pinned, self.window) for part in (k_BGTK, v_BGTK))
+        return k_BGTK, v_BGTK
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.k_BGUK is None else self.k_BGUK.nbytes + self.v_BGUK.nbytes
+
+
+def keep_window(x: Tensor, pinned: int, window: int, dim: int = 2) -> Tensor:
+    """What later queries can still see: the pinned positions and the last `window` - 1 (0: all)."""
+    kept = max(window - 1, 0)
+    if not window or x.size(dim) <= pinned + kept:
+        return x
+    first, last = x.narrow(dim, 0, pinned), x.narrow(dim, x.size(dim) - kept, kept)
+    return torch.cat((first, last), dim)
+
+
+class KeyValueCache:
+    """The cache of a whole model, empty at first. `layers`: what keeps each block's part."""
+
+    def __init__(self, config: ModelConfig, make_layer: Callable[[int, int], LayerCache] = PlainLayer):
+        self.config, self.length = config, 0
+        self.layers = [make_layer(config.knowledge_tokens, config.attention_window) for _ in range(config.num_layers)]
+        self.recent_BR: Tensor | None = None
+        """The last two ids: the next embedding depends on them."""
+        self.document_BU: Tensor | None = None
+        self.latest_B1: Tensor | None = None
+        """The last document's number, which a window of 1 does not keep."""
+
+    def advance(self, ids_BT: Tensor) -> None:
+        """`ids_BT` were read."""
+        self.length += ids_BT.size(1)
+        known_BR = ids_BT if self.recent_BR is None else torch.cat((self.recent_BR, ids_BT), 1)
+        self.recent_BR = known_BR[:, -2:]
+
+    def documents(self, document_BT: Tensor) -> Tensor:
+        """Numbers of the documents of all keys, from those of the new positions, which count from 0."""
+        if self.document_BU is not None:
+            document_BT = torch.cat((self.document_BU, document_BT + self.latest_B1), 1)
+        self.latest_B1 = document_BT[:, -1:]
+        self.document_BU = keep_window(document_BT, self.config.knowledge_tokens, self.config.attention_window, 1)
+        return document_BT
