@@ -117,15 +117,14 @@ class Trainer:
         self.witness.prove("qat", holds, f"loss without the grid {off:.6f}, on it {on:.6f}, compiled {compiled:.6f}")
 
     def prove_model_features(self) -> None:
-        """The step as it is compiled must have what the model is configured with: its loss is that of the model, and
-        not that of the model without the feature."""
+        """The step as it is compiled must have what the model is configured with."""
         if self.config.model.document_attention:
             self.prove_document_attention()
-        batch = next(self.micro_batches(0))
         if activation_sites(self.config.model):
+            batch = next(self.micro_batches(0))
             self.prove_effect("activation_quantizers", batch, without_activation_quantizers(self.model))
         if self.config.model.knowledge_tokens:
-            self.prove_effect("knowledge_tokens", batch, other_knowledge(self.model))
+            self.prove_effect("knowledge_tokens", next(self.micro_batches(0)), other_knowledge(self.model))
 
     def prove_document_attention(self) -> None:
         batches = (batch for step in range(100) for batch in self.micro_batches(step))
@@ -136,7 +135,7 @@ class Trainer:
             self.prove_effect("document_attention", batch, joined_documents(self.model))
 
     def prove_effect(self, feature: str, batch: tuple[Tensor, Tensor], without: AbstractContextManager[None]) -> None:
-        """Within `without`, the model is one that lacks `feature`."""
+        """The compiled loss is that of the model, and not that of the model `without` the feature."""
         compiled = self.forward(*batch).item()
         with torch.no_grad():
             on = self.model(*batch).item()
