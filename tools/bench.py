@@ -3,10 +3,12 @@
     python tools/bench.py --preset local [--device cuda] [--json] [key=value ...]
     python tools/bench.py --loader
     python tools/bench.py --coders [--weights FILE.safetensors] [--share 1]
+    python tools/bench.py --ternary
     python tools/bench.py --data [--text SOURCE] [--tokenizer MODEL] [--megabytes 10 100] [--workers 2]
 
 Training is timed at the preset's batch and length, scoring at its window and stride, both on random tokens; every
-figure is a median. With --coders: what every codec makes of the same codes. With --loader: how long a step waits for
+figure is a median. With --coders: what every codec makes of the same codes. With --ternary: a
+product with ternary weights by additions alone, beside torch's. With --loader: how long a step waits for
 its batch, in every order. With --data: how fast data/prepare.py turns text into shards, against one bare SentencePiece
 thread in the same run. Run it on a quiet machine: two busy processes on two cores tell nothing.
 """
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -49,6 +51,7 @@ from golf.submit.coder_bench import bench_coders, gptq_like_codes
 from golf.submit.data_bench import bench_data
 from golf.submit.loader_bench import bench_loader
 from golf.submit.synthetic import random_tokens
+from golf.submit.ternary_bench import bench_ternary
 from golf.submit.tool import ToolOptions, run_command
 
 REPETITIONS = 3
@@ -76,6 +79,8 @@ class Options(ToolOptions):
     """Time how long a step waits for its batch instead."""
     coders: bool = False
     """Time every codec on the same codes instead."""
+    ternary: bool = False
+    """Time products with ternary weights, 512 x 512, instead."""
     weights: Path | None = None
     """With --coders: weights.safetensors of a run, quantized as it was configured; default: random codes."""
     share: float = 0.1
@@ -194,6 +199,21 @@ def work_on_coders(options: Options) -> int:
     return 0
 
 
+def work_on_ternary(options: Options) -> int:
+    """One token and many, in floats and in int8, on the CPU."""
+    found = [bench_ternary(tokens=tokens, int8=int8) for tokens in (1, 16, 128) for int8 in (False, True)]
+    if options.json:
+        print(json.dumps([asdict(result) | {"verdict": result.verdict} for result in found]))
+        return 0
+    table = Table("tokens", "inputs", "matmul ms", "additions ms", "look-ups ms", title="ternary product")
+    for result in found:
+        times = (result.matmul_ms, result.additions_ms, result.lookups_ms)
+        table.add_row(str(result.tokens), result.inputs, *(f"{value:,.3f}" for value in times))
+    Console().print(table)
+    print(*(f"{result.tokens} tokens, {result.inputs}: {result.verdict}" for result in found), sep="\n")
+    return 0
+
+
 def work_on_loader(options: Options) -> int:
     """Random tokens in documents of 800, in each order, for a consumer of 10 million tokens a second."""
     with tempfile.TemporaryDirectory() as name:
@@ -222,6 +242,8 @@ def work(options: Options) -> int:
         return work_on_loader(options)
     if options.coders:
         return work_on_coders(options)
+    if options.ternary:
+        return work_on_ternary(options)
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: it takes at least one step to time")
     overrides = parse_overrides(options.overrides)

@@ -57,13 +57,13 @@ class GPT(nn.Module):
     def positions(self, ids_BT: Tensor, rope_base: float, cache: KeyValueCache | None = None) -> Positions:
         """Rotary tables of the positions to be read, and what they see; knowledge tokens come first and don't turn."""
         config, past, device = self.config, 0 if cache is None else cache.length, ids_BT.device
-        tables = rotary_tables(past + ids_BT.size(1), config.model_dim // config.num_heads, rope_base, device)
-        new = 0 if past else config.knowledge_tokens
-        if past or new:
-            pads = torch.ones, torch.zeros
+        head_dim, new = config.model_dim // config.num_heads, 0 if past else config.knowledge_tokens
+        tables = rotary_tables(past + ids_BT.size(1), head_dim, rope_base, device, start=past)
+        if new:
+            unturned = torch.ones, torch.zeros
             tables = tuple(
-                torch.cat((pad(new, table.size(1), device=device), table[past:]))
-                for pad, table in zip(pads, tables, strict=True)
+                torch.cat((fill(new, head_dim // 2, device=device), table))
+                for fill, table in zip(unturned, tables, strict=True)
             )
         if not (config.document_attention or config.attention_window):
             return Positions(*tables)

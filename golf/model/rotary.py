@@ -19,10 +19,12 @@ def ntk_rope_base(base: float, length: int, train_length: int, head_dim: int) ->
     return base * (length / train_length) ** (head_dim / (head_dim - 2))
 
 
-def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos_TF and sin_TF, fp32, of positions 0 .. length-1 at frequencies base^(-2i/d)."""
+def rotary_tables(
+    length: int, head_dim: int, base: float, device: torch.device, start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """cos_TF and sin_TF, fp32, of positions start .. length-1 at frequencies base^(-2i/d)."""
     exponent_F = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angle_TF = torch.outer(torch.arange(length, device=device, dtype=torch.float32), base**-exponent_F)
+    angle_TF = torch.outer(torch.arange(start, length, device=device, dtype=torch.float32), base**-exponent_F)
     return angle_TF.cos(), angle_TF.sin()
 
 

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
 from golf.model.layers import Embedding, Linear, rms_norm
 from golf.quant.policy import QuantError
@@ -61,6 +62,8 @@ class MomentRecorder:
     sums: dict[str, Sums] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.model.head is not None:
+            raise QuantError("calibration knows tied embeddings alone: train with tie_embeddings=1")
         self.modules: dict[str, Linear | Embedding] = {
             f"{path}.weight": module
             for path, module in self.model.named_modules()
@@ -228,12 +231,13 @@ def check_rows(rows_NT: Tensor, model: GPT) -> None:
 
 
 @torch.no_grad()
-def generated_rows(model: nn.Module, count: int, length: int, seed: int) -> Tensor:
+def generated_rows(model: GPT, count: int, length: int, seed: int) -> Tensor:
     """Rows_NT of text that the model makes up itself, each from a document's start: calibration without any data."""
-    generator = torch.Generator().manual_seed(seed)
-    rows_NT = torch.full((count, 1), model.config.bos_id)
+    generator, cache = torch.Generator().manual_seed(seed), KeyValueCache(model.config)
+    drawn_N1 = torch.full((count, 1), model.config.bos_id)
+    drawn = [drawn_N1]
     for _ in range(length - 1):
-        logits_BV = model.logits(rows_NT.to(model.tok_emb.weight.device), last=1)[:, -1]
-        drawn_B1 = torch.multinomial(torch.softmax(logits_BV.float().cpu(), -1), 1, generator=generator)
-        rows_NT = torch.cat((rows_NT, drawn_B1), dim=1)
-    return rows_NT
+        logits_NV = model.logits(drawn_N1.to(model.tok_emb.weight.device), last=1, cache=cache)[:, -1]
+        drawn_N1 = torch.multinomial(torch.softmax(logits_NV.cpu(), -1), 1, generator=generator)
+        drawn.append(drawn_N1)
+    return torch.cat(drawn, dim=1)
