@@ -196,7 +196,7 @@ run_data_command() {
 }
 
 run_tests() {
-    set_up requirements.txt requirements-data.txt requirements-dev.txt
+    set_up requirements.txt requirements-data.txt requirements-demo.txt requirements-dev.txt
     say "tests with $("$python" --version) at $python"
     # Many small models: more threads than one only wait for each other, so there is a process for each core.
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest --numprocesses auto --dist loadfile "$@"

@@ -20,6 +20,7 @@ def project(tmp_path, repository, write_tree):
     files |= {
         "requirements.txt": "pytest>=7,<99  # is here\n",
         "requirements-data.txt": "",
+        "requirements-demo.txt": "",
         "requirements-dev.txt": "ruff\n",
         "fake/__init__.py": "",
     }
