@@ -57,7 +57,11 @@ for path in sys.argv[1:]:
     with open(path, encoding="utf-8") as lines:
         wanted = [line.split("#")[0].strip() for line in lines]
     for requirement in filter(None, wanted):
-        name, rules = re.match(r"([A-Za-z0-9._-]+)(.*)", requirement).groups()
+        name, rules, older = re.match(
+            r"([A-Za-z0-9._-]+)([^;]*)(?:; python_version < \"(.*)\")?$", requirement
+        ).groups()
+        if older and sys.version_info[:2] >= numbers(older):
+            continue
         try:
             installed = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -88,6 +88,16 @@ def test_the_status_of_training_is_passed_on(project):
     assert finished.returncode == 7
 
 
+def test_what_only_an_older_python_needs_is_not_asked_for(project):
+    (project / "requirements.txt").write_text('golf-no-such-package>=2,<3; python_version < "3.10"\n')
+    assert run_sh(project).returncode == 0
+    (project / "requirements.txt").write_text('golf-no-such-package>=2,<3; python_version < "3.99"\n')
+    (project / ".venv/bin").mkdir(parents=True)
+    write_stub(project, "venv-python", f'[ "$3" = install ] && exit 9; exec "{sys.executable}" "$@"')
+    (project / "bin/venv-python").rename(project / ".venv/bin/python")
+    assert "golf-no-such-package" in run_sh(project).stderr
+
+
 def test_an_option_without_its_value_is_a_usage_error(project):
     finished = run_sh(project, "--preset")
     assert finished.returncode == 2 and finished.stderr == "run.sh: --preset needs a value\n"

@@ -23,13 +23,17 @@ BAD_INPUT = {
     "data/prepare.py": ["--input", NOWHERE],
     "data/train_tokenizer.py": ["--input", NOWHERE],
     "data/verify.py": [NOWHERE],
+    "tools/ablate.py": ["--matrix", NOWHERE],
+    "tools/ablation_run.py": ["--spec", NOWHERE, "--out", NOWHERE],
     "tools/bench.py": ["--steps", "0"],
     "tools/bundle.py": ["--entry", NOWHERE],
     "tools/check_run.py": [NOWHERE],
     "tools/check_submission.py": [NOWHERE],
     "tools/compare.py": [NOWHERE, "--vs", NOWHERE],
     "tools/compare_quant.py": ["--run", NOWHERE],
+    "tools/demo.py": [NOWHERE],
     "tools/doctor.py": ["nonsense"],
+    "tools/evals.py": ["--task", "boolq", "--data", NOWHERE, "--run", NOWHERE],
     "tools/inspect_data.py": [NOWHERE],
     "tools/make_submission.py": [NOWHERE, "--name", "n", "--author", "a", "--github-id", "g", "--blurb", "b"],
     "tools/pack_artifact.py": ["--weights", NOWHERE, "--out", "model.golf"],
@@ -37,6 +41,8 @@ BAD_INPUT = {
     "tools/rate_curve.py": ["--run", NOWHERE],
     "tools/report.py": [NOWHERE],
     "tools/roundtrip_eval.py": ["--artifact", NOWHERE, "--val", "*", "--tokenizer", NOWHERE],
+    "tools/sample.py": ["--run", NOWHERE],
+    "tools/study.py": ["nonsense"],
 }
 TORCH_FREE = ("tools/check_submission.py", "tools/make_submission.py")
 """What judges evidence, for which a reviewer needs no torch."""
