@@ -18,7 +18,20 @@ from golf.submit.bundler import check_names
 from golf.submit.parts import BundleError, check_import_forms, check_module_attributes, read_part
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ROOMS = ("presets", "sites", "config", "runtime", "data", "model", "optim", "quant", "artifact", "score", "run", "submit")
+ROOMS = (
+    "presets",
+    "sites",
+    "config",
+    "runtime",
+    "data",
+    "model",
+    "optim",
+    "quant",
+    "artifact",
+    "score",
+    "run",
+    "submit",
+)
 MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 400, 60
 
 ENVIRONMENT_READERS = {
