@@ -128,6 +128,7 @@ def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
         "eval_stride=160",
         "swa_start=0.5",
         "calibration_tokens=4096",
+        "compile=off",
     ]
     finished = run_script(command, repository, PYTHON=sys.executable)
     assert finished.returncode == 0, finished.stderr

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.runtime import write_file_atomically
 from golf.submit.bundler import bundle_source
-from golf.submit.packer import minify_source, pack_source
+from golf.submit.packer import pack_source, unpack_source
 from golf.submit.tool import ToolOptions, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def write_bundle(options: Options) -> dict[str, int | str]:
     write_file_atomically(options.out, written)
     if options.readable_out:
         write_file_atomically(options.readable_out, readable)
-    sizes = {} if options.no_sizes else {"readable": readable, "minified": minify_source(readable), "packed": packed}
+    sizes = {} if options.no_sizes else {"readable": readable, "minified": unpack_source(packed), "packed": packed}
     return {
         "out": str(options.out),
         "form": "packed" if options.pack else "readable",

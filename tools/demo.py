@@ -67,7 +67,8 @@ def announce(address: str, columns: Sequence[DemoColumn], pictures: Sequence[Dem
 
 
 def wait_for_interrupt() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job begins with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

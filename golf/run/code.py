@@ -25,7 +25,8 @@ class Program:
             shutil.copyfile(self.script, folder.code)
         else:
             bundler = self.script.parent / "tools" / "bundle.py"
-            command = [sys.executable, bundler, "--pack", "--out", folder.code, "--readable-out", folder.readable_code]
+            command = [sys.executable, bundler, "--pack", "--no-sizes", "--out", folder.code]
+            command += ["--readable-out", folder.readable_code]
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
                 raise ConfigError("tools/bundle.py could not bundle the code that is to run; its message stands above")
         folder.save_json(folder.sources, sources)
