@@ -61,8 +61,8 @@ class SiteQuantizer:
 
 SITE_PATTERN = re.compile(
     r"(?:(?P<squash>tanh|sigmoid|unit)-)?(?P<kind>binary|ternary|int[2-8]|unsigned[2-8]|twosided8)"
-    r"(?:-(?P<granularity>tensor|row|qkvo|g[1-9]\d*))?(?:-(?P<scale>absmean|absmax|leastsq))?"
-    r"(?:-t(?P<threshold>0?\.\d+|1(?:\.\d+)?))?(?:-(?P<gradient>ste|clipped|dge(?P<power>[2-9])(?:c(?P<clamp>\d+(?:\.\d+)?))?|fork))?(?P<attached>-attached)?"
+    r"(?:-(?P<granularity>tensor|row|qkvo|g[1-9][0-9]{0,6}))?(?:-(?P<scale>absmean|absmax|leastsq))?"
+    r"(?:-t(?P<threshold>0?\.[0-9]{1,6}|1(?:\.[0-9]{1,6})?))?(?:-(?P<gradient>ste|clipped|dge(?P<power>[2-9])(?:c(?P<clamp>[0-9]{1,6}(?:\.[0-9]{1,6})?))?|fork))?(?P<attached>-attached)?"
 )
 CODE_RANGES = {"binary": (-1, 1, 1), "ternary": (-1, 1, 2), "twosided8": (-127, 127, 8)}
 """low, high, bits."""
@@ -125,6 +125,8 @@ def check_site(site: SiteQuantizer, kind: str, match: re.Match[str], activation:
         (kind == "ternary" or match["threshold"] is None, "a threshold is for ternary"),
         (not site.squash or match["threshold"] is None, "its threshold is fixed"),
         (site.scale in ("absmean", "leastsq") or match["threshold"] is None, "a threshold goes with absmean, leastsq"),
+        (site.threshold > 0, "a threshold is above 0"),
+        (site.largest_slope > 0, "a gradient that is cut off at 0 is none"),
         (site.gradient != "fork" or not site.is_binary, "the fork's gradient is not defined for binary"),
         (not (site.attached and site.scale == "unit"), "attached: a fixed step has no gradient"),
         (match["granularity"] != "qkvo" or site.scale == "absmean", "qkvo shares the mean: it goes with absmean"),
@@ -193,6 +195,10 @@ def site_rules(model: Any, quant: Any, knowledge_frozen: bool) -> list[tuple[boo
         (
             bool(model.knowledge_tokens) or model.knowledge_at == "input",
             "knowledge_at=layers does nothing without knowledge_tokens",
+        ),
+        (
+            model.attention_window < model.train_seq_len,
+            "attention_window hides nothing from rows of train_seq_len: make it smaller, or 0",
         ),
         (
             bool(model.knowledge_tokens) or not knowledge_frozen,

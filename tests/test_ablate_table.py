@@ -26,6 +26,7 @@ from golf.submit.ablation_table import (
     mean_interval,
     row_difference,
     row_status,
+    sound_part,
     table_rows,
 )
 from tests.ablation_fixtures import a_result, a_row, a_study
@@ -129,9 +130,19 @@ def latex_width(latex: str, number: int) -> int:
 
 def test_columns_without_anything_are_not_shown():
     rows = read_csv_rows(csv_text(sample_rows()))
-    assert "HellaSwag" not in study_markdown(rows, LOSS_COLUMNS)
-    rows[0]["hellaswag"] = "0.27"
-    assert "HellaSwag" in study_markdown(rows, LOSS_COLUMNS)
+    for row in rows:
+        row["train_val_gap"] = ""
+    assert "val - train" not in study_markdown(rows, LOSS_COLUMNS)
+    rows[0]["train_val_gap"] = "0.1"
+    assert "val - train" in study_markdown(rows, LOSS_COLUMNS)
+
+
+def test_a_run_that_is_not_sound_gives_no_figure(tmp_path):
+    """A feature that was on and never acted: its losses are those of another configuration."""
+    good = {"status": "finished", "val_loss": 3.0, "seed": 1}
+    assert sound_part(good) == good
+    bad = {"status": "invalid", "error": "qat never acted", "val_loss": 2.0, "seed": 1, "zero_shares": {}}
+    assert sound_part(bad) == {"status": "invalid", "error": "qat never acted", "seed": 1}
 
 
 def test_a_difference_that_is_not_resolved_says_so():

@@ -41,7 +41,7 @@ def test_keys_and_values_by_hand(run, weigh):
     rows = json.loads(weigh(run, "--json", "--memory-mb", "1")[1])["keys_and_values"]
     bytes_of = {(row["act_k"], row["act_v"]): row["bytes_per_token"] for row in rows}
     assert bytes_of["", ""] == 128 and bytes_of["tanh-ternary", ""] == 2 * (4 + 32)
-    assert bytes_of["int8", "int8"] == 2 * 2 * (16 + 2)
+    assert bytes_of["int8", "int8"] == 2 * 2 * (16 + 4)
     assert next(row["longest_text"] for row in rows if not row["act_k"]) == 2**20 // 128
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from golf.artifact.container import encode_streams, pack_artifact, read_artifact
 from golf.artifact.restore import restore_model
+from golf.artifact.weights import load_weights, save_weights
 from golf.config import build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
@@ -51,7 +52,7 @@ CASES = {
     "knowledge": FLOAT | dict(knowledge_tokens="3"),
     "knowledge in layers, window": FLOAT | dict(knowledge_tokens="3", knowledge_at="layers", attention_window="5"),
 }  # fmt: skip
-FEATURES = ("qat", "activation_quantizers", "knowledge_tokens")
+FEATURES = ("qat", "activation_quantizers", "attention_window", "knowledge_tokens")
 
 
 def trainer_of(folder: Path, knobs: dict[str, str]) -> Trainer:
@@ -79,7 +80,10 @@ def test_the_artifact_says_what_the_trained_model_said(case, tmp_path):
     trainer = trained(tmp_path, CASES[case])
     config, state = trainer.config, trainer.model.state_dict()
     assert not feature_findings(trainer)
-    stored = quantize_state(state, config.quant)
+    save_weights(tmp_path / "weights.safetensors", state, config.model, config.quant, "0" * 64)
+    saved = load_weights(tmp_path / "weights.safetensors")
+    assert (saved.model, saved.quant) == (config.model, config.quant)
+    stored = quantize_state(saved.state, config.quant)
     data, _ = pack_artifact(stored, config.model, "0" * 64, config.quant.codec)
     artifact = read_artifact(data)
     assert artifact.model == config.model
@@ -116,6 +120,7 @@ def test_with_all_sites_off_training_is_bit_identical_to_a_model_without_them(tm
         (TERNARY, "qat"),
         (CASES["every activation"], "activation_quantizers"),
         (CASES["knowledge"], "knowledge_tokens"),
+        (FLOAT | {"attention_window": "2"}, "attention_window"),
     ],
 )
 def test_a_step_that_is_compiled_without_the_feature_is_found_out(knobs, feature, tmp_path):

@@ -127,9 +127,9 @@ def test_bytes_by_the_formula_are_those_of_the_tensors(act_k, act_v, head_dim, h
 def test_sizes_of_known_heads():
     config = ModelConfig(num_layers=2, model_dim=768, num_heads=6, num_kv_heads=6)
     sizes = {
-        ("", ""): 6 * (256 + 256), ("int8", "int8"): 6 * 2 * (128 + 2), ("int4", ""): 6 * (64 + 2 + 256),
-        ("ternary", "binary"): 6 * (32 + 2 + 16 + 2), ("tanh-ternary", ""): 6 * (32 + 256),
-        ("twosided8", "int3"): 6 * (128 + 4 + 48 + 2),
+        ("", ""): 6 * (256 + 256), ("int8", "int8"): 6 * 2 * (128 + 4), ("int4", ""): 6 * (64 + 4 + 256),
+        ("ternary", "binary"): 6 * (32 + 4 + 16 + 4), ("tanh-ternary", ""): 6 * (32 + 256),
+        ("twosided8", "int3"): 6 * (128 + 8 + 48 + 4),
     }  # fmt: skip
     for (act_k, act_v), size in sizes.items():
         found = kv_bytes_per_token(replace(config, act_k=act_k, act_v=act_v))
@@ -150,15 +150,15 @@ def test_two_bit_keys_alone_gain_at_most_a_factor_of_1_78():
 def test_the_longest_text_that_a_memory_holds():
     config = replace(CACHED, knowledge_tokens=4, act_k="int4", act_v="int8")
     found = kv_bytes_per_token(config)
-    assert found.per_token == 3 * 2 * (4 + 2 + 8 + 2) and found.knowledge == 4 * found.per_token
+    assert found.per_token == 3 * 2 * (4 + 4 + 8 + 4) and found.knowledge == 4 * found.per_token
     for memory in (5 * found.per_token, 1000, 12_345):
         tokens = found.longest_text(memory)
         assert found.of_text(tokens) <= memory < found.of_text(tokens + 1)
-    with pytest.raises(KvBytesError, match="hold no token: each takes 96 bytes, beside 384"):
+    with pytest.raises(KvBytesError, match="hold no token: each takes 120 bytes, beside 480"):
         found.longest_text(5 * found.per_token - 1)
     sliding = kv_bytes_per_token(replace(config, attention_window=9))
-    assert sliding.longest_text(12 * 96) is None and sliding.of_text(10**9) == 12 * 96
-    assert sliding.longest_text(12 * 96 - 1) == 7
+    assert sliding.longest_text(12 * 120) is None and sliding.of_text(10**9) == 12 * 120
+    assert sliding.longest_text(12 * 120 - 1) == 7
 
 
 def test_the_table_has_the_model_itself_first():

@@ -52,6 +52,10 @@ def test_options_of_the_estimator_are_read():
         ("ternary-g0", False, "names no quantizer"),
         ("ternary-dge1", False, "names no quantizer"),
         ("ternary-dge5-row", False, "names no quantizer"),
+        ("int8-g" + "1" * 5000, False, "names no quantizer"),
+        ("ternary-g\u0661", False, "names no quantizer"),
+        ("ternary-t0.0", False, "a threshold is above 0"),
+        ("ternary-dge5c0", False, "cut off at 0"),
         ("tanh-ternary", False, "activations alone"),
         ("unsigned8", False, "activations alone"),
         ("twosided8", False, "activations alone"),
@@ -109,6 +113,7 @@ def test_every_site_is_switched_alone():
         (dict(weight_q="int4", knowledge_frozen="1"), "knowledge_tokens"),
         (dict(weight_q="int77"), "names no quantizer"),
         (dict(mlp_bits="12", weight_q="int4"), "2 to 8, or 16"),
+        (dict(weight_q="int4", attention_window="256"), "hides nothing"),
     ],
 )
 def test_what_would_do_nothing_is_refused(knobs, complaint):

@@ -77,7 +77,7 @@ def print_footprint(found: dict[str, Any], memory_mb: float) -> None:
     print(
         f"{found['bytes']:,} bytes in all; {found['bytes_matrices']:,} the blocks' matrices alone, packed the same way"
     )
-    table = Table(title="keys and values, scales in fp16", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="keys and values, scales in fp32", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("keys", "values", "bytes/token", "gain", f"tokens in {memory_mb:g} MiB"):
         table.add_column(heading, justify="left" if heading in ("keys", "values") else "right")
     for row in found["keys_and_values"]:

@@ -29,8 +29,7 @@ def model_to_json(model: ModelConfig) -> dict[str, Any]:
 def model_from_json(values: object) -> ModelConfig:
     """The model configuration that parsed JSON spells. Raises ArtifactError."""
     model = ModelConfig(**checked_values(ModelConfig, values))
-    row = TrainConfig(train_batch_tokens=model.train_seq_len, micro_batch_tokens=model.train_seq_len)
-    check_together(Config(model=model, train=row, score=ScoreConfig(eval_rope="none")))
+    check_together(config_of(model, QuantConfig()))
     if model.num_layers > MOST_LAYERS:
         raise ArtifactError(f"num_layers is {model.num_layers}; at most {MOST_LAYERS} can be stored")
     if not 1 <= model.mlp_mult * model.model_dim <= LARGEST_NUMBER or model.rope_base <= 0:
@@ -38,11 +37,17 @@ def model_from_json(values: object) -> ModelConfig:
     return model
 
 
-def quant_from_json(values: object) -> QuantConfig:
-    """The quantization that parsed JSON spells. Raises ArtifactError."""
+def quant_from_json(values: object, model: ModelConfig) -> QuantConfig:
+    """The quantization of `model` that parsed JSON spells. Raises ArtifactError."""
     quant = QuantConfig(**checked_values(QuantConfig, values))
-    check_together(Config(quant=replace(quant, quantizer="grid")))  # what a fit wants of the rest, its run has checked
+    check_together(config_of(model, replace(quant, quantizer="grid")))  # what else a fit wants, its run has checked
     return quant
+
+
+def config_of(model: ModelConfig, quant: QuantConfig) -> Config:
+    """The rest such that it fits to the model."""
+    row = TrainConfig(train_batch_tokens=model.train_seq_len, micro_batch_tokens=model.train_seq_len)
+    return Config(model=model, quant=quant, train=row, score=ScoreConfig(eval_rope="none"))
 
 
 def checked_values(settings: type, values: object) -> dict[str, Any]:

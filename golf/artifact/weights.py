@@ -53,7 +53,7 @@ def load_weights(path: Path) -> SavedWeights:
         if entry not in metadata:
             raise ArtifactError(f"{path} has no metadata {entry!r}: it was not written by this project's training")
     model = model_from_json(load_metadata_json(metadata["model"]))
-    quant = quant_from_json(load_metadata_json(metadata["quant"]))
+    quant = quant_from_json(load_metadata_json(metadata["quant"]), model)
     check_sha256(metadata["tokenizer_sha256"])
     shapes = expected_shapes(model)
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)

@@ -26,6 +26,11 @@ def install_activation_quantizers(model: GPT) -> GPT:
     return model
 
 
+def count_activation_quantizers(model: GPT) -> int:
+    """How many there are in a forward pass."""
+    return sum(isinstance(module, ActivationSite) and module.quantize is not None for module in model.modules())
+
+
 @contextmanager
 def without_activation_quantizers(model: GPT) -> Iterator[None]:
     """Within it, activations are used as they are: to measure what their quantizers change."""

@@ -125,10 +125,20 @@ def surrogate_slope(u: Tensor, site: SiteQuantizer) -> Tensor:
     return torch.where(inside, slope, 0.0)
 
 
+CALLS = {False: 0, True: 0}
+"""How often weights and activations went through the operator in this process."""
+
+
+def activation_calls() -> int:
+    """A compiled graph calls the operator too, so this tells what it really does."""
+    return CALLS[True]
+
+
 # Operators of their own, which torch.compile calls but does not rewrite: see golf/quant/grid.py.
 @torch.library.custom_op("golf::site_value", mutates_args=())
 def site_value(x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None) -> Tensor:
     """fp32 values on the grid, with the gradient that `text` names."""
+    CALLS[activation] += 1
     grid = site_grid(x_RC.float(), parse_site(text, activation), activation, gamma)
     return grid.codes_RC * grid.spread(grid.scale)
 

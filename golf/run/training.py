@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from golf.model.gpt import GPT
 from golf.optim.average import WeightAverage
 from golf.optim.groups import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, muon_momentum, training_budget
-from golf.quant.activations import without_activation_quantizers
+from golf.quant.activations import count_activation_quantizers, without_activation_quantizers
 from golf.quant.qat import install_fake_quantization, remove_fake_quantization
+from golf.quant.site_grid import activation_calls
 from golf.run.checkpoint import TrainingState, generator_tensors, restore_generators
 from golf.run.witness import Witness
 from golf.runtime import Runtime, Stopwatch
@@ -28,6 +30,9 @@ from golf.sites import activation_sites
 
 STEP_MARGIN = 1.5
 """A step may take so many times the longest of the last hundred: the cap holds on a machine that stumbles."""
+
+MODEL_FEATURES = {"document_attention", "attention_window", "activation_quantizers", "knowledge_tokens"}
+"""Of the witness: they act in every step."""
 
 
 class TrainingError(UserError):
@@ -118,12 +123,15 @@ class Trainer:
 
     def prove_model_features(self) -> None:
         """The step as it is compiled must have what the model is configured with."""
-        if self.config.model.document_attention:
+        model = self.config.model
+        if model.document_attention:
             self.prove_document_attention()
-        if activation_sites(self.config.model):
-            batch = next(self.micro_batches(0))
-            self.prove_effect("activation_quantizers", batch, without_activation_quantizers(self.model))
-        if self.config.model.knowledge_tokens:
+        if activation_sites(model):
+            self.prove_activation_quantizers(next(self.micro_batches(0)))
+        if model.attention_window:
+            unlimited = changed_model(self.model, attention_window=0)
+            self.prove_effect("attention_window", next(self.micro_batches(0)), unlimited)
+        if model.knowledge_tokens:
             self.prove_effect("knowledge_tokens", next(self.micro_batches(0)), other_knowledge(self.model))
 
     def prove_document_attention(self) -> None:
@@ -132,7 +140,20 @@ class Trainer:
         if batch is None:
             self.witness.prove("document_attention", False, "no row of 100 batches holds the start of a document")
         else:
-            self.prove_effect("document_attention", batch, joined_documents(self.model))
+            self.prove_effect("document_attention", batch, changed_model(self.model, document_attention=False))
+
+    def prove_activation_quantizers(self, batch: tuple[Tensor, Tensor]) -> None:
+        """The compiled step calls each of them once; what 8 bits change is less than what bf16 rounds, so the loss
+        only has to change."""
+        before, sites = activation_calls(), count_activation_quantizers(self.model)
+        self.forward(*batch).item()
+        calls = activation_calls() - before
+        with torch.no_grad():
+            on = self.model(*batch).item()
+            with without_activation_quantizers(self.model):
+                off = self.model(*batch).item()
+        effect = f"{calls} calls of {sites} quantizers in a compiled step, loss with them {on:.6f}, without {off:.6f}"
+        self.witness.prove("activation_quantizers", calls == sites and on != off, effect)
 
     def prove_effect(self, feature: str, batch: tuple[Tensor, Tensor], without: AbstractContextManager[None]) -> None:
         """The compiled loss is that of the model, and not that of the model `without` the feature."""
@@ -209,7 +230,7 @@ class Trainer:
         optim, step = self.config.optim, self.step
         if self.fake_quantized:
             self.witness.act("qat", step)
-        for feature in {"document_attention", "activation_quantizers", "knowledge_tokens"} & self.witness.advice.keys():
+        for feature in MODEL_FEATURES & self.witness.advice.keys():
             self.witness.act(feature, step)
         if (short := self.config.train.short_seq_len) == self.seq_len:
             self.witness.act("short_seq", step)
@@ -273,10 +294,10 @@ class Trainer:
 
 
 @contextmanager
-def joined_documents(model: GPT) -> Iterator[None]:
-    """Within it, `model` reads a row as one text."""
+def changed_model(model: GPT, **fields: Any) -> Iterator[None]:
+    """Within it, `model` is configured otherwise."""
     config = model.config
-    model.config = replace(config, document_attention=False)
+    model.config = replace(config, **fields)
     yield
     model.config = config
 

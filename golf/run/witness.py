@@ -32,6 +32,7 @@ def armed_features(config: Config) -> dict[str, str]:
         "grad_clip": (optim.grad_clip_norm > 0, "lower grad_clip_norm, or set it to 0"),
         "qat": (quant.qat_enabled, longer + "lower qat_start"),
         "activation_quantizers": (bool(activation_sites(model)), "leave act_* out"),
+        "attention_window": (model.attention_window > 0, "set attention_window=0"),
         "knowledge_tokens": (model.knowledge_tokens > 0, "set knowledge_tokens=0"),
         "swa": (config.average.swa_enabled, longer + "lower swa_start"),
         "smear_gate": (model.smear_gate, "set smear_gate=0"),

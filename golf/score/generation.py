@@ -87,6 +87,9 @@ class RowGroup:
         if slides(self.model.config) or self.cache.length < context:
             self.forward(torch.tensor([row.ids[-1:] for row in self.rows]))
             return False
+        self.rows = [
+            row for row in self.rows if not row.ended
+        ]  # their texts are shorter, and nothing is drawn for them
         self.read(max(1, context // 2))
         return True
 

@@ -11,7 +11,7 @@ CSV_COLUMNS = (
     "delta_high", "delta_error", "verdict", "delta_basis", "baseline_step_of_equal_loss", "steps_to_baseline_loss",
     "train_loss", "train_val_gap", "bits", "params", "covered_percent", "bytes_matrices", "bytes_whole",
     "kv_bytes_per_token", "zero_fraction", "energy_uj", "energy_uj_zero_skip", "train_ms_per_step", "train_ms_p10",
-    "train_ms_p90", "train_tokens_per_s", "peak_mib", "device", "hellaswag", "method",
+    "train_ms_p90", "train_tokens_per_s", "peak_mib", "device", "method",
 )  # fmt: skip
 CsvRow = Mapping[str, str]
 
@@ -67,7 +67,6 @@ LOSS_COLUMNS = (
     TableColumn("Δ NLL to baseline", delta_cell),
     TableColumn("baseline had this loss at step", text_cell("baseline_step_of_equal_loss")),
     TableColumn("val - train", number_cell("train_val_gap", "+.4f")),
-    TableColumn("HellaSwag", number_cell("hellaswag", ".3f")),
     TableColumn("status", text_cell("status"), is_text=True),
 )
 COST_COLUMNS = (

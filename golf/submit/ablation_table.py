@@ -98,15 +98,23 @@ def load_study_results(out: Path) -> Study:
 
 def load_row(out: Path, keys: tuple[str, ...], same: Sequence[PlannedRow]) -> StudyRow:
     folders = [run_folder(out, key) for key in keys]
-    results = [load_result(folder, key) or NOT_RUN for folder, key in zip(folders, keys, strict=True)]
+    results = [sound_part(load_result(folder, key) or NOT_RUN) for folder, key in zip(folders, keys, strict=True)]
     specs = [folder / "spec.json" for folder in folders if (folder / "spec.json").is_file()]
     block_files = [folder / "blocks.json" for folder in folders]
     blocks = [read_study_json(path) if path.is_file() else {} for path in block_files]
     return StudyRow(
         tuple(row.name for row in same), tuple(row.group for row in same), keys, results,
-        [load_run_curve(folder) for folder in folders], blocks, spec_config(specs[0]) if specs else None,
+        [load_run_curve(f) if r["status"] == FINISHED else RunCurve() for f, r in zip(folders, results, strict=True)],
+        blocks, spec_config(specs[0]) if specs else None,
         same[0].method, same[0].source,
     )  # fmt: skip
+
+
+def sound_part(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a run that is not sound, what became of it and no figure."""
+    if result["status"] == FINISHED:
+        return result
+    return {name: result[name] for name in ("status", "error", "seed") if name in result}
 
 
 def check_one_device(results: Sequence[Mapping[str, Any]]) -> None:
@@ -207,10 +215,11 @@ def row_status(row: StudyRow) -> str:
 def rounded_quant(config: Config, row: StudyRow) -> QuantConfig:
     """What the row's codes are, as the estimate of energy reads it: of a rounding, its own bits."""
     variant = parse_variant(row.method, keeps_embedding=True) if row.method else None
-    if variant is None or variant.spec is None:
+    if variant is None:
         return config.quant
     knobs = {f"weight_{site}": "" for site in ("q", "k", "v", "o", "up", "down", "embed", "head")}
-    bits = max(2, variant.spec.bits)
+    # Stored as it is, in 16 bits; and codes with a zero point are no signs, whatever their width.
+    bits = FP16_BITS if variant.spec is None else max(2 if variant.spec.symmetric else 3, variant.spec.bits)
     widths = {"mlp_bits": bits, "attn_bits": bits, "bigram_bits": bits, "embed_bits": FP16_BITS}
     return QuantConfig(**(vars(config.quant) | knobs | widths))
 
@@ -270,7 +279,7 @@ def row_cells(row: StudyRow, study: Study) -> dict[str, Any]:
         "train_ms_per_step": row.mean("step_ms"), "train_ms_p10": row.mean("step_ms_p10"),
         "train_ms_p90": row.mean("step_ms_p90"), "train_tokens_per_s": row.mean("train_tokens_per_s"),
         "device": study.environment.get("device"), "peak_mib": max(row.values("peak_mib"), default=None),
-        "hellaswag": row.mean("hellaswag"), "method": row.method,
+        "method": row.method,
     }  # fmt: skip
     return cells | cost_cells(row) | equal_loss_cells(row, study.baseline)
 

@@ -65,8 +65,8 @@ def kv_site_bytes(text: str, heads: int, head_dim: int, value_bytes: int, scale_
     return heads * (packed_width(head_dim, site.bits) + scale_count(site) * scale_bytes)
 
 
-def kv_bytes_per_token(config: ModelConfig, value_bytes: int = 2, scale_bytes: int = 2) -> KvBytes:
-    """Of a model as it is; `value_bytes` of what has no quantizer (2: bf16), `scale_bytes` of a scale (2: fp16)."""
+def kv_bytes_per_token(config: ModelConfig, value_bytes: int = 2, scale_bytes: int = 4) -> KvBytes:
+    """Of a model as it is; `value_bytes` of what has no quantizer (2: bf16), `scale_bytes` of a scale (4: fp32)."""
     head_dim = config.model_dim // config.num_heads
     k, v = (
         kv_site_bytes(text, config.num_kv_heads, head_dim, value_bytes, scale_bytes)
@@ -91,7 +91,7 @@ class KvRow:
 
 def kv_table(
     config: ModelConfig, settings: tuple[tuple[str, str], ...] = KV_SETTINGS, memory_bytes: int = 0,
-    scale_bytes: int = 2,
+    scale_bytes: int = 4,
 ) -> list[KvRow]:  # fmt: skip
     """The model's size at each setting of (act_k, act_v), its own first. Raises KvBytesError."""
     own = (config.act_k, config.act_v)
