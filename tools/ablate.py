@@ -144,7 +144,8 @@ def tell_results(rows: list[dict[str, Any]], out: Path, options: Options) -> int
         print(json.dumps({"rows": rows}, allow_nan=False))
     else:
         for row in rows:
-            print(f"{row['rows']}: {row['status']}, {row['val_nll'] or '-'} nats, {row['delta_text']}")
+            nats = f"{float(row['val_nll']):.4f} nats" if row["val_nll"] else "no loss"
+            print(f"{row['rows']}: {row['status']}, {nats}, {row['delta_text']}")
         print(out / "results.md", out / "index.html", sep="\n")
     return EXIT_FINDINGS if any(row["status"] != FINISHED for row in rows) else 0
 
