@@ -62,7 +62,9 @@ class SiteQuantizer:
 SITE_PATTERN = re.compile(
     r"(?:(?P<squash>tanh|sigmoid|unit)-)?(?P<kind>binary|ternary|int[2-8]|unsigned[2-8]|twosided8)"
     r"(?:-(?P<granularity>tensor|row|qkvo|g[1-9][0-9]{0,6}))?(?:-(?P<scale>absmean|absmax|leastsq))?"
-    r"(?:-t(?P<threshold>0?\.[0-9]{1,6}|1(?:\.[0-9]{1,6})?))?(?:-(?P<gradient>ste|clipped|dge(?P<power>[2-9])(?:c(?P<clamp>[0-9]{1,6}(?:\.[0-9]{1,6})?))?|fork))?(?P<attached>-attached)?"
+    r"(?:-t(?P<threshold>0?\.[0-9]{1,6}|1(?:\.[0-9]{1,6})?))?"
+    r"(?:-(?P<gradient>ste|clipped|dge(?P<power>[2-9])(?:c(?P<clamp>[0-9]{1,9}(?:\.[0-9]{1,6})?))?|fork))?"
+    r"(?P<attached>-attached)?"
 )
 CODE_RANGES = {"binary": (-1, 1, 1), "ternary": (-1, 1, 2), "twosided8": (-127, 127, 8)}
 """low, high, bits."""
