@@ -25,6 +25,7 @@ from golf.quant.stored import QuantizedTensor, same_stored
 from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
+from golf.score.targets import first_targets, target_nats
 from golf.submit.bootstrap import block_numbers, bootstrap_ratio
 from golf.submit.quant_comparison import (
     ComparisonSubject,
@@ -32,7 +33,6 @@ from golf.submit.quant_comparison import (
     parse_variant,
     parse_variants,
     quantize_variant,
-    target_nats,
 )
 from golf.submit.statistics import StatisticsError
 from golf.submit.tool import run_command
@@ -181,7 +181,7 @@ def test_nats_of_targets_are_the_scorers(opened):
     settings = plain_settings(opened.saved.model, 8)
     for targets in (600, len(opened.tokens_N) - 1):
         tokens_N1 = opened.tokens_N[: targets + 1]
-        nats_N, byte_count = target_nats(model, opened, tokens_N1, settings, CPU)
+        nats_N, byte_count = target_nats(model, *first_targets(opened.tokens_N, opened.counter, targets), settings, CPU)
         score = score_stream(model, tokens_N1, opened.counter, settings, CPU, announce=False)
         assert len(nats_N) == targets and byte_count == score.bytes
         assert nats_N.sum() == pytest.approx(score.nats, rel=1e-12)

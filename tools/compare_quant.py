@@ -24,16 +24,16 @@ from rich.table import Table
 from golf.config import CODECS, Config, RunConfig, check_config
 from golf.data.loader import TokenStream
 from golf.quant.activations import quantized_gpt
-from golf.quant.calibration import calibrate, collect_hessians
 from golf.run.calibrating import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
-from golf.score.scorer import ScoreSettings, evaluation_mode, sliding_settings
+from golf.score.scorer import ScoreSettings, sliding_settings
 from golf.submit.quant_comparison import (
     ComparisonSubject,
     QuantComparison,
     QuantVariant,
     VariantResult,
     compare_variants,
+    gptq_moments,
     parse_variants,
 )
 from golf.submit.quant_picture import draw_variants
@@ -44,9 +44,6 @@ from golf.submit.trained_run import (
     open_trained_run,
     scoring_config,
 )
-
-TIED_TABLE = "tok_emb.weight"
-"""Its columns count by both of its uses: by that of the head alone, GPTQ is worse than rounding (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +94,7 @@ def hessians_of(
     )
     model = quantized_gpt(run.saved.model, runtime.compute_dtype)
     model.load_state_dict(run.saved.state)
-    model = model.to(runtime.device)
-    with evaluation_mode(model):
-        hessians = collect_hessians(model, rows_NT.to(runtime.device))
-    hessians[TIED_TABLE] = calibrate(model, rows_NT, runtime)[TIED_TABLE].hessian_CC
-    return hessians, rows_NT.numel()
+    return gptq_moments(model.to(runtime.device), rows_NT, runtime, table=True), rows_NT.numel()
 
 
 def compare(options: Options) -> tuple[TrainedRun, QuantComparison, dict[str, Any]]:

@@ -19,13 +19,13 @@ from golf.config import Config, UserError
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
-from golf.model.gpt import GPT
 from golf.quant.policy import tensor_class
 from golf.quant.stored import QuantizedState
 from golf.run.machine import cpu_model
 from golf.runtime import Runtime
 from golf.score.roundtrip import load_validation, stream_identity
-from golf.score.scorer import ScoreSettings, evaluation_mode, prepare_job, score_windows, sliding_settings
+from golf.score.scorer import sliding_settings
+from golf.score.targets import first_targets, target_nats
 from golf.submit.ablation_codes import activation_site_bits, coverage, weight_site_bits
 from golf.submit.ablation_spec import AblationError, AblationSpec
 
@@ -53,30 +53,6 @@ def open_validation(spec: AblationSpec, tokenizer_sha256: str) -> tuple[np.ndarr
     return first_targets(tokens_N1, counter, spec.val_tokens)
 
 
-def first_targets(tokens_N1: np.ndarray, counter: ByteCounter, targets: int) -> tuple[np.ndarray, ByteCounter]:
-    """The stream's beginning; 0: all of it."""
-    if targets and targets + 1 < len(tokens_N1):
-        tokens_N1 = tokens_N1[: targets + 1]
-        if isinstance(counter, StreamBytes):  # by position
-            counter = StreamBytes(counter.bytes_N[: targets + 1])
-    return tokens_N1, counter
-
-
-def scored_nats(
-    model: GPT, tokens_N1: np.ndarray, counter: ByteCounter, settings: ScoreSettings, runtime: Runtime
-) -> tuple[np.ndarray, int]:
-    """(float64 nats_N, bytes of all targets), by the scorer."""
-    job = prepare_job(model, tokens_N1, counter, settings, runtime.device)
-    nats_N = np.full(len(tokens_N1) - 1, np.nan)
-
-    def record(index_M: Tensor, nats_M: Tensor) -> None:
-        nats_N[index_M.cpu().numpy()] = nats_M.cpu().numpy()
-
-    with evaluation_mode(model):
-        sums = score_windows(job, 0, len(job.plan), recorder=record)
-    return nats_N, sums.bytes
-
-
 def block_sums_of(nats_N: np.ndarray, block_tokens: int) -> list[float]:
     """Nats of every `block_tokens` targets, the last block maybe of fewer."""
     return np.add.reduceat(nats_N, np.arange(0, len(nats_N), block_tokens)).tolist()
@@ -101,7 +77,7 @@ def measure_artifact(
     """(figures of an artifact, loaded back from its bytes; nats of its blocks of targets). Raises DivergedError."""
     config, artifact = spec.config, read_artifact(data)
     model, (tokens_N1, counter) = restore_model(artifact, runtime), validation
-    nats_N, byte_count = scored_nats(model, tokens_N1, counter, sliding_settings(config.score, config.model), runtime)
+    nats_N, byte_count = target_nats(model, tokens_N1, counter, sliding_settings(config.score, config.model), runtime)
     if not np.isfinite(nats_N).all():
         raise DivergedError("the artifact's model gives a token NaN or infinite nats")
     loss = float(nats_N.mean())

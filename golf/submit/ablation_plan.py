@@ -41,8 +41,8 @@ class PlannedRow:
 
 
 @dataclass(frozen=True)
-class AblationPlan:
-    """What a study takes: rows, and their distinct runs by key, each after the run whose weights it needs."""
+class SavedPlan:
+    """The part of a plan that tables and pictures are made from."""
 
     study: str
     profile: str
@@ -50,6 +50,12 @@ class AblationPlan:
     groups: Mapping[str, str]
     seeds: tuple[int, ...]
     rows: Sequence[PlannedRow]
+
+
+@dataclass(frozen=True)
+class AblationPlan(SavedPlan):
+    """What a study takes: rows, and their distinct runs by key, each after the run whose weights it needs."""
+
     runs: Mapping[str, AblationSpec]
     val_tokens: int
     """Targets of the validation stream."""
@@ -204,18 +210,6 @@ def save_plan(plan: AblationPlan, out: Path) -> None:
         "runs": {key: {"name": spec.name, "seed": spec.config.run.seed} for key, spec in plan.runs.items()},
     }  # fmt: skip
     write_file_atomically(out / "plan.json", json.dumps(content, indent=1) + "\n")
-
-
-@dataclass(frozen=True)
-class SavedPlan:
-    """The part of a plan that tables and pictures are made from."""
-
-    study: str
-    profile: str
-    baseline: str
-    groups: Mapping[str, str]
-    seeds: tuple[int, ...]
-    rows: Sequence[PlannedRow]
 
 
 def load_plan(out: Path) -> SavedPlan:

@@ -14,21 +14,14 @@ from torch import Tensor
 
 from golf.artifact.weights import load_weights
 from golf.quant.activations import quantized_gpt
-from golf.quant.calibration import calibrate, collect_hessians
-from golf.quant.export import check_storable
-from golf.quant.gptq import GptqOptions, quantize_matrix
-from golf.quant.policy import FP16_BITS, tensor_class
-from golf.quant.stored import QuantizedState
+from golf.quant.gptq import GptqOptions
 from golf.run.calibrating import training_rows
 from golf.run.datasets import open_training_data
 from golf.runtime import Runtime
-from golf.score.scorer import evaluation_mode
 from golf.submit.ablation_measures import measure_artifact, open_validation, pack_for
 from golf.submit.ablation_spec import FINISHED, AblationError, AblationSpec, load_result
 from golf.submit.ablation_training import check_training_data
-from golf.submit.quant_comparison import QuantVariant, parse_variant
-
-TIED_EMBEDDING = "tok_emb.weight"
+from golf.submit.quant_comparison import QuantVariant, gptq_moments, parse_variant, quantize_variant
 
 
 def moments_of_inputs(
@@ -37,28 +30,7 @@ def moments_of_inputs(
     """hessian_CC of each matrix; of a tied table, by both of its uses."""
     model = quantized_gpt(spec.config.model, runtime.compute_dtype)
     model.load_state_dict(state)
-    model = model.to(runtime.device)
-    with evaluation_mode(model):
-        hessians = collect_hessians(model, rows_NT.to(runtime.device))
-    if not variant.keeps_embedding and spec.config.model.tie_embeddings:
-        hessians[TIED_EMBEDDING] = calibrate(model, rows_NT, runtime)[TIED_EMBEDDING].hessian_CC
-    return hessians
-
-
-def rounded_state(
-    state: Mapping[str, Tensor], variant: QuantVariant, hessians: Mapping[str, Tensor], act_order: bool
-) -> QuantizedState:
-    """Codes for the matrices, fp16 for the rest; tables that are only looked up are rounded to nearest."""
-    stored: QuantizedState = {}
-    for name, tensor in state.items():
-        kind = tensor_class(name, tensor.shape)
-        if variant.spec is None or kind == "small" or (kind == "embed" and variant.keeps_embedding):
-            check_storable(name, tensor, FP16_BITS)
-            stored[name] = tensor.half()
-        else:
-            hessian_CC = hessians.get(name) if variant.method == "gptq" else None
-            stored[name] = quantize_matrix(tensor, variant.spec, hessian_CC, GptqOptions(act_order=act_order))
-    return stored
+    return gptq_moments(model.to(runtime.device), rows_NT, runtime, table=not variant.keeps_embedding)
 
 
 def source_state(spec: AblationSpec) -> tuple[dict[str, Tensor], str]:
@@ -88,7 +60,7 @@ def run_rounding(spec: AblationSpec, runtime: Runtime, folder: Path) -> tuple[di
         length = spec.config.model.train_seq_len
         rows_NT = training_rows(data.stream, spec.calibration_sequences * length, length, spec.config.run.seed)
         hessians = moments_of_inputs(state, spec, variant, rows_NT, runtime)
-    stored = rounded_state(state, variant, hessians, spec.act_order)
+    stored = quantize_variant(state, variant, hessians, GptqOptions(act_order=spec.act_order))
     clock.append(time.perf_counter())
     packed = pack_for(spec, stored, tokenizer_sha256)
     clock.append(time.perf_counter())

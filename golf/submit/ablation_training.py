@@ -16,14 +16,13 @@ from golf.run.datasets import TrainingData, open_training_data
 from golf.run.training import Trainer
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings
+from golf.score.targets import first_targets, target_nats
 from golf.submit.ablation_codes import CodeWatch, current_state
 from golf.submit.ablation_measures import (
     ByteCounter,
-    first_targets,
     measure_artifact,
     median_and_tails,
     open_validation,
-    scored_nats,
 )
 from golf.submit.ablation_spec import FINISHED, INVALID, AblationError, AblationSpec
 
@@ -69,7 +68,7 @@ class CurveKeeper:
         model, tokens = self.trainer.model, step * self.spec.config.train.train_batch_tokens
         rows = max(1, self.spec.config.train.val_batch_size // model.config.train_seq_len)
         settings = plain_settings(model.config, min(rows, self.spec.config.score.eval_batch_seqs))
-        nats_N, _ = scored_nats(model, self.tokens_N1, self.counter, settings, self.trainer.runtime)
+        nats_N, _ = target_nats(model, self.tokens_N1, self.counter, settings, self.trainer.runtime)
         self.rows.append({"step": step, "tokens": tokens, "val_loss": float(nats_N.mean())})
         self.rows += self.watch.look(current_state(model), step)
 

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.restore import restore_model
-from golf.data.sidecar import StreamBytes
 from golf.model.gpt import GPT
 from golf.quant.activations import quantized_gpt
+from golf.quant.calibration import calibrate, collect_hessians
 from golf.quant.export import check_storable
-from golf.quant.gptq import quantize_matrix
+from golf.quant.gptq import GPTQ_DEFAULTS, GptqOptions, quantize_matrix
 from golf.quant.policy import FP16_BITS, QuantError, tensor_class
 from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer
 from golf.quant.stored import QuantizedState
 from golf.runtime import Runtime
-from golf.score.scorer import ScoreSettings, evaluation_mode, prepare_job, score_windows
+from golf.score.scorer import ScoreSettings, evaluation_mode
+from golf.score.targets import first_targets, target_nats
 from golf.submit.bootstrap import BootstrapInterval, block_numbers, bootstrap_ratio
 from golf.submit.trained_run import TrainedRun, TrainedRunError
 
@@ -31,6 +32,8 @@ FP32, FP16, NAIVE = "fp32", "fp16", "naive8"
 FEWEST_DOCUMENTS = 20
 """Documents from which on they are the blocks of the bootstrap; below, rows of the training length are."""
 TOKEN_UNITS = {"bytes": "byte", "chars": "character"}
+
+TIED_TABLE = "tok_emb.weight"
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,21 @@ def parse_variant(word: str, keeps_embedding: bool) -> QuantVariant:
     return QuantVariant(word, method, spec, keeps_embedding)
 
 
+def gptq_moments(model: GPT, rows_NT: Tensor, runtime: Runtime, table: bool) -> dict[str, Tensor]:
+    """hessian_CC of every matrix; with `table`, of the tied embedding by both of its uses (by that of the head alone,
+    GPTQ is worse than rounding: docs/LOG.md). Raises QuantError."""
+    with evaluation_mode(model):
+        hessians = collect_hessians(model, rows_NT.to(runtime.device))
+    if table:
+        hessians[TIED_TABLE] = calibrate(model, rows_NT, runtime)[TIED_TABLE].hessian_CC
+    return hessians
+
+
 def quantize_variant(
-    state: Mapping[str, Tensor], variant: QuantVariant, hessians: Mapping[str, Tensor]
+    state: Mapping[str, Tensor],
+    variant: QuantVariant,
+    hessians: Mapping[str, Tensor],
+    options: GptqOptions = GPTQ_DEFAULTS,
 ) -> QuantizedState:
     """Codes for the matrices, fp16 for the rest; GPTQ rounds a table that is only looked up to nearest.
 
@@ -121,29 +137,9 @@ def quantize_variant(
             check_storable(name, tensor, FP16_BITS)
             stored[name] = tensor.half()
         else:
-            stored[name] = quantize_matrix(
-                tensor, variant.spec, hessians.get(name) if variant.method == "gptq" else None
-            )
+            hessian_CC = hessians.get(name) if variant.method == "gptq" else None
+            stored[name] = quantize_matrix(tensor, variant.spec, hessian_CC, options)
     return stored
-
-
-def target_nats(
-    model: GPT, run: TrainedRun, tokens_N1: np.ndarray, settings: ScoreSettings, runtime: Runtime
-) -> tuple[np.ndarray, int]:
-    """(float64 nats_N of every target, bytes of all), by the scorer."""
-    counter = run.counter
-    if isinstance(counter, StreamBytes):  # of the whole stream
-        counter = StreamBytes(counter.bytes_N[: len(tokens_N1)])
-    job = prepare_job(model, tokens_N1, counter, settings, runtime.device)
-    nats_N = np.full(len(tokens_N1) - 1, np.nan)
-
-    def record(index_M: Tensor, nats_M: Tensor) -> None:
-        nats_N[index_M.cpu().numpy()] = nats_M.cpu().numpy()
-
-    with evaluation_mode(model):
-        sums = score_windows(job, 0, len(job.plan), recorder=record)
-    assert not np.isnan(nats_N).any() or math.isnan(sums.nats), "the scorer left a target out"
-    return nats_N, sums.bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +183,8 @@ def score_variant(variant: QuantVariant, subject: ComparisonSubject) -> ScoredVa
         clock.append(time.perf_counter())
         artifact = read_artifact(data)
         model, size, sha256 = restore_model(artifact, runtime), len(data), artifact.sha256
-    nats_N, bytes_scored = target_nats(model, subject.run, subject.tokens_N1, subject.settings, runtime)
+    scored = first_targets(subject.run.tokens_N, subject.run.counter, len(subject.tokens_N1) - 1)
+    nats_N, bytes_scored = target_nats(model, *scored, subject.settings, runtime)
     clock.append(time.perf_counter())
     if not np.isfinite(nats_N).all():
         raise TrainedRunError(f"{variant.name}: the model gives a token NaN or infinite nats")
