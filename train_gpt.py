@@ -14,30 +14,30 @@ from functools import partial
 from pathlib import Path
 
 from golf.artifact.container import pack_artifact, read_artifact
+from golf.artifact.fill_limit import fit_by_level
 from golf.artifact.fit import fit_to_limit
-from golf.artifact.level_fit import fit_by_level
 from golf.artifact.restore import restore_model
 from golf.artifact.sizes import size_report_dict
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
-from golf.config import EXIT_FINDINGS, Config, UserError
+from golf.config.config import EXIT_FINDINGS, Config, UserError
 from golf.data.shards import find_shards
 from golf.model.init import build_model
 from golf.quant.activations import install_activation_quantizers
 from golf.run.averaging import final_weights, prove_learned_features
 from golf.run.calibrating import NO_CALIBRATION, calibrate_run, seconds_left
 from golf.run.checkpoint import CheckpointWriter, read_checkpoint
-from golf.run.code import Program
 from golf.run.command import Command, parse_command
 from golf.run.datasets import locate_data, open_training_data
 from golf.run.folder import RunFolder, choose_run_folder
-from golf.run.loop import take_steps, take_up_checkpoint
+from golf.run.frozen_code import Program
+from golf.run.log_lines import final_lines, opening_lines, packing_lines, partial_line, result_line, scoring_lines
 from golf.run.machine import machine_fingerprint
 from golf.run.parity import check_parity, ntk_effect, trained_record
 from golf.run.rehearsal import rehearse
-from golf.run.report import final_lines, opening_lines, packing_lines, partial_line, result_line, scoring_lines
 from golf.run.result import build_result, pruning_record, score_record, training_record
 from golf.run.session import Session, explain_error
-from golf.run.training import Trainer
+from golf.run.train_loop import take_steps, take_up_checkpoint
+from golf.run.trainer import Trainer
 from golf.run.witness import Witness
 from golf.runtime import Runtime, start_runtime, write_file_atomically
 from golf.score.journal import ScoreJournal

@@ -24,13 +24,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import EXIT_BAD_INPUT, EXIT_FINDINGS, EXIT_INTERRUPTED, EXIT_MACHINE
-from golf.data.published import DownloadPlan, WantedFile, find_dataset_folder, plan_download, repository_of
-from golf.submit.tool import ToolOptions, run_command
+from golf.config.config import EXIT_BAD_INPUT, EXIT_FINDINGS, EXIT_INTERRUPTED, EXIT_MACHINE
+from lab.cli import ToolOptions, run_command
+from lab.prepare.published import DownloadPlan, WantedFile, find_dataset_folder, plan_download, repository_of
 
 try:
-    from golf.data.hub import Hub, hush_hub, is_offline
-    from golf.data.transfer import Download, DownloadEvents, find_downloads
+    from lab.prepare.hub import Hub, hush_hub, is_offline
+    from lab.prepare.transfer import Download, DownloadEvents, find_downloads
 except ModuleNotFoundError as missing:
     print(
         f"download: {str(missing.name).split('.')[0]} is not installed: pip install -r requirements-data.txt",

@@ -20,9 +20,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import EXIT_INTERRUPTED
+from golf.config.config import EXIT_INTERRUPTED
 from golf.data.manifest import PreparedData
-from golf.data.prepare import (
+from golf.data.shards import DataError
+from lab.cli import ToolOptions, run_command
+from lab.prepare.prepare import (
     PLAIN_KINDS,
     SHARD_TOKENS,
     TRAINED,
@@ -31,8 +33,6 @@ from golf.data.prepare import (
     preparation_folder,
     prepare_data,
 )
-from golf.data.shards import DataError
-from golf.submit.tool import ToolOptions, run_command
 
 CACHE = Path(os.path.relpath(Path(__file__).resolve().parent / "cache"))
 

@@ -20,11 +20,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.data.prepare import VAL_FRACTION
 from golf.data.shards import DataError
 from golf.runtime import write_file_atomically
-from golf.submit.tokenizer_sweep import TokenizerFigures, sample_texts, train_and_measure
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.prepare.prepare import VAL_FRACTION
+from lab.prepare.tokenizer_sweep import TokenizerFigures, sample_texts, train_and_measure
 
 TOKENIZERS = Path(os.path.relpath(Path(__file__).resolve().parent / "tokenizers"))
 

@@ -20,12 +20,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import EXIT_FINDINGS
+from golf.config.config import EXIT_FINDINGS
 from golf.data.manifest import MANIFEST_NAME
 from golf.data.shards import DataError
-from golf.data.verification import DOWNLOADS_NAME, FolderReport, is_token_file, verify_folder
 from golf.runtime import ProgressLine
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.prepare.verification import DOWNLOADS_NAME, FolderReport, is_token_file, verify_folder
 
 
 @dataclass(frozen=True)

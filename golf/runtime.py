@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from golf.config import ConfigError, RunConfig
+from golf.config.config import ConfigError, RunConfig
 
 
 class Log:

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from golf.config import Config, build_config
-from golf.submit.ablation_curves import RunCurve
-from golf.submit.ablation_plan import SavedPlan
-from golf.submit.ablation_spec import AblationSpec
-from golf.submit.ablation_table import Study, StudyRow
+from golf.config.config import Config, build_config
+from lab.study.curves import RunCurve
+from lab.study.plan import SavedPlan
+from lab.study.spec import AblationSpec
+from lab.study.table import Study, StudyRow
 
 MATRIX = """
 name = "small"

@@ -11,8 +11,8 @@ import hypothesis
 import pytest
 import torch
 
-from golf.config import KNOBS
-from golf.presets import RETIRED_KNOBS
+from golf.config.config import KNOBS
+from golf.config.presets import RETIRED_KNOBS
 
 for variable in [*map(str.upper, KNOBS), *RETIRED_KNOBS]:  # a SEED of the caller's shell must not reach a test
     os.environ.pop(variable, None)

@@ -8,8 +8,8 @@ from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
 from golf.quant.calibration import collect_hessians
 from golf.run.calibrating import training_rows
-from golf.submit.quant_comparison import parse_variant, quantize_variant
-from golf.submit.trained_run import open_trained_run
+from lab.rates.quant_comparison import parse_variant, quantize_variant
+from lab.rates.trained_run import open_trained_run
 from tests.trained_run_fixtures import make_trained_run
 
 FORMS = ("fp16", "rtn8", "gptq4")

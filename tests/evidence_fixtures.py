@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from golf.config import build_config, config_dict, config_hash
-from golf.submit.folder_check import check_record
-from golf.submit.packer import pack_source
-from golf.submit.record_folder import read_record
+from golf.config.config import build_config, config_dict, config_hash
+from lab.bundle.packer import pack_source
+from lab.record.folder_check import check_record
+from lab.record.record_folder import read_record
 
 SOURCE = '"""A program."""\n\nimport math\n\n\ndef main():\n    print(math.pi)  # a comment\n\n\nmain()\n'
 DATA_ID, VAL_DATA_ID, TOKENIZER = "d" * 16, "e" * 16, "ab" * 32
@@ -91,7 +91,7 @@ def run_result(run_id: str, seed: int, hashed: str, code: bytes, artifact: bytes
 
 
 def log_lines(result: dict[str, Any]) -> list[str]:
-    """The lines of a log that a checker reads, as golf/run/report.py words them."""
+    """The lines of a log that a checker reads, as golf/run/log_lines.py words them."""
     seed, steps = result["seed"], result["steps"]
     milliseconds = 1000 * result["train_seconds"]
     status = "valid" if result["valid"] else "INVALID"

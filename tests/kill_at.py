@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import golf.run.checkpoint
 import train_gpt
-from golf.run.code import Program
+from golf.run.frozen_code import Program
 from golf.run.stages import StageBook
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.score.journal import ScoreJournal
 
 KIND, _, WHERE = sys.argv[1].partition(":")

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from golf.artifact.shapes import expected_shapes
-from golf.config import ModelConfig
-from golf.quant.policy import tensor_class
+from golf.config.config import ModelConfig
 from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.quant.tensor_classes import tensor_class
 
 TINY = ModelConfig(
     vocab_size=32,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from golf.config import ConfigError, build_config, iter_knobs, with_knobs
-from golf.submit.ablation_forecast import forecast
-from golf.submit.ablation_matrix import base_config, parse_matrix, read_matrix, row_config
-from golf.submit.ablation_plan import plan_study
-from golf.submit.ablation_spec import (
+from golf.config.config import ConfigError, build_config, iter_knobs, with_knobs
+from lab.study.forecast import forecast
+from lab.study.matrix import base_config, parse_matrix, read_matrix, row_config
+from lab.study.plan import plan_study
+from lab.study.spec import (
     UNDECIDING_FIELDS,
     UNDECIDING_KNOBS,
     AblationError,
@@ -199,14 +199,14 @@ def test_the_code_is_in_the_key(repository, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
 
-    for path in [*(repository / "golf").rglob("*.py")]:
+    for path in [*(repository / "golf").rglob("*.py"), *(repository / "lab").rglob("*.py")]:
         copy(path)
     before = study_code_sha256(tmp_path)
     assert before == study_code_sha256(repository)
-    other = tmp_path / "golf" / "submit" / "ablation_pictures.py"
+    other = tmp_path / "lab" / "study" / "pictures.py"
     other.write_text(other.read_text() + "\n")
     assert study_code_sha256(tmp_path) == before  # what draws tables changes no run
-    for name in ("golf/quant/grid.py", "golf/submit/ablation_training.py", "golf/model/gpt.py"):
+    for name in ("golf/quant/grid.py", "lab/study/training.py", "golf/model/gpt.py"):
         path = tmp_path / name
         path.write_text(path.read_text() + "\n")
         assert study_code_sha256(tmp_path) != before

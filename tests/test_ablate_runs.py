@@ -15,18 +15,18 @@ import torch
 
 from golf.artifact.container import read_artifact
 from golf.artifact.restore import restore_model
-from golf.config import config_dict, iter_knobs
+from golf.config.config import config_dict, iter_knobs
 from golf.data.loader import validation_tokens
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
-from golf.submit.ablation_codes import CodeWatch, bits_text, code_shares, site_of_weight
-from golf.submit.ablation_render import markdown_report, read_csv_rows
-from golf.submit.ablation_report import study_notes, study_title
-from golf.submit.ablation_running import run_ablation
-from golf.submit.ablation_spec import AblationError, read_spec, save_spec, study_code_sha256
-from golf.submit.ablation_table import load_study_results
-from golf.submit.tool import run_command
+from lab.cli import run_command
+from lab.study.codes import CodeWatch, bits_text, code_shares, site_of_weight
+from lab.study.render import markdown_report, read_csv_rows
+from lab.study.report import study_notes, study_title
+from lab.study.running import run_ablation
+from lab.study.spec import AblationError, read_spec, save_spec, study_code_sha256
+from lab.study.table import load_study_results
 from tests.ablation_fixtures import MATRIX, results_in, write_matrix
 from tools import ablate
 

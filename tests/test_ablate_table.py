@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from golf.submit.ablation_code_pictures import draw_study
-from golf.submit.ablation_curves import RunCurve, band, differences, step_of_loss
-from golf.submit.ablation_page import study_page
-from golf.submit.ablation_render import (
+from lab.study.code_pictures import draw_study
+from lab.study.curves import RunCurve, band, differences, step_of_loss
+from lab.study.page import study_page
+from lab.study.render import (
     CSV_COLUMNS,
     LOSS_COLUMNS,
     csv_text,
@@ -18,9 +18,9 @@ from golf.submit.ablation_render import (
     read_csv_rows,
     study_markdown,
 )
-from golf.submit.ablation_report import study_notes
-from golf.submit.ablation_spec import AblationError
-from golf.submit.ablation_table import (
+from lab.study.report import study_notes
+from lab.study.spec import AblationError
+from lab.study.table import (
     check_one_device,
     check_same_tokens,
     mean_interval,

@@ -29,9 +29,9 @@ from golf.artifact.frame import (
 )
 from golf.artifact.shapes import expected_shapes
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
-from golf.config import QuantConfig, build_config
+from golf.config.config import QuantConfig, build_config
+from golf.config.presets import PRESETS
 from golf.model.gpt import GPT
-from golf.presets import PRESETS
 from golf.quant.export import quantize_state
 from golf.quant.stored import QuantizedTensor, dequantize_state
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from golf.submit.bundler import bundle_source
-from golf.submit.packer import minify_source, pack_source, unpack_source
-from golf.submit.parts import BundleError
+from lab.bundle.bundler import bundle_source
+from lab.bundle.packer import minify_source, pack_source, unpack_source
+from lab.bundle.parts import BundleError
 
 ENTRY = '''\
 #!/usr/bin/env python3
@@ -175,8 +175,8 @@ def test_same_input_same_bytes(tmp_path, toy):
     assert readable == bundle_source(*toy())
     assert pack_source(readable) == pack_source(readable)
     code = (
-        "import sys; from pathlib import Path; from golf.submit.bundler import bundle_source; "
-        "from golf.submit.packer import pack_source; root = Path(sys.argv[1]); "
+        "import sys; from pathlib import Path; from lab.bundle.bundler import bundle_source; "
+        "from lab.bundle.packer import pack_source; root = Path(sys.argv[1]); "
         "print(pack_source(bundle_source(root / 'train_gpt.py', root)), end='')"
     )
     for hash_seed in ("1", "2"):
@@ -260,7 +260,7 @@ def test_tracebacks_of_a_packed_script_show_its_lines(tmp_path):
 
 def test_the_command_writes_at_once_and_reports_sizes(tmp_path, repository):
     """Run in a copy of the parts that the command needs, with the toy for an entry."""
-    for name in ("golf", "tools"):
+    for name in ("golf", "lab", "tools"):
         shutil.copytree(repository / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "train_gpt.py").write_text("import sys\n\nBUNDLED = False\nprint(sys.version_info.major)\n")
     tool, out = tmp_path / "tools" / "bundle.py", tmp_path / "deep" / "train_gpt.py"

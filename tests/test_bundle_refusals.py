@@ -2,8 +2,8 @@
 
 import pytest
 
-from golf.submit.bundler import bundle_source
-from golf.submit.parts import BundleError
+from lab.bundle.bundler import bundle_source
+from lab.bundle.parts import BundleError
 
 REFUSED = {
     "same global name twice": (

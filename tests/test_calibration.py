@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from golf.config import Config, ModelConfig, with_knobs
+from golf.config.config import Config, ModelConfig, with_knobs
 from golf.model.init import build_model
 from golf.model.layers import rms_norm
 from golf.quant.calibration import calibrate, calibrate_within, collect_hessians, generated_rows
-from golf.quant.policy import QuantError
+from golf.quant.tensor_classes import QuantError
 from golf.run.calibrating import SETTLING, seconds_left, training_rows
 from golf.runtime import Runtime
 

@@ -10,9 +10,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.data.caseops import decode_caseops, encode_caseops, literal_operators
 from golf.data.shards import DataError
 from golf.data.tokenizer import BLANK, CASE_OPERATORS, ByteTable, Tokenizer, check_byte_counts
+from lab.prepare.caseops import decode_caseops, encode_caseops, literal_operators
 
 T, A, N, E = CASE_OPERATORS
 SAMPLE = [

@@ -14,7 +14,7 @@ import sentencepiece
 import torch
 
 from golf.artifact.container import read_artifact, write_artifact
-from golf.config import Config, build_config, config_dict, config_hash, with_knobs
+from golf.config.config import Config, build_config, config_dict, config_hash, with_knobs
 from golf.data.shards import write_shard
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.model.init import build_model
@@ -22,7 +22,7 @@ from golf.quant.export import quantize_state
 from golf.runtime import Runtime
 from golf.score.roundtrip import stream_identity
 from golf.score.scorer import score_stream, sliding_settings
-from golf.submit.tool import run_command
+from lab.cli import run_command
 
 CPU = Runtime(torch.device("cpu"))
 SENTENCES = [f"The {n} small models said: “naïve café, {n * n} bytes” to the {n % 7} old ones." for n in range(120)]

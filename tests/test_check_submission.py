@@ -25,10 +25,10 @@ from evidence_fixtures import (
     write_run,
 )
 
-from golf.submit.evidence import SubmissionOrder, make_record
-from golf.submit.finding import EvidenceError
-from golf.submit.packer import pack_source
-from golf.submit.record_folder import read_record
+from lab.bundle.packer import pack_source
+from lab.record.evidence import SubmissionOrder, make_record
+from lab.record.finding import EvidenceError
+from lab.record.record_folder import read_record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MEAN = sum(PUBLISHED_SCORES.values()) / len(PUBLISHED_SCORES)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import golf.run.checkpoint
-from golf.config import Config, build_config
+from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
@@ -30,8 +30,8 @@ from golf.run.checkpoint import (
 from golf.run.folder import RunFolder
 from golf.run.interruption import Interrupted, Interruption
 from golf.run.ledger import Ledger
-from golf.run.loop import take_steps, take_up_checkpoint
-from golf.run.training import Trainer
+from golf.run.train_loop import take_steps, take_up_checkpoint
+from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime, Stopwatch
 
 TINY = dict(

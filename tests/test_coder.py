@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.artifact.codecs import ArtifactError
-from golf.artifact.magnitudes import MEAN_LEVELS, bell_counts, next_halves, tile_edges
+from golf.artifact.context_model import MEAN_LEVELS, bell_counts, next_halves, tile_edges
 from golf.artifact.rans import FREQUENCY_BITS, STATE_BYTES, RansReader, RansWriter, lane_count
-from golf.artifact.references import refer_rows, restore_rows
+from golf.artifact.row_prediction import refer_rows, restore_rows
 from golf.artifact.sequences import decode_halves, decode_sequence, encode_halves, encode_sequence
 from golf.artifact.sizes import code_entropy_bytes
 from golf.artifact.stacks import StackSpec, decode_stacks, encode_stacks

@@ -5,7 +5,7 @@ import pytest
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import encode_streams
 from golf.quant.stored import QuantizedTensor
-from golf.submit.coder_bench import bench_coders, gptq_like_codes
+from lab.bench.coder_bench import bench_coders, gptq_like_codes
 
 
 def test_random_codes_are_like_those_of_gptq():
@@ -31,6 +31,6 @@ def test_every_codec_is_measured_on_the_same_codes(monkeypatch):
             "tok_emb.weight": QuantizedTensor(sound, stored["tok_emb.weight"].scale_SG, 6)
         }, []
 
-    monkeypatch.setattr("golf.submit.coder_bench.decode_streams", planted)
+    monkeypatch.setattr("lab.bench.coder_bench.decode_streams", planted)
     with pytest.raises(ArtifactError, match="does not give back"):
         bench_coders(stored, ("rans",))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from golf.submit.comparable import ComparisonError, read_compared_run
-from golf.submit.comparison import ComparisonSettings, compare_runs
+from lab.compare.comparable import ComparisonError, read_compared_run
+from lab.compare.comparison import ComparisonSettings, compare_runs
 
 TOKENS, BYTES = 100_000, 240_000
 BPB = TOKENS / (math.log(2) * BYTES)

@@ -19,24 +19,24 @@ from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
 from golf.quant.calibration import collect_hessians
 from golf.quant.gptq import quantize_matrix
-from golf.quant.policy import QuantError
 from golf.quant.spec import QuantSpec
 from golf.quant.stored import QuantizedTensor, same_stored
+from golf.quant.tensor_classes import QuantError
 from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
-from golf.score.targets import first_targets, target_nats
-from golf.submit.bootstrap import block_numbers, bootstrap_ratio
-from golf.submit.quant_comparison import (
+from lab.cli import run_command
+from lab.compare.bootstrap import block_numbers, bootstrap_ratio
+from lab.compare.statistics import StatisticsError
+from lab.rates.quant_comparison import (
     ComparisonSubject,
     compare_variants,
     parse_variant,
     parse_variants,
     quantize_variant,
 )
-from golf.submit.statistics import StatisticsError
-from golf.submit.tool import run_command
-from golf.submit.trained_run import TrainedRun, open_trained_run
+from lab.rates.targets import first_targets, target_nats
+from lab.rates.trained_run import TrainedRun, open_trained_run
 from tests.trained_run_fixtures import copied_run, make_trained_run
 from tools import compare_quant
 

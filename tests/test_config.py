@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from golf.config import (
+from golf.config.config import (
     GRID_KNOBS,
     KNOBS,
     Config,
@@ -16,7 +16,7 @@ from golf.config import (
     config_hash,
     iter_knobs,
 )
-from golf.presets import PRESETS, RETIRED_KNOBS
+from golf.config.presets import PRESETS, RETIRED_KNOBS
 
 
 def test_every_knob_has_one_name():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf.data.corpus import cut_passages, document_digest, pydoc_topics, read_documents, split_documents
 from golf.data.shards import DataError
+from lab.prepare.corpus import cut_passages, document_digest, pydoc_topics, read_documents, split_documents
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from golf.data.shards import DataError
-from golf.data.vocabulary import train_competition_tokenizer
-from golf.submit.data_bench import bench_data, repeated_documents, time_preparation, tree_memory, write_text
+from lab.bench.data_bench import bench_data, repeated_documents, time_preparation, tree_memory, write_text
+from lab.prepare.vocabulary import train_competition_tokenizer
 
 TEXTS = [f"document {number} of some words about nothing" for number in range(50)]
 

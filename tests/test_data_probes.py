@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from golf.data.documents import document_hashes, find_shared_documents
 from golf.data.shards import write_shard
-from golf.score import data_probes
-from golf.score.data_probes import ProbeError, probe_access, probe_disjoint
-from golf.score.probes import FAIL, NOT_EXERCISED, PASS
+from lab.probe import data_probes
+from lab.probe.data_probes import ProbeError, probe_access, probe_disjoint
+from lab.probe.documents import document_hashes, find_shared_documents
+from lab.probe.probes import FAIL, NOT_EXERCISED, PASS
 
 BOS = 1
 
@@ -27,7 +27,7 @@ TEXTS = [[int(token) for token in np.random.default_rng(n).integers(2, 60, 5 + n
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 def test_documents_are_hashed_over_the_borders_of_shards_and_blocks(tmp_path, monkeypatch, block):
-    monkeypatch.setattr("golf.data.documents.BLOCK_TOKENS", block)
+    monkeypatch.setattr("lab.probe.documents.BLOCK_TOKENS", block)
     one, three = (list(document_hashes(write_split(tmp_path, "val", TEXTS, count), BOS)) for count in (1, 3))
     assert one == three and len(set(one)) == len(TEXTS)
     with_empty = write_split(tmp_path, "train", [[], TEXTS[0], [], TEXTS[1], []], 1)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golf.runtime import Runtime
-from golf.score.sampling import SamplingError, SamplingOptions
-from golf.submit.demo_answers import (
+from lab.cli import run_command
+from lab.demo.answers import (
     ColumnAnswer,
     DemoColumn,
     DemoError,
@@ -24,9 +24,9 @@ from golf.submit.demo_answers import (
     find_pictures,
     open_columns,
 )
-from golf.submit.demo_page import all_cards, choose_port, column_card, import_gradio, picture_list, plain, responder
-from golf.submit.text_model import open_text_model
-from golf.submit.tool import run_command
+from lab.demo.page import all_cards, choose_port, column_card, import_gradio, picture_list, plain, responder
+from lab.generate.sampling import SamplingError, SamplingOptions
+from lab.generate.text_model import open_text_model
 from tests.demo_fixtures import PROMPT, make_demo_artifacts
 from tools import demo
 

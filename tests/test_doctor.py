@@ -17,10 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from golf.config import Config, build_config
-from golf.data.prepare import prepare_corpus, prepared_folder
-from golf.run.plan import EXPECTED_STEP_SECONDS
-from golf.submit.diagnosis import (
+from golf.config.config import Config, build_config
+from lab.cli import run_command
+from lab.machine.diagnosis import (
     MACHINE_DRIFT,
     MachineFinding,
     StepBand,
@@ -34,7 +33,8 @@ from golf.submit.diagnosis import (
     run_bytes,
     step_figures,
 )
-from golf.submit.tool import run_command
+from lab.machine.plan import EXPECTED_STEP_SECONDS
+from lab.prepare.prepare import prepare_corpus, prepared_folder
 from tools.doctor import Options, print_report, work
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "mib": 81559}

@@ -12,14 +12,14 @@ import golf.model.block
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.settings import model_from_json, model_to_json
-from golf.config import ModelConfig, QuantConfig, build_config
+from golf.config.config import ModelConfig, QuantConfig, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.block import causal_attention, visible_keys
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.runtime import Runtime
 
 SMALL = ModelConfig(

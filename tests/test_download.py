@@ -14,15 +14,15 @@ import pytest
 from fake_hub import FAULTS, LISTING, FakeHub, flipped, random_shard, shard_bytes
 
 from data import download
-from golf.config import EXIT_FINDINGS, EXIT_INTERRUPTED, EXIT_MACHINE
-from golf.data.hub import Hub
+from golf.config.config import EXIT_FINDINGS, EXIT_INTERRUPTED, EXIT_MACHINE
 from golf.data.manifest import data_identity
-from golf.data.published import DownloadError, plan_download
 from golf.data.tokenizer import load_tokenizer
-from golf.data.transfer import Download, DownloadEvents, sole_downloader
-from golf.data.verification import DOWNLOADS_NAME, verify_folder
-from golf.data.vocabulary import train_tokenizer
-from golf.submit.tool import run_command
+from lab.cli import run_command
+from lab.prepare.hub import Hub
+from lab.prepare.published import DownloadError, plan_download
+from lab.prepare.transfer import Download, DownloadEvents, sole_downloader
+from lab.prepare.verification import DOWNLOADS_NAME, verify_folder
+from lab.prepare.vocabulary import train_tokenizer
 
 REPOSITORY_ID = "somebody/some-golf"
 NAME = "fineweb10B_sp300"

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.data.encoding import (
+from golf.data.shards import DataError
+from golf.data.tokenizer import CASE_OPERATORS, Tokenizer, load_tokenizer
+from lab.prepare.encoding import (
     ChunkEncoder,
     DocumentChunk,
     chunk_documents,
     encode_chunks,
 )
-from golf.data.readers import iter_documents
-from golf.data.shards import DataError
-from golf.data.tokenizer import CASE_OPERATORS, Tokenizer, load_tokenizer
-from golf.data.vocabulary import train_competition_tokenizer, train_pieces, train_tokenizer
-from golf.data.word_table import WordIndex, WordTable, words_are_independent
+from lab.prepare.readers import iter_documents
+from lab.prepare.vocabulary import train_competition_tokenizer, train_pieces, train_tokenizer
+from lab.prepare.word_table import WordIndex, WordTable, words_are_independent
 
 TEXTS = [
     f"Sentence {number} of the text: don't Stop\tat 3.14,\r\n\n  NEVER {'abc' * (number % 5)} café “quoted” \u00a0 end"
@@ -77,8 +77,8 @@ def test_a_table_of_words_gives_the_ids_and_bytes_of_whole_texts(encoders, texts
 
 
 def test_real_text_with_a_full_table(encoders, monkeypatch):
-    monkeypatch.setattr("golf.data.word_table.TABLE_ENTRIES", 30)
-    monkeypatch.setattr("golf.data.word_table.LONGEST_CACHED_WORD", 6)
+    monkeypatch.setattr("lab.prepare.word_table.TABLE_ENTRIES", 30)
+    monkeypatch.setattr("lab.prepare.word_table.LONGEST_CACHED_WORD", 6)
     with_table, plain = ChunkEncoder(encoders[0].tokenizer), encoders[1]
     for start in range(0, 200, 50):
         chunk = DocumentChunk("train", TEXTS[start : start + 50])
@@ -87,7 +87,7 @@ def test_real_text_with_a_full_table(encoders, monkeypatch):
 
 
 def test_an_index_finds_what_was_put_in(monkeypatch):
-    monkeypatch.setattr("golf.data.word_table.SLOT_BITS", 6)
+    monkeypatch.setattr("lab.prepare.word_table.SLOT_BITS", 6)
     hashes = np.unique(np.random.default_rng(0).integers(1, 2**64, 60, dtype=np.uint64))
     hashes[:30] |= np.uint64(63 << 58)  # all for the last slot: probing starts over at the first
     hashes = np.unique(hashes)
@@ -109,7 +109,7 @@ def test_words_and_their_hashes(model):
 
 def test_models_with_dependent_words_are_caught(monkeypatch):
     """Were the model taken for one with independent words, its first chunk would say so."""
-    monkeypatch.setattr("golf.data.encoding.words_are_independent", lambda tokenizer: True)
+    monkeypatch.setattr("lab.prepare.encoding.words_are_independent", lambda tokenizer: True)
     encoder = ChunkEncoder(Tokenizer(train_tokenizer(TEXTS, 420)))
     with pytest.raises(DataError, match="prepare with --no-word-cache"):
         encoder.encode(DocumentChunk("train", TEXTS))
@@ -124,7 +124,7 @@ def test_wrong_bytes_are_caught(model):
 
 
 def test_chunks_keep_every_document_in_order(monkeypatch):
-    monkeypatch.setattr("golf.data.encoding.CHUNK_CHARACTERS", 10)
+    monkeypatch.setattr("lab.prepare.encoding.CHUNK_CHARACTERS", 10)
     pairs = [("val" if number % 3 == 0 else "train", "x" * number) for number in range(1, 12)]
     chunks = list(chunk_documents(iter(pairs)))
     assert all(sum(map(len, chunk.texts[:-1])) < 10 for chunk in chunks) and len(chunks) > 4
@@ -176,7 +176,7 @@ def test_errors_are_the_callers(model, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from golf.data.encoding import DocumentChunk, encode_chunks
+from lab.prepare.encoding import DocumentChunk, encode_chunks
 def chunks():
     while True:
         yield DocumentChunk("train", ["some text"])

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from golf.artifact.shapes import expected_shapes
-from golf.config import ModelConfig, QuantConfig, build_config
+from golf.config.config import ModelConfig, QuantConfig, build_config
 from golf.model.block import visible_keys
 from golf.model.layers import Linear
 from golf.quant.activations import quantized_gpt
 from golf.quant.export import quantize_state
-from golf.quant.policy import SITE_PATHS
-from golf.submit.energy import (
+from golf.quant.tensor_classes import SITE_PATHS
+from lab.cost.energy import (
     OPERATION_PICOJOULES,
     EnergyEstimate,
     OperationCount,
     energy_estimate,
     measured_zero_shares,
 )
-from golf.submit.legacy_study import load_study
+from lab.study.legacy_study import load_study
 from tests.stored_fixtures import stored_tensor
 
 WIDTH, HIDDEN, VOCABULARY, ATTENTIONS, MLPS = 768, 3072, 50_304, 10, 11

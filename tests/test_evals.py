@@ -13,15 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golf.artifact.container import pack_artifact
-from golf.config import ModelConfig, QuantConfig
+from golf.config.config import ModelConfig, QuantConfig
 from golf.data.tokenizers_plain import PlainTokenizer, bytes_tokenizer_file
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
-from golf.score.sampling import SamplingError
-from golf.submit.lm_eval_backend import has_lm_eval, score_by_lm_eval
-from golf.submit.text_model import open_text_model
-from golf.submit.tool import run_command
-from golf.submit.zero_shot import (
+from lab.cli import run_command
+from lab.evals.lm_eval_backend import has_lm_eval, score_by_lm_eval
+from lab.evals.zero_shot import (
     ZeroShotError,
     ZeroShotItem,
     ZeroShotResult,
@@ -31,6 +29,8 @@ from golf.submit.zero_shot import (
     score_items,
     zero_shot_remarks,
 )
+from lab.generate.sampling import SamplingError
+from lab.generate.text_model import open_text_model
 from tools import evals
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -344,7 +344,7 @@ def test_a_choice_without_room_stops_the_harness(fake_harness):
 
 
 def test_without_the_harness_auto_is_our_own_and_asking_for_it_is_an_error(ask, monkeypatch):
-    for module in (evals, sys.modules["golf.submit.lm_eval_backend"]):
+    for module in (evals, sys.modules["lab.evals.lm_eval_backend"]):
         monkeypatch.setattr(module, "has_lm_eval", lambda: False)
     status, output, complaint = ask("boolq", "--json")
     assert status == 0 and json.loads(output)["backend"] == "own", complaint

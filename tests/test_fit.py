@@ -7,13 +7,13 @@ import torch
 
 from golf.artifact.container import pack_artifact, read_artifact, same_stored_state, stored_bits
 from golf.artifact.fit import FitError, FittedArtifact, coarsening_actions, fit_to_limit
-from golf.artifact.forecast import TRAINED_SHARE, forecast_bytes
 from golf.artifact.shapes import expected_shapes
-from golf.config import ModelConfig, QuantConfig, build_config
+from golf.config.config import ModelConfig, QuantConfig, build_config
 from golf.quant.export import quantize_state
-from golf.quant.policy import QuantError, tensor_class
 from golf.quant.prune import prune_state
 from golf.quant.stored import QuantizedTensor, dequantize_state
+from golf.quant.tensor_classes import QuantError, tensor_class
+from lab.machine.forecast import TRAINED_SHARE, forecast_bytes
 
 TOKENIZER = "c0ffee00" * 8
 TINY = ModelConfig(

@@ -7,7 +7,7 @@ import pytest
 
 from golf.artifact.container import read_artifact
 from golf.quant.stored import QuantizedTensor
-from golf.submit.tool import run_command
+from lab.cli import run_command
 from tests.sampled_run_fixtures import make_sampled_run
 from tools import footprint
 

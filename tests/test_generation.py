@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from golf.config import ModelConfig
+from golf.config.config import ModelConfig
 from golf.data.tokenizer import ByteTable, TextTokenizer
 from golf.model.gpt import GPT
 from golf.runtime import Runtime
-from golf.score.generation import TextGeneration
-from golf.score.sampling import SamplingError, SamplingOptions, choose_token, drawable_ids
-from golf.submit.text_model import TextModel
+from lab.generate.generation import TextGeneration
+from lab.generate.sampling import SamplingError, SamplingOptions, choose_token, drawable_ids
+from lab.generate.text_model import TextModel
 from tests.cache_fixtures import CACHED, cached_model
 from tests.tokenizer_fixtures import BYTES, small_tokenizers
 

@@ -12,8 +12,8 @@ from golf.data.shards import DataError, write_shard
 from golf.data.sidecar import write_sidecar
 from golf.data.tokenizer import load_tokenizer
 from golf.data.tokenizers_plain import bytes_tokenizer_file
-from golf.submit import data_report
-from golf.submit.data_report import (
+from lab.prepare import data_report
+from lab.prepare.data_report import (
     blocks_of_documents,
     frequent_pieces,
     inspect_folder,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import golf.score.roundtrip
-from golf.config import Config, with_knobs
+from golf.config.config import Config, with_knobs
 from golf.data.loader import TokenStream
 from golf.data.shards import DataError, write_shard
 from golf.model.init import build_model

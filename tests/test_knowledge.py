@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from golf.artifact.container import pack_artifact
 from golf.artifact.shapes import expected_shapes
-from golf.config import ModelConfig, QuantConfig, build_config
+from golf.config.config import ModelConfig, QuantConfig, build_config
 from golf.model.block import visible_keys
 from golf.model.gpt import GPT
 from golf.model.init import build_model

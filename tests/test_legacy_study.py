@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from golf.config import build_config
-from golf.sites import activation_sites, weight_sites
-from golf.submit.legacy_study import (
+from golf.config.config import build_config
+from golf.config.site_quantizers import activation_sites, weight_sites
+from lab.study.legacy_study import (
     NEEDED_FLAGS,
     SHARED_SCALE,
     STUDY_FLAGS,

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from golf.artifact.container import read_artifact, same_stored_state
+from golf.artifact.fill_limit import NEAR_ENOUGH, LevelSearch, fit_by_level
 from golf.artifact.fit import FitError
-from golf.artifact.level_fit import NEAR_ENOUGH, LevelSearch, fit_by_level
-from golf.artifact.target_fit import FINE_ENOUGH, smallest_at_score
-from golf.config import Config as Knobs
-from golf.config import ConfigError, ModelConfig, QuantConfig, check_config, with_knobs
+from golf.config.config import Config as Knobs
+from golf.config.config import ConfigError, ModelConfig, QuantConfig, check_config, with_knobs
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.optim.schedule import training_budget
 from golf.quant.calibration import calibrate
 from golf.quant.stored import dequantize_state
 from golf.runtime import Runtime
+from lab.rates.target_fit import FINE_ENOUGH, smallest_at_score
 
 MODEL = ModelConfig(
     vocab_size=96, num_layers=2, model_dim=48, num_heads=2, num_kv_heads=1, mlp_mult=2, bigram_vocab_size=64,

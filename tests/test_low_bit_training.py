@@ -11,7 +11,7 @@ from torch import nn
 from golf.artifact.container import encode_streams, pack_artifact, read_artifact
 from golf.artifact.restore import restore_model
 from golf.artifact.weights import load_weights, save_weights
-from golf.config import build_config
+from golf.config.config import build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.gpt import GPT
@@ -21,7 +21,7 @@ from golf.quant.activations import install_activation_quantizers, quantized_gpt
 from golf.quant.export import quantize_state, quantized_parameters
 from golf.quant.stored import QuantizedTensor
 from golf.run.parity import row_losses, trained_record
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.runtime import Runtime
 
 torch.set_num_threads(1)

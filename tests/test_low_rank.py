@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from golf.quant.gptq import quantize_matrix
-from golf.quant.low_rank import LowRankOptions, correct_worst, leading_directions, weighted_error, with_low_rank
-from golf.quant.policy import QuantError
 from golf.quant.spec import QuantSpec
 from golf.quant.stored import dequantize_tensor, same_stored
+from golf.quant.tensor_classes import QuantError
+from lab.rates.low_rank import LowRankOptions, correct_worst, leading_directions, weighted_error, with_low_rank
 
 torch.set_num_threads(1)
 FINE = LowRankOptions(3, QuantSpec(8), QuantSpec(8))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from golf.config import Config, build_config
+from golf.config.config import Config, build_config
 from golf.model.block import causal_attention
 from golf.run.machine import attention_backend, folder_executes, gpu_states, machine_fingerprint, parse_gpu_query
 from golf.runtime import Runtime

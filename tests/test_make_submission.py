@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from evidence_fixtures import SOURCE, digest, log_lines, packed_source, run_result, write_json, write_run
 
-from golf.run.report import result_line
-from golf.submit.evidence import SubmissionOrder, SubmissionOutcome, make_record
-from golf.submit.finding import EvidenceError
-from golf.submit.folder_check import check_record
-from golf.submit.packer import unpack_source
-from golf.submit.record_folder import read_record
-from golf.submit.run_check import expected_result_line
+from golf.run.log_lines import result_line
+from lab.bundle.packer import unpack_source
+from lab.record.evidence import SubmissionOrder, SubmissionOutcome, make_record
+from lab.record.finding import EvidenceError
+from lab.record.folder_check import check_record
+from lab.record.record_folder import read_record
+from lab.record.run_check import expected_result_line
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 READABLE = "train_gpt_readable.py"
@@ -298,7 +298,7 @@ def test_names_that_are_no_folder(tmp_path, changes, message):
 
 
 def test_an_interrupted_build_leaves_no_record(tmp_path, monkeypatch):
-    monkeypatch.setattr("golf.submit.evidence.check_record", lambda record: 1 / 0)
+    monkeypatch.setattr("lab.record.evidence.check_record", lambda record: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(tmp_path, write_run(tmp_path / "r"))
     assert os.listdir(tmp_path / "records" / "track_local") == []

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from golf.artifact.container import pack_artifact, read_artifact, same_stored_state
-from golf.artifact.methods import METHODS, MethodInput, prepare_method_input
 from golf.artifact.weights import SavedWeights
-from golf.config import ModelConfig, QuantConfig
+from golf.config.config import ModelConfig, QuantConfig
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.stored import QuantizedTensor, dequantize_state
 from golf.runtime import Runtime
+from lab.rates.methods import METHODS, MethodInput, prepare_method_input
 
 MODEL = ModelConfig(
     vocab_size=80, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, bigram_vocab_size=40,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from golf.config import AverageConfig, OptimConfig, TrainConfig, build_config
+from golf.config.config import AverageConfig, OptimConfig, TrainConfig, build_config
 from golf.model.init import build_model
 from golf.optim.average import WeightAverage
 from golf.optim.groups import split_parameters

@@ -12,7 +12,7 @@ import torch
 from golf.artifact.container import read_artifact, same_stored_state
 from golf.artifact.shapes import expected_shapes
 from golf.artifact.weights import load_weights, save_weights
-from golf.config import ModelConfig, QuantConfig, UserError
+from golf.config.config import ModelConfig, QuantConfig, UserError
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from golf.quant.prune import prune_state

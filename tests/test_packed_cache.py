@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.config import ModelConfig
+from golf.config.config import ModelConfig
+from golf.config.site_quantizers import parse_site
 from golf.model.cache import KeyValueCache
-from golf.quant.packed_cache import pack_codes, packed_cache, packed_width, scale_count, unpack_codes
-from golf.quant.policy import QuantError
-from golf.sites import parse_site
-from golf.submit.kv_bytes import KV_SETTINGS, KvBytesError, kv_bytes_per_token, kv_table
+from golf.quant.tensor_classes import QuantError
+from lab.cost.kv_bytes import KV_SETTINGS, KvBytesError, kv_bytes_per_token, kv_table
+from lab.generate.packed_cache import pack_codes, packed_cache, packed_width, scale_count, unpack_codes
 from tests.cache_fixtures import CACHED, cached_model, rows_with_documents
 
 INTEGERS = [f"int{bits}" for bits in range(2, 9)]

@@ -15,11 +15,10 @@ from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.fit import FittedArtifact, fit_to_limit
 from golf.artifact.restore import restore_model
-from golf.config import Config, build_config
+from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.data.tokenizer import ByteTable, Tokenizer
-from golf.data.vocabulary import train_tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.stored import QuantizedTensor, dequantize_state
@@ -28,9 +27,10 @@ from golf.run.checkpoint import TrainingState
 from golf.run.folder import RunFolder
 from golf.run.parity import ParityError, check_parity, ntk_effect, row_losses, trained_record
 from golf.run.rehearsal import STATE_COPIES, RehearsalError, rehearse
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.run.witness import Witness
 from golf.runtime import Log, Runtime
+from lab.prepare.vocabulary import train_tokenizer
 
 CPU = Runtime(torch.device("cpu"), log=Log())
 LIMIT = 1_000_000

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from golf.config import ModelConfig
+from golf.config.config import ModelConfig
 from golf.model.init import build_model
 from golf.quant.permute import hidden_order, mlp_blocks, permute_hidden_units
-from golf.quant.policy import QuantError
+from golf.quant.tensor_classes import QuantError
 
 torch.set_num_threads(1)
 TINY = ModelConfig(

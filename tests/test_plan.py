@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.config import Config, ConfigError, build_config, with_knobs
+from golf.config.config import Config, ConfigError, build_config, with_knobs
+from golf.config.presets import PRESETS
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
-from golf.presets import PRESETS
-from golf.run.plan import (
+from golf.run.trainer import Trainer
+from golf.runtime import Runtime, Stopwatch
+from lab.machine.plan import (
     EXPECTED_STEP_SECONDS,
     EXPECTED_VAL_TOKENS,
     SCORING_SPEED,
@@ -25,8 +27,6 @@ from golf.run.plan import (
     simulate_training,
     timeline,
 )
-from golf.run.training import Trainer
-from golf.runtime import Runtime, Stopwatch
 
 TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", threads="1",

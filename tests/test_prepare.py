@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from golf.data.corpus import split_documents
-from golf.data.growing import GrowingShards
 from golf.data.manifest import data_identity, load_prepared
-from golf.data.prepare import Preparation, PreparationWork, prepare_corpus, prepare_data, prepared_folder
 from golf.data.shards import DataError, find_shards, read_shard
 from golf.data.sidecar import read_sidecar
 from golf.data.tokenizer import load_tokenizer
+from lab.prepare.corpus import split_documents
+from lab.prepare.prepare import Preparation, PreparationWork, prepare_corpus, prepare_data, prepared_folder
+from lab.prepare.shard_writer import GrowingShards
 
 WORDS = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "café"]
 
@@ -61,7 +61,7 @@ def test_two_preparations_give_the_same_bytes(corpus, prepared, tmp_path):
 
 
 def test_shards_are_cut_at_their_size(corpus, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("golf.data.encoding.CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr("lab.prepare.encoding.CHUNK_CHARACTERS", 1000)
     cut = prepare_data(Preparation(str(corpus), "train:300", 0.1, shard_tokens=1000), tmp_path / "cut")
     shards = [read_shard(path) for path in find_shards(cut.folder, "train")]
     assert len(shards) > 3 and {len(shard) for shard in shards[:-1]} == {1000}
@@ -93,11 +93,11 @@ class KilledError(BaseException):
 
 
 @pytest.mark.parametrize("order", ["shuffled", "source"])
-@pytest.mark.parametrize("place", [*(f"golf.data.prepare.{step}" for step in KILLED_STEPS), 1, 5, 9])
+@pytest.mark.parametrize("place", [*(f"lab.prepare.prepare.{step}" for step in KILLED_STEPS), 1, 5, 9])
 def test_a_killed_preparation_goes_on_where_it_was(corpus, tmp_path, monkeypatch, order, place):
     """Killed while it makes the tokenizer, behind some chunk, or before the manifest is there."""
-    monkeypatch.setattr("golf.data.encoding.CHUNK_CHARACTERS", 3000)
-    monkeypatch.setattr("golf.data.prepare.NOTED_CHUNKS", 4)
+    monkeypatch.setattr("lab.prepare.encoding.CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr("lab.prepare.prepare.NOTED_CHUNKS", 4)
     wanted = Preparation(str(corpus), "train:300", 0.1, order=order, shard_tokens=2000)
     whole = prepare_data(wanted, tmp_path / "whole")
     out, added, add = tmp_path / "own", [], PreparationWork.add
@@ -140,7 +140,7 @@ def test_a_partial_preparation_of_something_else_is_thrown_away(corpus, prepared
 
 KILLED = """
 import os, sys
-from golf.data.prepare import PreparationWork, prepare_corpus
+from lab.prepare.prepare import PreparationWork, prepare_corpus
 add = PreparationWork.add
 def add_and_die(work, chunk):
     add(work, chunk)
@@ -161,7 +161,7 @@ def test_a_killed_process_leaves_nothing_in_place(corpus, prepared, tmp_path, re
 
 @pytest.mark.parametrize("settings", [{"val_docs": 20}, {"order": "source"}, {}], ids=str)
 def test_any_number_of_workers_gives_the_same_folder(corpus, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr("golf.data.encoding.CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr("lab.prepare.encoding.CHUNK_CHARACTERS", 2000)
     wanted = Preparation(str(corpus), "train:300", 0.1, drop_shared=True, **settings)
     done = []
     folders = [prepare_data(wanted, tmp_path / f"{n}", workers=n, advance=done.append).folder for n in (1, 2, 3)]

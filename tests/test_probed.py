@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import golf.model.block
-from golf.config import Config, with_knobs
+from golf.config.config import Config, with_knobs
 from golf.model.embedding import SmearGate
 from golf.model.init import build_model
-from golf.score.probed import ArtifactScorer, contiguous_spans, probe_plan, probe_stream_tokens
-from golf.score.probes import FAIL, NOT_EXERCISED, PASS, Probe, ScoreEvent, probe_scorer
 from golf.score.scorer import ScoreSettings, prepare_job, score_windows, sliding_settings
 from golf.score.windows import plan_windows
+from lab.probe.probes import FAIL, NOT_EXERCISED, PASS, Probe, ScoreEvent, probe_scorer
+from lab.probe.scorer_adapter import ArtifactScorer, contiguous_spans, probe_plan, probe_stream_tokens
 
 BOS = 1
 SMALL = with_knobs(
@@ -166,5 +166,5 @@ def test_the_plan_of_the_whole_stream(monkeypatch):
         plan = plan_windows(targets, length, stride)
         return dataclasses.replace(plan, first_scored_W=plan.first_scored_W + (np.arange(len(plan)) == 3))
 
-    monkeypatch.setattr("golf.score.probed.plan_windows", gapped)
+    monkeypatch.setattr("lab.probe.scorer_adapter.plan_windows", gapped)
     assert probe_plan(1000, 1000, settings, traced).verdict == FAIL

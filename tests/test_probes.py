@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from golf.score import probes
-from golf.score.probes import (
+from lab.probe import probes
+from lab.probe.probes import (
     FAIL,
     NOT_EXERCISED,
     PASS,

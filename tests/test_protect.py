@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from golf.quant.gptq import quantize_matrix
-from golf.quant.policy import QuantError
-from golf.quant.protect import column_saliency, most_salient_group, protected_steps
 from golf.quant.spec import QuantSpec
 from golf.quant.stored import dequantize_tensor
+from golf.quant.tensor_classes import QuantError
+from lab.rates.awq_columns import column_saliency, most_salient_group, protected_steps
 
 torch.set_num_threads(1)
 

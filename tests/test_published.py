@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from golf.data.published import (
+from lab.prepare.published import (
     DownloadError,
     HubListing,
     find_dataset_folder,
@@ -13,7 +13,7 @@ from golf.data.published import (
     plan_download,
     repository_of,
 )
-from golf.data.verification import FileFacts
+from lab.prepare.verification import FileFacts
 
 CASEOPS = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 CASEOPS_MODEL = "datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"

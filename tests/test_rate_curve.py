@@ -17,22 +17,22 @@ from scipy.integrate import quad
 from scipy.interpolate import PchipInterpolator
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.methods import METHODS, prepare_method_input
 from golf.artifact.restore import restore_model
 from golf.artifact.weights import load_weights, save_weights
-from golf.config import QuantConfig
+from golf.config.config import QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.quant.export import quantize_state
 from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
-from golf.submit import rate_points
-from golf.submit.rate_curve import ANCHORS, FEWEST_RATES, build_curves, parse_rates
-from golf.submit.rate_difference import MonotoneCubic, RateError, bjontegaard_percent, loss_curve
-from golf.submit.rate_points import RatePoint, RateSubject, scoring_code_sha256
-from golf.submit.tool import run_command
-from golf.submit.trained_run import open_trained_run
+from lab.cli import run_command
+from lab.rates import rate_points
+from lab.rates.methods import METHODS, prepare_method_input
+from lab.rates.rate_curve import ANCHORS, FEWEST_RATES, build_curves, parse_rates
+from lab.rates.rate_difference import MonotoneCubic, RateError, bjontegaard_percent, loss_curve
+from lab.rates.rate_points import RatePoint, RateSubject, scoring_code_sha256
+from lab.rates.trained_run import open_trained_run
 from tests.trained_run_fixtures import copied_run, make_trained_run
 from tools import rate_curve
 
@@ -190,10 +190,10 @@ def test_the_key_of_a_point_changes_with_all_that_decides_about_it():
 
 
 def test_the_hash_of_the_code_is_that_of_what_quantizes_packs_and_scores(tmp_path, write_tree):
-    tree = {"golf/config.py": "a", "golf/quant/grid.py": "b", "golf/score/scorer.py": "c", "golf/submit/tool.py": "d"}
+    tree = {"golf/config/config.py": "a", "golf/quant/grid.py": "b", "golf/score/scorer.py": "c", "lab/cli.py": "d"}
     write_tree(tmp_path, tree)
     first = scoring_code_sha256(tmp_path)
-    write_tree(tmp_path, {"golf/submit/tool.py": "changed", "tools/x.py": "new"})
+    write_tree(tmp_path, {"lab/cli.py": "changed", "tools/x.py": "new"})
     assert scoring_code_sha256(tmp_path) == first
     write_tree(tmp_path, {"golf/quant/grid.py": "changed"})
     assert scoring_code_sha256(tmp_path) != first

@@ -7,9 +7,9 @@ import pytest
 import zstandard
 from fake_hub import FakeHub
 
-from golf.data.corpus import cut_passages, read_documents
-from golf.data.readers import is_hub_source, iter_documents, source_identity, split_at_starts
 from golf.data.shards import DataError, write_shard
+from lab.prepare.corpus import cut_passages, read_documents
+from lab.prepare.readers import is_hub_source, iter_documents, source_identity, split_at_starts
 
 TEXTS = ["one", "two é", "three\nlines\r\nhere"]
 
@@ -105,13 +105,13 @@ def test_text_is_asked_for(tmp_path):
 def hub(tmp_path, monkeypatch):
     """A hub with one data set of three text files."""
     texts = {"b/2.jsonl": TEXTS[2:], "b/1.jsonl": TEXTS[:2], "c/3.jsonl": ["three"], "README.md": ["no"]}
-    hub_module = pytest.importorskip("golf.data.hub")
+    hub_module = pytest.importorskip("lab.prepare.hub")
     with FakeHub("own/text", {name: json_lines(lines) for name, lines in texts.items()}) as server:
 
         def open_hub(source):
             return hub_module.Hub(source.split(":")[0], server.url, tmp_path / "cache", attempts=2, longest_wait=0.03)
 
-        monkeypatch.setattr("golf.data.readers.open_hub", open_hub)
+        monkeypatch.setattr("lab.prepare.readers.open_hub", open_hub)
         yield server
 
 
@@ -136,14 +136,14 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     def no_package(name):
         raise ImportError(name)
 
-    monkeypatch.setattr("golf.data.readers.importlib.import_module", no_package)
+    monkeypatch.setattr("lab.prepare.readers.importlib.import_module", no_package)
     (tmp_path / "a.parquet").write_bytes(b"x")
     with pytest.raises(DataError, match="pyarrow is not installed: pip install -r requirements-data.txt"):
         iter_documents(tmp_path / "a.parquet")
 
 
 def test_documents_of_token_shards_run_over_their_borders(tmp_path, monkeypatch):
-    monkeypatch.setattr("golf.data.readers.DECODED_TOKENS", 3)
+    monkeypatch.setattr("lab.prepare.readers.DECODED_TOKENS", 3)
     start = 50256
     write_shard(tmp_path / "x_train_000001.bin", [start, 1, 2, 3, 4, start])
     write_shard(tmp_path / "x_train_000002.bin", [5, 6, start, start, 7])

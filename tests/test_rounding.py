@@ -8,10 +8,10 @@ import torch
 
 from golf.quant.gptq import quantize_matrix
 from golf.quant.grid import FP16_TINY, grid_clip
-from golf.quant.policy import QuantError
-from golf.quant.rounding import StepSizes, choose_steps, squared_error
+from golf.quant.rtn import StepSizes, choose_steps, squared_error
 from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer
 from golf.quant.stored import QuantizedTensor, dequantize_tensor, group_width
+from golf.quant.tensor_classes import QuantError
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ import torch
 
 from golf.artifact.container import read_artifact, write_artifact
 from golf.artifact.restore import restore_model
-from golf.config import Config, ScoreConfig, with_knobs
+from golf.config.config import Config, ScoreConfig, with_knobs
 from golf.data.shards import write_shard
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.model.gpt import GPT
@@ -25,7 +25,7 @@ from golf.quant.export import quantize_state
 from golf.quant.stored import dequantize_state
 from golf.runtime import Runtime
 from golf.score.scorer import score_stream, sliding_settings
-from golf.submit.tool import run_command
+from lab.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "roundtrip_eval.py"

@@ -13,42 +13,39 @@ from pathlib import Path
 
 import pytest
 
-from golf.config import KNOBS
-from golf.submit.bundler import check_names
-from golf.submit.parts import BundleError, check_import_forms, check_module_attributes, read_part
+from golf.config.config import KNOBS
+from lab.bundle.bundler import check_names
+from lab.bundle.parts import BundleError, check_import_forms, check_module_attributes, imported_files, read_part
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ROOMS = (
-    "presets",
-    "sites",
-    "config",
-    "runtime",
-    "data",
-    "model",
-    "optim",
-    "quant",
-    "artifact",
-    "score",
-    "run",
-    "submit",
-)
+ROOMS = ("config", "runtime", "data", "model", "optim", "quant", "artifact", "score", "run")
+"""Of golf/, in the order of the data's way; imports run backwards along it."""
+PURPOSES = (
+    "bundle", "record", "compare", "rates", "study", "generate", "evals", "demo", "machine", "cost", "bench", "prepare",
+    "probe",
+)  # fmt: skip
+"""Folders of lab/, one for each purpose."""
 MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 400, 60
 
 ENVIRONMENT_READERS = {
     "golf/runtime.py": {"RANK", "WORLD_SIZE", "LOCAL_RANK"},  # what torchrun tells each process; no knobs
 }
-"""Files that may read the environment, and which variables; knobs reach golf/config.py as an argument."""
+"""Files that may read the environment, and which variables; knobs reach golf/config/config.py as an argument."""
 ENVIRONMENT_TAKERS = {"build_config", "machine_fingerprint", "parse_command"}
-"""Functions that os.environ may be handed to: the way from a script to golf/config.py."""
+"""Functions that os.environ may be handed to: the way from a script to golf/config/config.py."""
 
 
 def library_files(root: Path) -> list[Path]:
     return sorted((root / "golf").rglob("*.py"))
 
 
+def lab_files(root: Path) -> list[Path]:
+    return sorted((root / "lab").rglob("*.py"))
+
+
 def program_files(root: Path) -> list[Path]:
-    """The library, the tools and the scripts: everything but tests."""
-    folders = [path for folder in ("golf", "tools", "data") for path in sorted((root / folder).rglob("*.py"))]
+    """Both buildings, the tools and the scripts: everything but tests."""
+    folders = [path for folder in ("golf", "lab", "tools", "data") for path in sorted((root / folder).rglob("*.py"))]
     return folders + sorted(root.glob("*.py"))
 
 
@@ -109,11 +106,30 @@ def packages_are_empty(root: Path) -> Iterator[str]:
             yield f"{path.relative_to(root)}: must be empty: the bundle has no packages"
 
 
-def library_imports_no_tools(root: Path) -> Iterator[str]:
-    for path in library_files(root):
+def the_wall_stands(root: Path) -> Iterator[str]:
+    """golf imports golf alone, lab imports golf and lab: neither knows tools, tests or scripts."""
+    for path in library_files(root) + lab_files(root):
+        building = path.relative_to(root).parts[0]
+        forbidden = {"tools", "tests", "train_gpt", "data"} | ({"lab"} if building == "golf" else set())
         for node, module in imported_modules(path):
-            if module.split(".")[0] in ("tools", "tests", "train_gpt"):
-                yield f"{place(root, path, node)}: golf imports {module}"
+            if module.split(".")[0] in forbidden:
+                yield f"{place(root, path, node)}: {building} imports {module}"
+
+
+def golf_is_what_ships(root: Path) -> Iterator[str]:
+    """golf/ is exactly what train_gpt.py reaches by its imports."""
+    reached = set(imported_files(root, "train_gpt.py"))
+    for path in library_files(root):
+        name = path.relative_to(root).as_posix()
+        if path.name != "__init__.py" and name not in reached:
+            yield f"{name}: train_gpt.py does not reach it: what ships nowhere belongs in lab/"
+
+
+def lab_has_purposes(root: Path) -> Iterator[str]:
+    for path in lab_files(root):
+        purpose = path.relative_to(root).parts[1]
+        if purpose not in (*PURPOSES, "__init__.py", "cli.py"):
+            yield f"{path.relative_to(root).as_posix()}: {purpose} is no purpose of lab/: {', '.join(PURPOSES)}"
 
 
 def environment_is_read_in_config_only(root: Path) -> Iterator[str]:
@@ -126,7 +142,7 @@ def environment_is_read_in_config_only(root: Path) -> Iterator[str]:
             elif isinstance(node, ast.Subscript) and constant_text(node.slice) in allowed:
                 harmless.add(ast.unparse(node.value) + f"@{node.value.lineno}:{node.value.col_offset}")
             elif is_environment(node) and f"{ast.unparse(node)}@{node.lineno}:{node.col_offset}" not in harmless:
-                yield f"{place(root, path, node)}: reads the environment: only golf/config.py knows its variables"
+                yield f"{place(root, path, node)}: reads the environment: only golf/config knows its variables"
 
 
 def harmless_readings(call: ast.Call, allowed: set[str]) -> set[str]:
@@ -151,9 +167,9 @@ def is_environment(node: ast.AST) -> bool:
 def every_knob_is_read(root: Path, knobs: tuple[str, ...] = tuple(KNOBS)) -> Iterator[str]:
     read = set()
     for path in program_files(root):
-        if path.relative_to(root).as_posix() != "golf/config.py":
+        if path.relative_to(root).as_posix() != "golf/config/config.py":
             read |= {n.attr for n in nodes(path) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    yield from (f"golf/config.py: nothing reads the knob {knob}" for knob in knobs if knob not in read)
+    yield from (f"golf/config/config.py: nothing reads the knob {knob}" for knob in knobs if knob not in read)
 
 
 def is_kernel(root: Path, path: Path) -> bool:
@@ -251,14 +267,14 @@ def parses_on_the_oldest_python(root: Path) -> Iterator[str]:
 RULES: dict[Callable[[Path], Iterator[str]], list[tuple[str, str]]] = {
     imports_run_backwards: [
         ("golf/model/x.py", "from golf.score.scorer import Score"),
-        ("golf/config.py", "from golf.runtime import Log"),
+        ("golf/config/config.py", "from golf.runtime import rank"),
         ("golf/extras/x.py", "import math"),
     ],
     imports_have_one_form: [
-        ("golf/model/x.py", "import golf.config"),
+        ("golf/model/x.py", "import golf.config.config"),
         ("golf/model/x.py", "from golf import config"),
-        ("golf/model/x.py", "from golf.config import Config as C"),
-        ("golf/model/x.py", "def f():\n    from golf.config import Config"),
+        ("golf/model/x.py", "from golf.config.config import Config as C"),
+        ("golf/model/x.py", "def f():\n    from golf.config.config import Config"),
         ("golf/model/x.py", "from math import *"),
         ("golf/model/x.py", "if __name__ == '__main__':\n    print()"),
     ],
@@ -268,7 +284,14 @@ RULES: dict[Callable[[Path], Iterator[str]], list[tuple[str, str]]] = {
         ("golf/model/x.py", "def hash(): pass"),
     ],
     packages_are_empty: [("golf/model/__init__.py", "VERSION = 1")],
-    library_imports_no_tools: [("golf/run/x.py", "from tools.bundle import main")],
+    the_wall_stands: [
+        ("golf/run/x.py", "from tools.bundle import main"),
+        ("golf/run/x.py", "from lab.cli import run_command"),
+        ("golf/run/x.py", "import lab"),
+        ("lab/bundle/x.py", "from tests.conftest import toy"),
+    ],
+    golf_is_what_ships: [("golf/model/x.py", "width = 1")],
+    lab_has_purposes: [("lab/misc/x.py", "width = 1")],
     environment_is_read_in_config_only: [
         ("golf/model/x.py", "import os\nwidth = os.environ['WIDTH']"),
         ("golf/model/x.py", "import os\nwidth = os.getenv('WIDTH')"),
@@ -277,7 +300,9 @@ RULES: dict[Callable[[Path], Iterator[str]], list[tuple[str, str]]] = {
         ("tools/x.py", "import os\nprint(dict(os.environ))"),
         ("train_gpt.py", "import os\nos.environ['OMP_NUM_THREADS'] = '1'"),
     ],
-    every_knob_is_read: [("golf/config.py", "class Planted:\n    only_here: int = 1\nprint(Planted().only_here)")],
+    every_knob_is_read: [
+        ("golf/config/config.py", "class Planted:\n    only_here: int = 1\nprint(Planted().only_here)")
+    ],
     files_are_short: [("golf/model/x.py", "x = 1\n" * (MOST_LINES_OF_FILE + 1))],
     functions_are_short: [("tools/x.py", "def f():\n" + "    x = 1\n" * MOST_LINES_OF_FUNCTION)],
     nothing_unpickles: [
@@ -303,12 +328,13 @@ RULES: dict[Callable[[Path], Iterator[str]], list[tuple[str, str]]] = {
 PLANTED = [(rule, path, text) for rule, plants in RULES.items() for path, text in plants]
 SOUND = {
     "golf/__init__.py": "",
-    "golf/config.py": "import dataclasses\n\n\nclass Planted:\n    used: int = 1\n",
+    "golf/config/config.py": "import dataclasses\n\n\nclass Planted:\n    used: int = 1\n",
     "golf/runtime.py": "import os\n\nimport numpy as np\n\ndef rank(): return np.int64(os.environ.get('RANK', 0))\n",
     "golf/model/__init__.py": "",
     "golf/score/scorer.py": "class Score: pass\n",
-    "tools/bundle.py": "from golf.config import Planted\n\nprint(Planted().used)\n",
-    "train_gpt.py": "import os\n\nfrom golf.config import build_config\n\nbuild_config('local', os.environ, {})\n",
+    "tools/bundle.py": "from golf.config.config import Planted\n\nprint(Planted().used)\n",
+    "train_gpt.py": "import os\n\nfrom golf.config.config import Planted\nfrom golf.runtime import rank\n"
+    "from golf.score.scorer import Score\n\nbuild_config('local', os.environ, {})\n",
 }
 """A tree in which no rule finds anything; build_config need not exist, for nothing runs it."""
 

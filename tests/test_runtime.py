@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from golf.config import ConfigError, build_config
+from golf.config.config import ConfigError, build_config
 from golf.run.folder import RunFolder, choose_run_folder
 from golf.runtime import Runtime, choose_compile, choose_device, write_file_atomically
 

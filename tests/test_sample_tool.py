@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from golf.score.sampling import SamplingOptions
-from golf.submit.text_model import open_text_model
-from golf.submit.tool import run_command
+from lab.cli import run_command
+from lab.generate.sampling import SamplingOptions
+from lab.generate.text_model import open_text_model
 from tests.sampled_run_fixtures import make_sampled_run
 from tests.trained_run_fixtures import copied_run
 from tools import sample

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.data.tokenizer import TextTokenizer
-from golf.score.sampling import (
+from lab.generate.sampling import (
     GrowingText,
     SamplingError,
     SamplingOptions,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from golf.config import Config, ConfigError, build_config
+from golf.config.config import Config, ConfigError, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.runtime import Runtime
 
 TINY = dict(

@@ -11,8 +11,7 @@ import sentencepiece
 import torch
 
 from golf.artifact.container import read_artifact, write_artifact
-from golf.config import Config, ScoreConfig, with_knobs
-from golf.data.caseops import encode_caseops
+from golf.config.config import Config, ScoreConfig, with_knobs
 from golf.data.shards import DataError, find_shards, read_shard, write_shard
 from golf.data.sidecar import (
     StreamBytes,
@@ -26,11 +25,12 @@ from golf.data.tokenizer import CASE_OPERATORS, ByteTable, Tokenizer
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from golf.runtime import Log, Runtime
-from golf.score.data_probes import probe_bytes
 from golf.score.journal import ScoreJournal
-from golf.score.probes import FAIL, PASS
 from golf.score.roundtrip import score_artifact, score_weights
 from golf.score.scorer import ScoreError, count_target_bytes
+from lab.prepare.caseops import encode_caseops
+from lab.probe.data_probes import probe_bytes
+from lab.probe.probes import FAIL, PASS
 
 TEXTS = [f"The {n} Small Models SAID: “naïve Café, {n * n} bytes” to iPhone {n % 7}." for n in range(60)]
 TEXTS[0] += "\ue001"  # an operator of CaseOps that is text

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from golf.config.site_quantizers import SiteQuantizer, parse_site
 from golf.quant.grid import fake_quantize_rows
-from golf.quant.rounding import round_to_nearest
+from golf.quant.rtn import round_to_nearest
 from golf.quant.site_grid import (
     quantize_activation,
     quantize_weight,
@@ -20,7 +21,6 @@ from golf.quant.site_grid import (
 )
 from golf.quant.spec import QuantSpec
 from golf.quant.stored import QuantizedTensor, dequantize_tensor
-from golf.sites import SiteQuantizer, parse_site
 
 torch.set_num_threads(1)
 WEIGHT_TEXTS = [

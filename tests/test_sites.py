@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf.config import Config, ConfigError, QuantConfig, build_config
-from golf.sites import ACTIVATION_SITES, WEIGHT_SITES, SiteError, parse_site, weight_sites
+from golf.config.config import Config, ConfigError, QuantConfig, build_config
+from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES, SiteError, parse_site, weight_sites
 
 PLAIN = dict(qat_enabled="1", quantizer="grid", prune_frac="0", mlp_bits="16", attn_bits="16", embed_bits="16")
 KINDS = ["binary", "ternary", *(f"int{bits}" for bits in range(2, 9))]

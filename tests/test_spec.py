@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.quant.policy import QuantError
 from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer, quantizer_text
+from golf.quant.tensor_classes import QuantError
 
 
 @pytest.mark.parametrize(

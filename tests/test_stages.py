@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import golf.run.interruption
-from golf.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, ConfigError
+from golf.config.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, ConfigError
 from golf.data.shards import DataError
-from golf.run.code import Program
 from golf.run.folder import RunFolder
+from golf.run.frozen_code import Program
 from golf.run.guard import AccessGuard, GuardError
 from golf.run.interruption import Interrupted, Interruption
 from golf.run.session import Session, explain_error, take_lock

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies
 from scipy import special, stats
 
-from golf.submit.statistics import (
+from lab.compare.statistics import (
     StatisticsError,
     bpb_per_nat,
     confidence_interval,

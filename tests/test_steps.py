@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from golf.quant.calibration import LayerStatistics
 from golf.quant.grid import FP16_MAX, FP16_TINY
-from golf.quant.policy import QuantError
 from golf.quant.rate import class_entropy
-from golf.quant.rounding import StepSizes
-from golf.quant.steps import STEPS_PER_OCTAVE, nearest_on_log_grid, prepare_matrix
+from golf.quant.rtn import StepSizes
 from golf.quant.stored import dequantize_tensor, same_stored
+from golf.quant.tensor_classes import QuantError
+from golf.quant.waterfill import STEPS_PER_OCTAVE, nearest_on_log_grid, prepare_matrix
 
 
 def problem(rows=48, columns=40, seed=0, spread=1.5):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from golf.config import Config, ConfigError, build_config
+from golf.config.config import Config, ConfigError, build_config
 from golf.data.shards import read_shard
 from golf.data.tokenizer import load_tokenizer
 from golf.model.gpt import GPT
 from golf.run.datasets import check_vocabulary, corpus_tokenizer, locate_data, open_training_data, with_vocabulary
 from golf.runtime import Runtime
-from golf.submit.diagnosis import inspect_data
-from golf.submit.synthetic import random_tokens
+from lab.machine.diagnosis import inspect_data
+from lab.machine.synthetic import random_tokens
 
 CPU = Runtime(torch.device("cpu"))
 STORIES = [

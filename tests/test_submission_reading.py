@@ -20,10 +20,10 @@ from evidence_fixtures import (
     write_published,
 )
 
-from golf.submit.log_reading import read_log
-from golf.submit.packer import pack_source
-from golf.submit.payloads import source_layers
-from golf.submit.script_reading import find_neighbours, ghost_knobs, read_script
+from lab.bundle.packer import pack_source
+from lab.record.log_reading import read_log
+from lab.record.payloads import source_layers
+from lab.record.script_reading import find_neighbours, ghost_knobs, read_script
 
 MEAN = sum(PUBLISHED_SCORES.values()) / len(PUBLISHED_SCORES)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from golf.data.shards import DataError
 from golf.data.tokenizer import BLANK, CASE_OPERATORS, ByteTable, Tokenizer, check_byte_counts, load_tokenizer
-from golf.data.vocabulary import train_tokenizer
+from lab.prepare.vocabulary import train_tokenizer
 
 SAMPLE = [
     f"def step_{i}(self, value):\n    if value is None:\n        return {i}\n\n    The quick brown fox, "

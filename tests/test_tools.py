@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from golf.config import UserError
-from golf.submit.tool import ToolOptions, run_command
+from golf.config.config import UserError
+from lab.cli import ToolOptions, run_command
 from tools import bench, plan, report
 
 SMALL = ["vocab_size=64", "model_dim=32", "train_seq_len=16", "train_batch_tokens=64", "micro_batch_tokens=64"]

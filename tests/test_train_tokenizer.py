@@ -9,8 +9,8 @@ import pytest
 
 from golf.data.shards import DataError
 from golf.data.tokenizer import CASE_OPERATORS, Tokenizer, load_tokenizer
-from golf.data.vocabulary import limit_characters, train_competition_tokenizer
-from golf.submit.tokenizer_sweep import sample_texts, train_and_measure
+from lab.prepare.tokenizer_sweep import sample_texts, train_and_measure
+from lab.prepare.vocabulary import limit_characters, train_competition_tokenizer
 
 GENERATOR = np.random.default_rng(0)
 WORDS = ["".join(GENERATOR.choice(list("etaoinshrdlu"), GENERATOR.integers(2, 9))) for _ in range(300)]

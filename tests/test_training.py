@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from golf.config import Config, ConfigError, build_config
+from golf.config.config import Config, ConfigError, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
-from golf.run.training import Trainer, TrainingError, count_micro_steps
+from golf.run.trainer import Trainer, TrainingError, count_micro_steps
 from golf.runtime import Runtime, Stopwatch
 
 TINY = dict(

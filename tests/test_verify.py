@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from data import verify
-from golf.config import EXIT_FINDINGS
+from golf.config.config import EXIT_FINDINGS
 from golf.data.manifest import MANIFEST_NAME
 from golf.data.shards import DataError, ShardError, write_shard
-from golf.data.verification import (
+from lab.cli import run_command
+from lab.prepare.verification import (
     DOWNLOADS_NAME,
     FileFacts,
     ends_fingerprint,
     scan_file,
     verify_folder,
 )
-from golf.submit.tool import run_command
 
 TOKENS, VOCABULARY = 6000, 500
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from golf.config import Config, build_config
+from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
 from golf.run.averaging import final_weights, prove_learned_features
 from golf.run.findings import run_findings
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.run.witness import Witness, armed_features
 from golf.runtime import Runtime
 

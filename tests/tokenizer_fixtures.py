@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import sentencepiece
 from hypothesis import strategies as st
 
-from golf.data.caseops import encode_caseops
 from golf.data.tokenizer import CASE_OPERATORS, TextTokenizer, Tokenizer
 from golf.data.tokenizers_plain import PlainTokenizer, bytes_tokenizer_file, chars_tokenizer_file
+from lab.prepare.caseops import encode_caseops
 
 BYTES = PlainTokenizer(bytes_tokenizer_file(), "bytes")
 SAMPLE = [f"The Quick brown FOX {i} jumps over iPhones; café costs 5 €, naïve  blanks.\n" for i in range(40)]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from golf.artifact.weights import save_weights
-from golf.config import Config, with_knobs
+from golf.config.config import Config, with_knobs
 from golf.data.shards import write_shard
 from golf.data.tokenizers_plain import PlainTokenizer, bytes_tokenizer_file
 from golf.model.init import build_model

@@ -20,15 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from golf.config import EXIT_FINDINGS
+from golf.config.config import EXIT_FINDINGS
 from golf.run.session import take_lock
-from golf.submit.ablation_forecast import CostForecast, forecast
-from golf.submit.ablation_launch import StudyLauncher, finished_runs
-from golf.submit.ablation_matrix import read_matrix
-from golf.submit.ablation_plan import AblationPlan, plan_study, save_plan
-from golf.submit.ablation_report import write_report
-from golf.submit.ablation_spec import FINISHED, AblationError, AblationSpec, study_code_sha256
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.study.forecast import CostForecast, forecast
+from lab.study.launch import StudyLauncher, finished_runs
+from lab.study.matrix import read_matrix
+from lab.study.plan import AblationPlan, plan_study, save_plan
+from lab.study.report import write_report
+from lab.study.spec import FINISHED, AblationError, AblationSpec, study_code_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclass(frozen=True)
 class Options(ToolOptions):
     matrix: Path
-    """File of the study: base configuration, profiles, groups of rows (golf/submit/ablation_matrix.py)."""
+    """File of the study: base configuration, profiles, groups of rows (lab/study/matrix.py)."""
     profile: str = "cpu-smoke"
     """How large it is run; the file names its profiles."""
     seeds: int = 1

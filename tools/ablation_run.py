@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import EXIT_BAD_INPUT, UserError
-from golf.submit.ablation_running import run_ablation
-from golf.submit.ablation_spec import AblationError, study_code_sha256
-from golf.submit.tool import ToolOptions, run_command
+from golf.config.config import EXIT_BAD_INPUT, UserError
+from lab.cli import ToolOptions, run_command
+from lab.study.running import run_ablation
+from lab.study.spec import AblationError, study_code_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05

@@ -34,25 +34,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.weights import load_weights
-from golf.config import CODECS, Config, ConfigError, DataConfig, build_config
+from golf.config.config import CODECS, Config, ConfigError, DataConfig, build_config
 from golf.data.loader import TokenStream
-from golf.data.readers import iter_documents
 from golf.data.shards import DataError, write_shard
-from golf.data.vocabulary import train_competition_tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from golf.run.command import parse_overrides
-from golf.run.report import machine_description
-from golf.run.training import Trainer
+from golf.run.log_lines import machine_description
+from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime, start_runtime
 from golf.score.scorer import compiled_losses, score_stream, sliding_settings
-from golf.submit.coder_bench import bench_coders, gptq_like_codes
-from golf.submit.data_bench import bench_data
-from golf.submit.loader_bench import bench_loader
-from golf.submit.synthetic import random_tokens
-from golf.submit.ternary_bench import bench_ternary
-from golf.submit.tool import ToolOptions, run_command
+from lab.bench.coder_bench import bench_coders, gptq_like_codes
+from lab.bench.data_bench import bench_data
+from lab.bench.loader_bench import bench_loader
+from lab.bench.ternary_bench import bench_ternary
+from lab.cli import ToolOptions, run_command
+from lab.machine.synthetic import random_tokens
+from lab.prepare.readers import iter_documents
+from lab.prepare.vocabulary import train_competition_tokenizer
 
 REPETITIONS = 3
 SCORED_BATCHES = 8

@@ -17,9 +17,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.runtime import write_file_atomically
-from golf.submit.bundler import bundle_source
-from golf.submit.packer import pack_source, unpack_source
-from golf.submit.tool import ToolOptions, run_command
+from lab.bundle.bundler import bundle_source
+from lab.bundle.packer import pack_source, unpack_source
+from lab.cli import ToolOptions, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -24,18 +24,18 @@ from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact
 from golf.artifact.restore import restore_model
-from golf.config import EXIT_FINDINGS, Config, RunConfig
+from golf.config.config import EXIT_FINDINGS, Config, RunConfig
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable, TextTokenizer, load_tokenizer
 from golf.run.folder import RunFolder
 from golf.runtime import ProgressLine, Runtime, choose_compile, choose_device, write_file_atomically
-from golf.score.data_probes import ProbeError, probe_access, probe_bytes, probe_disjoint, read_run_record
-from golf.score.probed import ArtifactScorer, probe_plan, probe_stream_tokens
-from golf.score.probes import FAIL, Probe, probe_scorer
 from golf.score.roundtrip import load_validation, stream_identity
 from golf.score.scorer import ScoreSettings, check_settings, compiled_losses, sliding_settings
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.probe.data_probes import ProbeError, probe_access, probe_bytes, probe_disjoint, read_run_record
+from lab.probe.probes import FAIL, Probe, probe_scorer
+from lab.probe.scorer_adapter import ArtifactScorer, probe_plan, probe_stream_tokens
 
 SEED = 20_240_520
 COLOURS = {"PASS": "green", "FAIL": "bold red", "NOT EXERCISED": "yellow"}

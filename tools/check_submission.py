@@ -18,12 +18,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import EXIT_FINDINGS
-from golf.submit.finding import SubmissionFinding
-from golf.submit.folder_check import check_record
-from golf.submit.log_reading import LogReading
-from golf.submit.record_folder import RecordFolder, read_record
-from golf.submit.tool import ToolOptions, run_command
+from golf.config.config import EXIT_FINDINGS
+from lab.cli import ToolOptions, run_command
+from lab.record.finding import SubmissionFinding
+from lab.record.folder_check import check_record
+from lab.record.log_reading import LogReading
+from lab.record.record_folder import RecordFolder, read_record
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.submit.comparison import (
+from lab.cli import ToolOptions, run_command
+from lab.compare.comparison import (
     ARMS,
     NEEDS_RUNS,
     Comparison,
@@ -30,7 +31,6 @@ from golf.submit.comparison import (
     Measure,
     compare_runs,
 )
-from golf.submit.tool import ToolOptions, run_command
 
 UNITS_SHOWN = {"val_loss": "val_loss, nats/token", "val_bpb": "val_bpb", "train_loss": "train_loss, nats/token"}
 

@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.config import CODECS, Config, RunConfig, check_config
+from golf.config.config import CODECS, Config, RunConfig, check_config
 from golf.data.loader import TokenStream
 from golf.quant.activations import quantized_gpt
 from golf.run.calibrating import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
 from golf.score.scorer import ScoreSettings, sliding_settings
-from golf.submit.quant_comparison import (
+from lab.cli import ToolOptions, run_command
+from lab.rates.quant_comparison import (
     ComparisonSubject,
     QuantComparison,
     QuantVariant,
@@ -36,9 +37,8 @@ from golf.submit.quant_comparison import (
     gptq_moments,
     parse_variants,
 )
-from golf.submit.quant_picture import draw_variants
-from golf.submit.tool import ToolOptions, run_command
-from golf.submit.trained_run import (
+from lab.rates.quant_picture import draw_variants
+from lab.rates.trained_run import (
     TrainedRun,
     TrainedRunError,
     open_trained_run,

@@ -21,12 +21,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import Config, RunConfig, check_config
+from golf.config.config import Config, RunConfig, check_config
 from golf.runtime import Log, start_runtime
-from golf.score.sampling import SamplingOptions
-from golf.submit.demo_answers import DemoColumn, DemoError, DemoPicture, find_pictures, open_columns
-from golf.submit.demo_page import DemoDefaults, build_page, choose_port, close_page, import_gradio, launch_page
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.demo.answers import DemoColumn, DemoError, DemoPicture, find_pictures, open_columns
+from lab.demo.page import DemoDefaults, build_page, choose_port, close_page, import_gradio, launch_page
+from lab.generate.sampling import SamplingOptions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -25,15 +25,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import EXIT_FINDINGS, Config, build_config
+from golf.config.config import EXIT_FINDINGS, Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
 from golf.run.command import parse_overrides
 from golf.run.machine import gpu_states, machine_fingerprint
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime, start_runtime
-from golf.submit.diagnosis import (
+from lab.cli import ToolOptions, run_command
+from lab.machine.diagnosis import (
     MachineFinding,
     band_reason,
     band_text,
@@ -47,8 +48,7 @@ from golf.submit.diagnosis import (
     pinned_version,
     step_figures,
 )
-from golf.submit.synthetic import random_tokens
-from golf.submit.tool import ToolOptions, run_command
+from lab.machine.synthetic import random_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_STEPS = 20

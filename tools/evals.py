@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from golf.config import Config, RunConfig, check_config
+from golf.config.config import Config, RunConfig, check_config
 from golf.runtime import Log, ProgressLine, start_runtime
-from golf.submit.lm_eval_backend import has_lm_eval, score_by_lm_eval
-from golf.submit.text_model import TextModel, open_text_model
-from golf.submit.tool import ToolOptions, run_command
-from golf.submit.zero_shot import (
+from lab.cli import ToolOptions, run_command
+from lab.evals.lm_eval_backend import has_lm_eval, score_by_lm_eval
+from lab.evals.zero_shot import (
     ZeroShotError,
     ZeroShotResult,
     load_items,
     score_items,
     zero_shot_remarks,
 )
+from lab.generate.text_model import TextModel, open_text_model
 
 
 @dataclass(frozen=True)

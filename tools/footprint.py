@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact
-from golf.config import Config, UserError
+from golf.config.config import Config, UserError
 from golf.quant.stored import QuantizedTensor
 from golf.run.folder import RunFolder
-from golf.submit.ablation_measures import matrix_bytes
-from golf.submit.energy import energy_estimate, measured_zero_shares
-from golf.submit.kv_bytes import kv_table
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.cost.energy import energy_estimate, measured_zero_shares
+from lab.cost.kv_bytes import kv_table
+from lab.study.measures import matrix_bytes
 
 
 class FootprintError(UserError):

@@ -22,10 +22,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import EXIT_FINDINGS
+from golf.config.config import EXIT_FINDINGS
 from golf.data.shards import DataError, find_shards
 from golf.data.tokenizer import TextTokenizer, load_tokenizer
-from golf.submit.data_report import (
+from lab.cli import ToolOptions, run_command
+from lab.prepare.data_report import (
     DataContent,
     SplitContent,
     content_figures,
@@ -37,7 +38,6 @@ from golf.submit.data_report import (
     planned_tokens,
     sample_documents,
 )
-from golf.submit.tool import ToolOptions, run_command
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -18,10 +18,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config import EXIT_FINDINGS
-from golf.submit.evidence import SubmissionOrder, SubmissionOutcome, make_record
-from golf.submit.finding import EvidenceError
-from golf.submit.tool import ToolOptions, run_command
+from golf.config.config import EXIT_FINDINGS
+from lab.cli import ToolOptions, run_command
+from lab.record.evidence import SubmissionOrder, SubmissionOutcome, make_record
+from lab.record.finding import EvidenceError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -25,12 +25,12 @@ from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport, StreamSize, size_report_dict
 from golf.artifact.weights import SavedWeights, load_weights
-from golf.config import CODECS, EXIT_FINDINGS, Config, ConfigError, QuantConfig, RunConfig, check_config
+from golf.config.config import CODECS, EXIT_FINDINGS, Config, ConfigError, QuantConfig, RunConfig, check_config
 from golf.quant.export import quantize_state
 from golf.quant.prune import PruneReport, prune_state
 from golf.runtime import Log, start_runtime, write_file_atomically
-from golf.submit.packing_fit import FitRequest, fit_weights
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.rates.packing_fit import FitRequest, fit_weights
 
 WIDTH_OF_TABLE = 100
 

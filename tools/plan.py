@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import tyro
 
-from golf.config import EXIT_FINDINGS, ConfigError, build_config
+from golf.config.config import EXIT_FINDINGS, ConfigError, build_config
 from golf.run.command import parse_overrides
-from golf.run.plan import RunPlan, plan_lines, plan_run, timeline
-from golf.submit.bundler import bundle_source
-from golf.submit.packer import pack_source
-from golf.submit.tool import ToolOptions, run_command
+from lab.bundle.bundler import bundle_source
+from lab.bundle.packer import pack_source
+from lab.cli import ToolOptions, run_command
+from lab.machine.plan import RunPlan, plan_lines, plan_run, timeline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.artifact.methods import METHODS, prepare_method_input
-from golf.config import Config, RunConfig, ScoreConfig, check_config
+from golf.config.config import Config, RunConfig, ScoreConfig, check_config
 from golf.data.loader import TokenStream
 from golf.run.calibrating import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
-from golf.submit.rate_curve import (
+from lab.cli import ToolOptions, run_command
+from lab.rates.methods import METHODS, prepare_method_input
+from lab.rates.rate_curve import (
     ANCHORS,
     MOST_EXCESS,
     STATED_EXCESSES,
@@ -38,9 +39,9 @@ from golf.submit.rate_curve import (
     parse_methods,
     parse_rates,
 )
-from golf.submit.rate_difference import RateError
-from golf.submit.rate_picture import draw_rate_curves
-from golf.submit.rate_points import (
+from lab.rates.rate_difference import RateError
+from lab.rates.rate_picture import draw_rate_curves
+from lab.rates.rate_points import (
     UNQUANTIZED,
     PointStore,
     RateMethod,
@@ -51,8 +52,7 @@ from golf.submit.rate_points import (
     measure_unquantized,
     rate_subject,
 )
-from golf.submit.tool import ToolOptions, run_command
-from golf.submit.trained_run import TrainedRun, open_trained_run, scoring_config
+from lab.rates.trained_run import TrainedRun, open_trained_run, scoring_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -19,8 +19,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.run.folder import RunFolder
-from golf.score.data_probes import ProbeError, read_run_record
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.probe.data_probes import ProbeError, read_run_record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

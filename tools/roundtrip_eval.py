@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact
-from golf.config import Config, ModelConfig, RunConfig, ScoreConfig, check_config
+from golf.config.config import Config, ModelConfig, RunConfig, ScoreConfig, check_config
 from golf.data.shards import expand_glob
 from golf.runtime import Log, start_runtime
 from golf.score.roundtrip import score_artifact
 from golf.score.scorer import Score
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
 
 BATCH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
 """Window tokens of a batch where none is asked for."""

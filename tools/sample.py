@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from golf.config import Config, RunConfig, check_config
+from golf.config.config import Config, RunConfig, check_config
 from golf.runtime import Log, start_runtime
-from golf.score.generation import TextGeneration
-from golf.score.sampling import SamplingError, SamplingOptions
-from golf.submit.text_model import TextModel, open_text_model
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.generate.generation import TextGeneration
+from lab.generate.sampling import SamplingError, SamplingOptions
+from lab.generate.text_model import TextModel, open_text_model
 
 
 @dataclass(frozen=True)

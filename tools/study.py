@@ -16,8 +16,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.submit.legacy_study import read_study
-from golf.submit.tool import ToolOptions, run_command
+from lab.cli import ToolOptions, run_command
+from lab.study.legacy_study import read_study
 
 
 @dataclass(frozen=True)

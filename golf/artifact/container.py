@@ -36,9 +36,9 @@ from golf.artifact.layout import Parts, decode_stream, encode_stream, plan_strea
 from golf.artifact.settings import model_from_json, model_to_json
 from golf.artifact.shapes import expected_shapes
 from golf.artifact.sizes import SizeReport, StreamSize, measure_stream
-from golf.config import ModelConfig
-from golf.quant.policy import FP16_BITS
+from golf.config.config import ModelConfig
 from golf.quant.stored import QuantizedState, QuantizedTensor, same_stored
+from golf.quant.tensor_classes import FP16_BITS
 from golf.runtime import write_file_atomically
 
 LARGEST_DESCRIPTION = 2**16

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport
-from golf.config import ModelConfig, QuantConfig, UserError
+from golf.config.config import ModelConfig, QuantConfig, UserError
 from golf.quant.export import quantize_state
-from golf.quant.policy import bits_of, tensor_class, weight_site
 from golf.quant.prune import PruneReport, prune_state
 from golf.quant.stored import QuantizedState, dequantize_state
+from golf.quant.tensor_classes import bits_of, tensor_class, weight_site
 
 PRUNE_SHARES = (0.10, 0.15, 0.20, 0.25, 0.30)
 PRUNE_SAVES = 0.02  # share of the bytes, about, by each of PRUNE_SHARES: only says where to look first

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
 from golf.quant.grid import grid_clip
-from golf.quant.policy import FP16_BITS
 from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.quant.tensor_classes import FP16_BITS
 
 STORABLE_BITS = (*range(1, 9), FP16_BITS)
 FACTOR_NAMES = ("left", "right")

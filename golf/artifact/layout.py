@@ -21,8 +21,8 @@ from golf.artifact.sequences import decode_halves, decode_sequence, encode_halve
 from golf.artifact.stacks import StackSpec
 from golf.artifact.streams import decode_codes, encode_codes
 from golf.quant.grid import FP16_TINY
-from golf.quant.policy import FP16_BITS
 from golf.quant.stored import QuantizedState, QuantizedTensor, spread_groups
+from golf.quant.tensor_classes import FP16_BITS
 
 COLUMN_MAJOR_ENDING = "mlp.proj.weight"
 HALF_ROLES = ("fp16", "scales", "columns")

@@ -6,8 +6,8 @@ from dataclasses import asdict, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 from golf.artifact.codecs import ArtifactError
-from golf.config import Config, ConfigError, ModelConfig, QuantConfig, ScoreConfig, TrainConfig, check_config
-from golf.sites import ACTIVATION_SITES, WEIGHT_SITES
+from golf.config.config import Config, ConfigError, ModelConfig, QuantConfig, ScoreConfig, TrainConfig, check_config
+from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES
 
 LARGEST_NUMBER = 2**24
 MOST_LAYERS = 1024

@@ -1,6 +1,6 @@
 """Names and shapes of a model's tensors, from its configuration alone."""
 
-from golf.config import ModelConfig
+from golf.config.config import ModelConfig
 
 
 def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

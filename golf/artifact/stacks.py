@@ -10,8 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from golf.artifact.codecs import ArtifactError
-from golf.artifact.frame import decode_number, encode_number
-from golf.artifact.magnitudes import (
+from golf.artifact.context_model import (
     TILES_DOWN,
     AdaptiveTables,
     StackShape,
@@ -20,6 +19,7 @@ from golf.artifact.magnitudes import (
     code_stack,
     tile_edges,
 )
+from golf.artifact.frame import decode_number, encode_number
 from golf.artifact.rans import RansReader, RansWriter
 
 LOCAL_ROWS = 16

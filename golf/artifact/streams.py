@@ -9,7 +9,7 @@ import numpy as np
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.frame import decode_number, encode_number
-from golf.artifact.references import FEWEST_ROWS, MOST_ROWS, refer_rows, restore_rows
+from golf.artifact.row_prediction import FEWEST_ROWS, MOST_ROWS, refer_rows, restore_rows
 from golf.artifact.sequences import decode_list, decode_sequence, encode_list, encode_sequence
 from golf.artifact.stacks import StackSpec, decode_stacks, encode_stacks
 

@@ -23,7 +23,7 @@ MOST_CHARACTERS = 2**16 - 260
 def text_module(name: str) -> ModuleType:
     """A module of this folder that takes text, not ids: training and scoring do without, and so does the bundle."""
     try:
-        return importlib.import_module(f"golf.data.{name}")
+        return importlib.import_module(f"lab.prepare.{name}")
     except ModuleNotFoundError as error:
         raise DataError(f"{error}: text takes the whole repository, and requirements-data.txt") from None
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from golf.config import AverageConfig
+from golf.config.config import AverageConfig
 
 
 class WeightAverage:

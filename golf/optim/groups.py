@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golf.config import OptimConfig
+from golf.config.config import OptimConfig
 from golf.model.gpt import GPT
 from golf.optim.muon import Muon, newton_schulz
 from golf.runtime import Runtime

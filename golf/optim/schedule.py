@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from golf.config import Config, OptimConfig, TrainConfig
+from golf.config.config import Config, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
-from golf.config import ModelConfig
+from golf.config.config import ModelConfig
+from golf.config.site_quantizers import parse_site
 from golf.model.gpt import GPT
 from golf.model.layers import ActivationSite
 from golf.quant.site_grid import quantize_activation
-from golf.sites import parse_site
 
 
 def quantized_gpt(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> GPT:

@@ -26,7 +26,7 @@ from torch import Tensor
 from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
 from golf.model.layers import Embedding, Linear, rms_norm
-from golf.quant.policy import QuantError
+from golf.quant.tensor_classes import QuantError
 from golf.runtime import Runtime
 
 UNSEEN = 0.5

@@ -6,11 +6,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from golf.config import QuantConfig
+from golf.config.config import QuantConfig
 from golf.quant.grid import FP16_MAX, grid_clip, quantize_rows
-from golf.quant.policy import FP16_BITS, QuantError, bits_of, shared_weights, tensor_class, weight_site
 from golf.quant.site_grid import shared_gamma, weight_codes
 from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.quant.tensor_classes import FP16_BITS, QuantError, bits_of, shared_weights, tensor_class, weight_site
 
 
 def check_storable(name: str, tensor: Tensor, bits: int) -> None:

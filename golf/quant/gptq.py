@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from golf.quant.grid import grid_clip
-from golf.quant.policy import QuantError
 from golf.quant.rate import HIGH_RATE_SLOPE, CodeCosts, cheapest_level, learn_costs
-from golf.quant.rounding import (
+from golf.quant.rtn import (
     StepSizes,
     check_finite,
     check_step_sizes,
@@ -30,6 +29,7 @@ from golf.quant.rounding import (
 )
 from golf.quant.spec import QuantSpec
 from golf.quant.stored import QuantizedTensor, group_width
+from golf.quant.tensor_classes import QuantError
 
 DAMPING_TRIALS = 7
 DESCENT_PASSES = 3

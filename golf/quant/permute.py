@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from golf.quant.calibration import LayerStatistics
-from golf.quant.policy import QuantError
+from golf.quant.tensor_classes import QuantError
 
 UP_SUFFIX, DOWN_SUFFIX = ".mlp.fc.weight", ".mlp.proj.weight"
 

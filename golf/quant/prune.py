@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golf.config import QuantConfig
+from golf.config.config import QuantConfig
 from golf.quant.grid import quantize_rows
-from golf.quant.policy import FP16_BITS, bits_of
+from golf.quant.tensor_classes import FP16_BITS, bits_of
 
 
 @dataclass(frozen=True)

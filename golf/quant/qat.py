@@ -6,10 +6,10 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from golf.config import QuantConfig
+from golf.config.config import QuantConfig
 from golf.quant.grid import fake_quantize_rows
-from golf.quant.policy import FP16_BITS, bits_of, shared_weights, weight_site
 from golf.quant.site_grid import quantize_weight
+from golf.quant.tensor_classes import FP16_BITS, bits_of, shared_weights, weight_site
 
 
 class FakeQuantizable(Protocol):

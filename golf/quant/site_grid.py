@@ -1,4 +1,4 @@
-"""The quantizers of golf/sites.py: codes, scales, and the gradients that stand in for the rounding's.
+"""The quantizers of golf/config/site_quantizers.py: codes, scales, and the gradients that stand in for the rounding's.
 
     step from the values' size (by tensor, row, group), code = clamp(round(x / step), low, high), value = code * scale
 
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from golf.config.site_quantizers import SiteQuantizer, parse_site
 from golf.quant.grid import FP16_MAX, FP16_TINY
 from golf.quant.stored import group_width, spread_groups
-from golf.sites import SiteQuantizer, parse_site
 
 SMALLEST_STEP = 1e-5
 """Of activations, as in BitNet (arXiv 2310.11453)."""

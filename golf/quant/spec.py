@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from golf.quant.policy import QuantError
+from golf.quant.tensor_classes import QuantError
 
 SCALE_RULES = {"absmax": 1.0, "percentile": 99.9, "mse": 1.0, "std": 3.0, "absmean": 1.0}
 """Rules for the step, and the parameter that each has when none is given."""

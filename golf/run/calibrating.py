@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.config import Config
+from golf.config.config import Config
 from golf.data.loader import TokenStream
 from golf.quant.activations import quantized_gpt
 from golf.quant.calibration import LayerStatistics, calibrate_within, generated_rows
-from golf.quant.policy import QuantError
+from golf.quant.tensor_classes import QuantError
 from golf.runtime import Runtime
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from golf.config import Config, ConfigError, build_config, iter_knobs, knobs_of_environment
-from golf.presets import PRESETS
+from golf.config.config import Config, ConfigError, build_config, iter_knobs, knobs_of_environment
+from golf.config.presets import PRESETS
 from golf.run.folder import RunFolder
 
 
@@ -46,7 +46,7 @@ def command_parser(default_preset: str) -> argparse.ArgumentParser:
         prog="train_gpt.py",
         description="Train, average, quantize, pack, reload in a fresh process, score, report.",
         epilog="knobs (name, section, type, default), as key=value or as upper-case environment variables;\n"
-        f"golf/config.py says what each means:\n{list_knobs()}",
+        f"golf/config/config.py says what each means:\n{list_knobs()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

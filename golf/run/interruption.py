@@ -6,7 +6,7 @@ import sys
 import threading
 from types import FrameType
 
-from golf.config import EXIT_INTERRUPTED, UserError
+from golf.config.config import EXIT_INTERRUPTED, UserError
 
 GRACE_SECONDS = 20.0
 """How long a process of several waits for the others before it leaves: a lost one would hold it in a collective."""

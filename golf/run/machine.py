@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from golf.config import Config, ModelConfig
+from golf.config.config import Config, ModelConfig
 from golf.model.block import causal_attention
 from golf.runtime import Runtime, choose_compile
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.config import Config, ScoreConfig, UserError
+from golf.config.config import Config, ScoreConfig, UserError
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.quant.activations import quantized_gpt

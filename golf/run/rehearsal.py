@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 
 from golf.artifact.container import read_artifact, write_artifact
-from golf.artifact.level_fit import FIRST_GUESS, LevelSearch
+from golf.artifact.fill_limit import FIRST_GUESS, LevelSearch
 from golf.artifact.restore import restore_model
-from golf.config import UserError
+from golf.config.config import UserError
 from golf.data.tokenizer import ByteTable, TextTokenizer
 from golf.quant.export import quantize_state
 from golf.quant.prune import prune_state
 from golf.quant.stored import QuantizedState
 from golf.run.calibrating import calibrate_run
 from golf.run.folder import RunFolder
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.score.scorer import evaluation_mode, prepare_job, score_windows, sliding_settings
 
 REHEARSED_ROWS = 4

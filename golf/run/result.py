@@ -8,12 +8,12 @@ import torch
 
 from golf.artifact.container import read_artifact
 from golf.artifact.fit import FittedArtifact
-from golf.config import Config, config_hash
+from golf.config.config import Config, config_hash
 from golf.data.tokenizer import TextTokenizer
 from golf.run.findings import run_findings
-from golf.run.report import machine_description
+from golf.run.log_lines import machine_description
 from golf.run.session import Session
-from golf.run.training import Trainer
+from golf.run.trainer import Trainer
 from golf.run.witness import Witness
 from golf.score.scorer import Score
 

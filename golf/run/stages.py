@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from golf.config import UserError
+from golf.config.config import UserError
 from golf.runtime import file_sha256, write_file_atomically
 
 STAGES = ("train", "average", "quantize", "pack", "reload", "score", "report")

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from golf.config import Config
-from golf.sites import activation_sites
+from golf.config.config import Config
+from golf.config.site_quantizers import activation_sites
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from golf.artifact.container import Artifact
 from golf.artifact.restore import restore_model
-from golf.config import ScoreConfig
+from golf.config.config import ScoreConfig
 from golf.data.loader import validation_tokens
 from golf.data.sidecar import StreamBytes, validation_bytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer

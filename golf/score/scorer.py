@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from golf.config import ModelConfig, ScoreConfig, UserError
+from golf.config.config import ModelConfig, ScoreConfig, UserError
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT

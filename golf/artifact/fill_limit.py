@@ -1,0 +1,144 @@
+"""Fit by the water level: the steps of all matrices at which the artifact, as it is really coded, fills the limit.
+
+One number decides (golf/quant/waterfill.py): its base-2 logarithm is bracketed and then found by the secant of the
+coded size, which falls by about half a bit a weight for each doubling. What is returned was packed.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from golf.artifact.container import pack_artifact
+from golf.artifact.fit import FitError, FittedArtifact
+from golf.artifact.sizes import SizeReport
+from golf.config.config import ModelConfig, QuantConfig
+from golf.quant.calibration import LayerStatistics
+from golf.quant.permute import hidden_orders, permute_hidden_units, permute_statistics
+from golf.quant.stored import QuantizedState, dequantize_tensor
+from golf.quant.waterfill import PreparedMatrix, prepare_matrix
+
+FINEST, COARSEST = -36.0, 0.0
+"""Base-2 logarithms of the levels that are tried: codes fill int8 at the one, nearly all are zero at the other."""
+CPU = torch.device("cpu")
+FIRST_GUESS = -21.0
+NEAR_ENOUGH = 500
+"""Bytes below the goal at which the search ends (a limit of 16,000,000 is filled to 0.003 %)."""
+MOST_PACKINGS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class LevelArtifact:
+    """The model at one water level."""
+
+    log_level: float
+    data: bytes
+    sizes: SizeReport
+    stored: QuantizedState
+    loss_added: float
+    """Predicted, nats per token."""
+
+
+@dataclass(eq=False)
+class LevelSearch:
+    """Weights that are ready for any level."""
+
+    state: Mapping[str, Tensor]
+    statistics: Mapping[str, LayerStatistics]
+    quant: QuantConfig
+    model: ModelConfig
+    tokenizer_sha256: str = "0" * 64
+    log: Callable[[str], None] = print
+    trellis: bool = False
+    first_guess: float = FIRST_GUESS
+    near_enough: int = NEAR_ENOUGH
+    device: torch.device = CPU
+    tried: dict[float, LevelArtifact] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Hidden units come in the order that suits the coder: 0.2 to 0.4 % of the bytes for nothing."""
+        orders = hidden_orders(self.state)
+        self.state = permute_hidden_units(self.state, orders)
+        self.statistics = permute_statistics(self.statistics, orders)
+        self.matrices: dict[str, PreparedMatrix] = {
+            name: prepare_matrix(self.state[name].to(self.device), one) for name, one in self.statistics.items()
+        }
+
+    def quantize(self, log_level: float) -> QuantizedState:
+        """All tensors at a level, those that are no matrices as fp16."""
+        level, rate_weight, trellis = 2.0**log_level, self.quant.rate_weight, self.trellis
+        codes = {name: matrix.quantize(level, rate_weight, trellis) for name, matrix in self.matrices.items()}
+        return {name: codes[name] if name in codes else part.detach().cpu().half() for name, part in self.state.items()}
+
+    def at(self, log_level: float) -> LevelArtifact:
+        """Quantized and packed at a level."""
+        if log_level not in self.tried:
+            stored = self.quantize(log_level)
+            data, sizes = pack_artifact(stored, self.model, self.tokenizer_sha256, self.quant.codec, verify=False)
+            loss = sum(matrix.loss_added(dequantize_tensor(stored[name])) for name, matrix in self.matrices.items())
+            self.tried[log_level] = LevelArtifact(log_level, data, sizes, stored, loss)
+            self.log(f"fit: level 2^{log_level:.4f}: {len(data):,} bytes, {loss:.5f} nats per token expected")
+        return self.tried[log_level]
+
+    def fill(self, goal: int) -> LevelArtifact:
+        """The largest artifact within `goal` bytes, up to `near_enough`; less only where no finer step is of use.
+
+        Raises FitError where the coarsest is larger.
+        """
+        over = within = None  # the nearest levels of either kind
+        guess = self.first_guess
+        for packing in range(MOST_PACKINGS):
+            size = len(self.at(guess).data)
+            over, within = (over, guess) if size <= goal else (guess, within)
+            if goal - self.near_enough <= size <= goal or (within == FINEST and size <= goal) or over == COARSEST:
+                break
+            guess = self.next_guess(goal, over, within, halve=packing % 4 == 3)
+        if within is None:
+            smallest = min(len(one.data) for one in self.tried.values())
+            raise FitError(
+                f"the artifact can't fit in {goal:,} bytes: {smallest:,} is the smallest, with nearly all codes zero; "
+                "train a smaller model"
+            )
+        return self.at(within)
+
+    def next_guess(self, goal: int, over: float | None, within: float | None, halve: bool) -> float:
+        """Between levels of both kinds where the line through their sizes meets the goal, or in their middle; else as
+        far on as half a bit a weight for each octave says, and a bit."""
+        if over is None or within is None:
+            known = over if within is None else within
+            octaves = 16 * (len(self.tried[known].data) - goal) / self.tried[known].sizes.weights
+            return min(max(known + 1.2 * octaves + math.copysign(0.05, octaves), FINEST), COARSEST)
+        if halve:
+            return (over + within) / 2
+        most, least = (math.log(len(self.tried[level].data)) for level in (over, within))
+        share = (most - math.log(goal - self.near_enough / 2)) / (most - least)
+        return over + min(max(share, 0.02), 0.98) * (within - over)
+
+
+def fit_by_level(
+    statistics: Mapping[str, LayerStatistics], state: Mapping[str, Tensor], quant: QuantConfig, model: ModelConfig,
+    tokenizer_sha256: str, limit_bytes_model: int, reserve_bytes: int, log: Callable[[str], None],
+    device: torch.device = CPU,
+) -> FittedArtifact:  # fmt: skip
+    """The artifact that fills the limit, less a reserve: the level is sought with plain grids, which are quick, and
+    from there on with trellises. Deterministic. Raises FitError, QuantError."""
+    goal = limit_bytes_model - reserve_bytes
+    roughly = max(NEAR_ENOUGH, goal // 50)
+    search = LevelSearch(state, statistics, quant, model, tokenizer_sha256, log, near_enough=roughly, device=device)
+    first_guess, packings = search.fill(goal).log_level, len(search.tried)
+    search = replace(search, trellis=True, first_guess=first_guess, near_enough=NEAR_ENOUGH, tried={})
+    found, packings = search.fill(goal), packings + len(search.tried)
+    zeros = sum(int((found.stored[name].codes_RC == 0).sum()) for name in statistics)
+    codes = sum(found.stored[name].codes_RC.numel() for name in statistics)
+    woven = sum(found.stored[name].trellis for name in statistics)
+    action = (
+        f"water level 2^{found.log_level:.4f}, {found.loss_added:.5f} nats per token expected, {woven} of "
+        f"{len(statistics)} matrices on a trellis, {zeros / codes:.1%} of the codes zero"
+    )
+    log(f"fit: {len(found.data):,} bytes in {packings} packings: {action}")
+    moved = sum(matrix.codes_not_nearest(found.stored[name]) for name, matrix in search.matrices.items())
+    data, sizes = pack_artifact(found.stored, model, tokenizer_sha256, quant.codec)  # read back and compared
+    assert data == found.data
+    return FittedArtifact(data, sizes, found.stored, [], [action], codes_not_nearest=moved)

@@ -1,0 +1,121 @@
+"""Step sizes for the least loss at a given size: every code's error costs the same.
+
+With an entropy coder behind it a weight w on a grid of step s costs about log2(|w| / s) bits and s^2 / 12 of squared
+error, which GPTQ turns into row_weight_r * s^2 / (12 U_cc^2) nats (golf/quant/calibration.py for the row weights,
+golf/quant/gptq.py for U). The least sum of both over all weights of all matrices is reached where every weight has
+the same cost per squared step (reverse water-filling, Cover and Thomas, Elements of Information Theory, section
+13.3.3): one water level for the whole model gives all steps,
+
+    step_rc = sqrt(level / row_weight_r) * U_cc,
+
+the product of a scale for the row and one for the column. Both lie on a logarithmic grid, so that they are cheap to
+send. R rows, C columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from golf.quant.calibration import LayerStatistics
+from golf.quant.gptq import ColumnGrid, GptqOptions, GptqProblem, gptq_problem, rate_price
+from golf.quant.grid import FP16_MAX, FP16_TINY, grid_clip
+from golf.quant.rate import HIGH_RATE_SLOPE, class_entropy
+from golf.quant.rtn import StepSizes, round_to_nearest, stored_form
+from golf.quant.spec import QuantSpec
+from golf.quant.stored import QuantizedTensor, dequantize_tensor
+from golf.quant.trellis_search import quantize_trellis
+
+STEPS_PER_OCTAVE = 16
+WIDEST = QuantSpec(8)
+"""Codes are as large as int8 holds: the coder pays for what is used."""
+CODE_ROOM = 0.9
+"""Share of the largest code that the weights as they were may reach: error feedback moves them."""
+RATE_WEIGHT = 0.15
+"""What a code's bits count beside its error. In theory 1; but codes that are all moved towards zero have errors that
+add up, and the divergence from the unquantized model is least near this (docs/LOG.md)."""
+LEAST_ROW_WEIGHT = 1e-4
+"""In units of the mean row's: a row that calibration never saw act may act after all."""
+
+
+def nearest_on_log_grid(scale: Tensor) -> Tensor:
+    """fp16 values m / 1024 * 2^e nearest to `scale` in ratio, m one of STEPS_PER_OCTAVE whole numbers an octave."""
+    k = (scale.double().clamp(FP16_TINY, FP16_MAX / 2).log2() * STEPS_PER_OCTAVE).round()
+    octave = (k / STEPS_PER_OCTAVE).floor()
+    mantissa = (1024 * torch.exp2(k / STEPS_PER_OCTAVE - octave)).round()
+    return (mantissa / 1024 * torch.exp2(octave)).half()
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedMatrix:
+    """A matrix with all that does not depend on the water level."""
+
+    weight_RC: Tensor
+    problem: GptqProblem
+    row_weight_R: Tensor
+    hessian_CC: Tensor
+
+    def step_sizes(self, level: float) -> StepSizes:
+        """Scales of rows and columns at a water level, coarse enough for the weights to stay within int8 codes."""
+        column_C = self.problem.factor_CC.diagonal()
+        center = column_C.log().mean().exp()
+        column_C = nearest_on_log_grid(column_C / center)
+        row_R = (level / self.row_weight_R).sqrt() * center
+        most_R = (self.weight_RC.double().abs() / column_C.double()).amax(dim=1)
+        row_R = torch.maximum(row_R, most_R / (CODE_ROOM * grid_clip(WIDEST.bits)))
+        return StepSizes(nearest_on_log_grid(row_R).unsqueeze(1), column_C)
+
+    def quantize(self, level: float, rate_weight: float = RATE_WEIGHT, trellis: bool = True) -> QuantizedTensor:
+        """GPTQ with the steps of `level`, each code chosen by its error and its bits at the price that the level stands
+        for; or, where that costs less, the codes of a trellis (its search takes ten times as long)."""
+        scales = self.step_sizes(level)
+        plain = self.quantize_plain(scales, level, rate_weight)
+        if not trellis:
+            return plain
+        woven = quantize_trellis(self.weight_RC, self.problem.factor_CC, scales)
+        return min(plain, woven, key=lambda entry: self.cost(entry, level))
+
+    def quantize_plain(self, scales: StepSizes, level: float, rate_weight: float) -> QuantizedTensor:
+        options = GptqOptions(
+            rate_weight=rate_weight, rate_slope=HIGH_RATE_SLOPE * level, row_weight_R=self.row_weight_R
+        )
+        grid = ColumnGrid(self.weight_RC, WIDEST, scales)
+        level_RC, price = self.problem.round_columns(grid), None
+        for _ in range(options.rate_passes if rate_weight else 0):
+            price = rate_price(self.problem, level_RC, grid, options)
+            level_RC = self.problem.round_columns(grid, price)
+        level_RC = self.problem.descend(level_RC, grid, price)
+        return stored_form(level_RC, *grid.parts(), WIDEST, grid.column_scale_C)
+
+    def cost(self, entry: QuantizedTensor, level: float) -> float:
+        """Nats per token: the loss that is predicted, and the codes' bits at the price that the level stands for."""
+        bits = class_entropy(entry.codes_RC.float()) * entry.codes_RC.numel()
+        return self.loss_added(dequantize_tensor(entry)) + 0.5 * HIGH_RATE_SLOPE * level * bits
+
+    def codes_not_nearest(self, entry: QuantizedTensor) -> int:
+        """Codes that rounding each weight by itself, with the steps of `entry`, would have chosen otherwise; all those
+        of a trellis, which has no nearest."""
+        if entry.trellis:
+            return entry.codes_RC.numel()
+        column_scale_C = entry.column_scale_C.to(self.weight_RC.device)
+        nearest = round_to_nearest(self.weight_RC, WIDEST, StepSizes(entry.scale_SG, column_scale_C))
+        return int((nearest.codes_RC != entry.codes_RC).sum())
+
+    def loss_added(self, restored_RC: Tensor) -> float:
+        """Predicted nats per token."""
+        error_RC = restored_RC.to(self.weight_RC.device).double() - self.weight_RC.double()
+        return 0.5 * float(((error_RC @ self.hessian_CC) * error_RC).sum(1) @ self.row_weight_R)
+
+
+def prepare_matrix(weight_RC: Tensor, statistics: LayerStatistics, damping: float = 0.01) -> PreparedMatrix:
+    """Columns keep their natural order: with steps of their own, act-order changes nothing (docs/LOG.md), and a trellis
+    runs from left to right. Raises QuantError for weights or statistics that are not finite or don't fit together."""
+    weight_RC = weight_RC.detach().float()
+    statistics = LayerStatistics(
+        *(part.to(weight_RC.device) for part in (statistics.hessian_CC, statistics.row_weight_R))
+    )
+    row_weight_R = statistics.row_weight_R.clamp_min(
+        LEAST_ROW_WEIGHT * statistics.row_weight_R.mean().clamp_min(1e-300)
+    )
+    problem = gptq_problem(weight_RC, statistics.hessian_CC, GptqOptions(damping=damping, act_order=False))
+    return PreparedMatrix(weight_RC, problem, row_weight_R, statistics.hessian_CC)

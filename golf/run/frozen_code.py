@@ -1,0 +1,53 @@
+"""The code of a run: frozen when it begins, as it would be shipped, and the same whenever it goes on."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from golf.config.config import ConfigError
+from golf.run.folder import RunFolder
+from golf.runtime import file_sha256
+
+
+@dataclass(frozen=True)
+class Program:
+    """The script that runs. A bundle is its own code; else tools/bundle.py, beside the script, makes one."""
+
+    script: Path
+    bundled: bool
+
+    def freeze(self, folder: RunFolder) -> None:
+        """Write the code that runs, packed, and the readable text that it was packed from. Raises ConfigError."""
+        sources = self.sources()
+        if self.bundled:
+            shutil.copyfile(self.script, folder.code)
+        else:
+            bundler = self.script.parent / "tools" / "bundle.py"
+            command = [sys.executable, bundler, "--pack", "--no-sizes", "--out", folder.code]
+            command += ["--readable-out", folder.readable_code]
+            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                raise ConfigError("tools/bundle.py could not bundle the code that is to run; its message stands above")
+        folder.save_json(folder.sources, sources)
+
+    def check(self, folder: RunFolder) -> None:
+        """Raise ConfigError unless the run in `folder` began with this code."""
+        if not folder.sources.exists():
+            raise ConfigError(f"{folder.path} was stopped before it began: remove it, and start anew")
+        if folder.load_json(folder.sources) != self.sources():
+            raise ConfigError(f"the code is not that of {folder.code}: go back to it, or start a new run")
+
+    def sources(self) -> dict[str, str]:
+        """SHA-256 of every file that the run's code is made from."""
+        root = self.script.parent
+        library = [] if self.bundled else sorted(root.glob("golf/**/*.py"))
+        return {path.relative_to(root).as_posix(): file_sha256(path) for path in [self.script, *library]}
+
+    def run_tool(self, name: str, *arguments: str | Path) -> int | None:
+        """A tool's work is not part of the code that a submission ships; without the tools a run goes without it.
+
+        Returns the tool's exit status; None where there is no tool.
+        """
+        tool = self.script.parent / "tools" / name
+        return subprocess.run([sys.executable, tool, *arguments]).returncode if tool.exists() else None

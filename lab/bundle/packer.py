@@ -1,0 +1,97 @@
+"""The self-extracting form of a script: minified, raw LZMA2, base85, in a loader of a few lines.
+
+Comments, docstrings, wide layout and the names of local variables go; other names and annotations stay, because
+dataclasses, torch.library and Triton read annotations at run time, and tracebacks name functions (the readable form
+lies beside the packed one in every run). Of 251,607 bytes of source: 49,986 packed; 52,651 with local names, 47,985
+without annotations of functions, 47,250 with global names shortened too; 79,805 when nothing is removed. The same
+source gives the same bytes on Python 3.10 to 3.12. The loader puts the source into linecache, where inspect and
+traceback look for it: without it Triton can't compile a kernel of a script that was started by exec
+(triton-lang/triton issue 5386).
+"""
+
+import ast
+import base64
+import hashlib
+import lzma
+from types import SimpleNamespace
+from unittest import mock
+
+import python_minifier
+from python_minifier import expression_printer
+from python_minifier.transforms.remove_annotations_options import RemoveAnnotationsOptions
+
+from lab.bundle.parts import OLDEST_PYTHON, BundleError, parse_oldest
+
+MAX_SOURCE_BYTES = 16_000_000
+PACKED_TEMPLATE = """\
+# Packed by tools/bundle.py from the readable bundle with sha256 {digest}
+import base64 as B,linecache as C,lzma as L,sys,traceback as T
+s=L.decompress(B.b85decode("{payload}"),L.FORMAT_RAW,None,[{{"id":L.FILTER_LZMA2}}]).decode();f=__file__+":src"
+C.cache[f]=len(s),None,s.splitlines(True),f;sys.excepthook=T.print_exception
+exec(compile(s,f,"exec"))
+"""
+"""mtime None keeps linecache from dropping the entry; Python's own excepthook reads only files on the disk."""
+
+
+def minify_source(source: str) -> str:
+    """The same program without what only people read. Raises BundleError where it is not Python 3.10."""
+    parse_oldest(source, "bundle")
+    # The printer would use the f-strings of the Python that runs it (3.12 may nest equal quotes, PEP 701).
+    oldest = mock.patch.object(expression_printer, "sys", SimpleNamespace(version_info=OLDEST_PYTHON))
+    with oldest:
+        return python_minifier.minify(
+            source,
+            remove_annotations=RemoveAnnotationsOptions(
+                remove_variable_annotations=True,
+                remove_return_annotations=False,
+                remove_argument_annotations=False,
+                remove_class_attribute_annotations=False,
+            ),
+            remove_literal_statements=True,
+            hoist_literals=False,
+            rename_locals=True,
+            rename_globals=False,
+            preserve_shebang=False,
+        )
+
+
+def pack_source(source: str) -> str:
+    """ASCII text of a script that runs `source`. Raises BundleError where that is not Python 3.10."""
+    minified = minify_source(source)
+    payload = base64.b85encode(compress_smallest(minified.encode())).decode("ascii")
+    return PACKED_TEMPLATE.format(digest=hashlib.sha256(source.encode()).hexdigest(), payload=payload)
+
+
+def compress_smallest(data: bytes) -> bytes:
+    """The shortest raw LZMA2 stream over the bits of literal context. Text has no aligned words: lp and pb are 0 (of
+    36 settings with others the shortest six had lp 0, and each of them was shorter with pb 0)."""
+    streams = (lzma.compress(data, lzma.FORMAT_RAW, filters=[lzma2_filter(lc)]) for lc in range(5))
+    return min(streams, key=len)
+
+
+def lzma2_filter(lc: int) -> dict[str, int]:
+    return {
+        "id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 20,
+        "lc": lc, "lp": 0, "pb": 0, "nice_len": 273, "depth": 4096,
+    }  # fmt: skip
+
+
+def unpack_source(text: str) -> str:
+    """The minified source in a packed script, without running it. Raises BundleError for any other text."""
+    payload = max(
+        (node.value for node in ast.walk(parse_oldest(text, "packed script")) if is_text_constant(node)),
+        key=len,
+        default="",
+    )
+    try:
+        stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
+        source = stream.decompress(base64.b85decode(payload), MAX_SOURCE_BYTES).decode()
+    except (ValueError, lzma.LZMAError) as error:
+        raise BundleError(f"this is not a script that tools/bundle.py packed: {error}") from None
+    if not stream.eof or stream.unused_data:
+        raise BundleError("this is not a script that tools/bundle.py packed: its payload is not one stream")
+    return source
+
+
+def is_text_constant(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)

@@ -1,0 +1,307 @@
+"""A download that ends with right files or says which ones are not: fetched in parallel, verified, placed, recorded.
+
+huggingface_hub checks sizes only and starts a file over after a kill, so every file is verified here before it gets
+its name; what fails is deleted from the cache and fetched again. Files are linked from the cache where it lies on
+the same volume (no second copy), else copied.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub.errors import XetDownloadError
+
+from golf.data.manifest import data_identity
+from golf.data.shards import shard_token_count
+from golf.runtime import write_file_atomically
+from lab.prepare.hub import Hub, first_line, forget, is_hopeless
+from lab.prepare.published import DownloadError, DownloadPlan, WantedFile
+from lab.prepare.verification import (
+    DOWNLOADS_NAME,
+    FileFacts,
+    FileScan,
+    KnownTokenizer,
+    ends_fingerprint,
+    facts_of_entry,
+    is_token_file,
+    quick_problem,
+    read_data_record,
+    scan_file,
+    scan_problem,
+)
+
+MOST_FAILURES = 3
+"""Files that may fail for good before no further ones are begun."""
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+TRANSFER_ERRORS = (OSError, httpx2.HTTPError, RuntimeError, XetDownloadError)
+
+
+class DownloadStopped(DownloadError):
+    """The download was interrupted; what is complete stays."""
+
+
+def find_downloads(root: Path, repo_id: str, variant: str) -> dict[str, Any]:
+    """The record of an earlier download of the same thing below `root`; empty where there is none."""
+    for path in sorted(root.glob(f"datasets/*/{DOWNLOADS_NAME}")):
+        record = read_data_record(path)
+        if (record.get("repo_id"), record.get("variant")) == (repo_id, variant):
+            return record
+    return {}
+
+
+@contextlib.contextmanager
+def sole_downloader(folder: Path) -> Iterator[None]:
+    """Refuse a second download into the same folder. Raises DownloadError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".downloads.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DownloadError(f"{folder}: another download is at work there; wait for it, or stop it") from None
+        yield
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another volume, or one without links
+        shutil.copyfile(source, target)
+
+
+def existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+@dataclass
+class DownloadEvents:
+    """What the caller wants to hear; called from several threads."""
+
+    received: Callable[[int], None] = lambda count: None
+    """Bytes that came over the network; negative when they turned out to be bad."""
+    finished: Callable[[WantedFile], None] = lambda wanted: None
+    noted: Callable[[str], None] = lambda line: None
+
+
+@dataclass
+class Download:
+    """One download of a plan: `run` it once."""
+
+    hub: Hub
+    plan: DownloadPlan
+    events: DownloadEvents = field(default_factory=DownloadEvents)
+    workers: int = 4
+    recheck: bool = False
+    """Read files again that were verified before and have not been touched since."""
+
+    def __post_init__(self) -> None:
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.record = read_data_record(self.plan.folder / DOWNLOADS_NAME) or {"files": {}}
+        self.failures: dict[str, str] = {}
+        self.left_out = self.fetched_files = self.fetched_bytes = 0
+
+    def state(self, wanted: WantedFile) -> str:
+        """ "in place", "in the cache" or "to fetch", at a quick look."""
+        if not quick_problem(wanted.local, wanted.facts):
+            return "in place"
+        cached = self.hub.cached(wanted.remote, self.plan.listing.revision)
+        return "in the cache" if cached and not quick_problem(cached, wanted.facts) else "to fetch"
+
+    def check_room(self) -> None:
+        """Raise OSError where the volumes can't hold what is missing."""
+        sizes = {"in place": 0, "in the cache": 0, "to fetch": 0}
+        for wanted in self.plan.files:
+            sizes[self.state(wanted)] += wanted.facts.size or 0
+        cache, folder = existing_parent(self.hub.cache_folder), existing_parent(self.plan.folder)
+        needs = [(cache, sizes["to fetch"])]
+        if cache.stat().st_dev != folder.stat().st_dev:
+            needs.append((folder, sizes["to fetch"] + sizes["in the cache"]))
+        for place, need in needs:
+            free = shutil.disk_usage(place).free
+            if need > free:
+                text = f"{place}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free: choose other volumes with "
+                raise OSError(errno.ENOSPC, text + "--root and --cache-dir, or fewer --train-shards")
+
+    def run(self) -> dict[str, str]:
+        """Make every file right. Returns what could not be had, problem by file.
+
+        Raises DownloadError, and OSError where the machine refuses (no room, no rights).
+        """
+        with sole_downloader(self.plan.folder):
+            if not self.hub.offline:
+                self.hub.remove_stale_parts()
+            with ThreadPoolExecutor(self.workers) as pool:
+                futures = [pool.submit(self.bring, wanted) for wanted in self.plan.files]
+                try:
+                    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                finally:
+                    self.stop.set()
+                    pool.shutdown(cancel_futures=True)
+                    self.sweep()
+        return self.failures
+
+    def sweep(self) -> None:
+        """Remove unfinished files, and from the record what was neither asked for nor is there."""
+        for folder in {self.parts_folder(wanted) for wanted in self.plan.files}:
+            shutil.rmtree(folder, ignore_errors=True)
+        asked = {self.name_in_record(wanted) for wanted in self.plan.files}
+        kept = {n: e for n, e in self.record["files"].items() if n in asked or (self.plan.folder / n).is_file()}
+        if kept:
+            self.write_record(kept)
+
+    def bring(self, wanted: WantedFile) -> None:
+        """Have one file in its place, or its failure noted."""
+        if self.stop.is_set() or len(self.failures) >= MOST_FAILURES:
+            with self.lock:
+                self.left_out += 1
+            return
+        problem, hopeless, pause = self.problem_in_place(wanted), False, self.hub.longest_wait / 30
+        for attempt in range(self.hub.attempts):
+            if not problem or hopeless:
+                break
+            if attempt:
+                again = f"attempt {attempt + 1} of {self.hub.attempts} in {pause:.0f} s"
+                self.events.noted(f"{wanted.local.name}: {problem}; {again}")
+                if self.stop.wait(pause):
+                    raise DownloadStopped("stopped")
+                pause = min(2 * pause, self.hub.longest_wait)
+            problem, hopeless = self.attempt(wanted)
+        if problem:
+            with self.lock:
+                self.failures[self.name_in_record(wanted)] = problem
+        else:
+            self.events.finished(wanted)
+
+    def problem_in_place(self, wanted: WantedFile) -> str:
+        """What is wrong with the file that is there, which is deleted then; empty when nothing is."""
+        if not wanted.local.is_file():
+            return "missing"
+        entry = self.record["files"].get(self.name_in_record(wanted), {})
+        problem = quick_problem(wanted.local, FileFacts(wanted.facts.size, tokens=wanted.facts.tokens))
+        if not problem and not self.is_unchanged(wanted, entry):
+            problem = self.scanned_problem(wanted.local, wanted)
+        if problem:
+            self.events.noted(f"{wanted.local.name}: {problem}; fetched again")
+            wanted.local.unlink()
+        return problem
+
+    def is_unchanged(self, wanted: WantedFile, entry: dict[str, Any]) -> bool:
+        """Whether a file is as it was when it was found to be what is wanted now."""
+        if self.recheck or not entry:
+            return False
+        stat, known = wanted.local.stat(), facts_of_entry(entry)
+        same = (stat.st_size, stat.st_mtime_ns) == (known.size, entry.get("mtime_ns"))
+        wanted_hash, known_hash = wanted.facts.sha256, known.sha256
+        if not wanted_hash and wanted.facts.git_sha1:
+            wanted_hash, known_hash = wanted.facts.git_sha1, known.git_sha1
+        if not wanted_hash:
+            return same and entry.get("revision") == self.plan.listing.revision
+        return same and wanted_hash == known_hash and not quick_problem(wanted.local, known)
+
+    def attempt(self, wanted: WantedFile) -> tuple[str, bool]:
+        """Fetch, verify and place a file once. Returns what went wrong, empty for nothing, and whether it is final."""
+        received = 0
+
+        def advance(count: int) -> None:
+            nonlocal received
+            if self.stop.is_set():
+                raise DownloadStopped("stopped")
+            received += count
+            self.events.received(count)
+
+        try:
+            source = self.hub.fetch(wanted.remote, self.plan.listing.revision, advance)
+            problem, hopeless = self.settle(source, wanted), self.hub.offline
+        except TRANSFER_ERRORS as error:
+            if getattr(error, "errno", None) in MACHINE_ERRORS:
+                raise
+            problem, hopeless = first_line(error), self.hub.offline or is_hopeless(error)
+        with self.lock:
+            self.fetched_bytes += received
+            self.fetched_files += bool(received and not problem)
+        if problem:
+            self.events.received(-received)
+        return problem, hopeless
+
+    def settle(self, source: Path, wanted: WantedFile) -> str:
+        """Verify a file of the cache and put it in its place, or forget it. Returns what is wrong with it."""
+        part = self.parts_folder(wanted) / wanted.local.name  # a folder: a training run must not see the part
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        link_or_copy(source, part)
+        if problem := self.scanned_problem(part, wanted):
+            forget(source)
+        else:
+            os.replace(part, wanted.local)
+        return problem
+
+    def scanned_problem(self, path: Path, wanted: WantedFile) -> str:
+        """What is wrong with a file, all of it read; recorded when nothing is."""
+        name, facts = self.name_in_record(wanted), wanted.facts
+        entry = self.record["files"].get(name, {})
+        hash_from = wanted.facts_from
+        if not facts.hashed:
+            hash_from = entry.get("hash_from") or "first download"
+            if entry.get("revision") == self.plan.listing.revision:
+                facts = FileFacts(facts.size, entry.get("sha256"), None, facts.tokens)
+        problem = quick_problem(path, facts)
+        if problem:
+            return problem
+        scan = scan_file(path)
+        problem = scan_problem(scan, facts, self.plan.vocab_size or 2**16)
+        return problem or self.remember(name, path, scan, wanted.remote, hash_from)
+
+    def remember(self, name: str, path: Path, scan: FileScan, remote: str, hash_from: str) -> str:
+        """Record a sound file; one that no hash vouches for and that is another's double is a problem instead."""
+        stat = path.stat()
+        entry = {"bytes": stat.st_size, "sha256": scan.sha256, "git_sha1": scan.git_sha1, "hash_from": hash_from}
+        entry |= {"ends": ends_fingerprint(path), "mtime_ns": stat.st_mtime_ns}
+        entry |= {"remote": remote, "revision": self.plan.listing.revision}
+        if is_token_file(path.name):
+            entry["tokens"] = shard_token_count(path)
+        with self.lock:
+            others = {known["sha256"]: other for other, known in self.record["files"].items() if other != name}
+            if hash_from == "first download" and scan.sha256 in others:
+                return f"has the content of {others[scan.sha256]}"
+            self.write_record(self.record["files"] | {name: entry})
+        return ""
+
+    def write_record(self, files: dict[str, Any]) -> None:
+        tokenizers = [name for name in files if name.endswith((".model", ".json"))]
+        asked = [self.name_in_record(wanted) for wanted in self.plan.files]
+        chosen = next((name for name in tokenizers if name in asked), None)
+        self.record = {
+            "repo_id": self.plan.listing.repo_id,
+            "revision": self.plan.listing.revision,
+            "variant": self.plan.variant,
+            "tokenizer": None
+            if chosen is None
+            else {"file": chosen, "sha256": files[chosen]["sha256"], "vocab_size": self.plan.vocab_size},
+            "files": dict(sorted(files.items())),
+        }
+        write_file_atomically(self.plan.folder / DOWNLOADS_NAME, json.dumps(self.record, indent=1) + "\n")
+
+    def parts_folder(self, wanted: WantedFile) -> Path:
+        return wanted.local.parent / f".parts-{self.plan.name}"
+
+    def name_in_record(self, wanted: WantedFile) -> str:
+        return Path(os.path.relpath(wanted.local, self.plan.folder)).as_posix()
+
+    def data_id(self) -> str:
+        """The data id that runs on the folder record; empty without training shards or tokenizer."""
+        tokenizer = self.record.get("tokenizer")
+        if not tokenizer or not any(wanted.kind == "train" for wanted in self.plan.files):
+            return ""
+        path = self.plan.folder / tokenizer["file"]
+        return data_identity(self.plan.folder, KnownTokenizer(str(path), tokenizer["sha256"]))
