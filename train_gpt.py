@@ -13,19 +13,16 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.fill_limit import fit_by_level
-from golf.artifact.fit import fit_to_limit
-from golf.artifact.restore import restore_model
+from golf.artifact.container import pack_artifact, read_artifact, restore_model
+from golf.artifact.fill_limit import fit_by_level, fit_to_limit
 from golf.artifact.sizes import size_report_dict
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
 from golf.config.config import EXIT_FINDINGS, Config, UserError
 from golf.data.shards import find_shards
 from golf.model.init import build_model
-from golf.quant.activations import install_activation_quantizers
-from golf.run.averaging import final_weights, prove_learned_features
-from golf.run.calibrating import NO_CALIBRATION, calibrate_run, seconds_left
-from golf.run.checkpoint import CheckpointWriter, read_checkpoint
+from golf.quant.calibration import NO_CALIBRATION, calibrate_run, seconds_left
+from golf.quant.qat import install_activation_quantizers
+from golf.run.checkpoint import CheckpointWriter, final_weights, prove_learned_features, read_checkpoint
 from golf.run.command import Command, parse_command
 from golf.run.datasets import locate_data, open_training_data
 from golf.run.folder import RunFolder, choose_run_folder

@@ -5,7 +5,7 @@ import torch
 from golf.config.config import ModelConfig
 from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.quant.activations import install_activation_quantizers
+from golf.quant.qat import install_activation_quantizers
 
 CACHED = ModelConfig(
     vocab_size=40, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, bigram_vocab_size=37,

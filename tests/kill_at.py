@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import golf.run.checkpoint
 import train_gpt
 from golf.run.frozen_code import Program
-from golf.run.stages import StageBook
+from golf.run.session import StageBook
 from golf.run.trainer import Trainer
 from golf.score.journal import ScoreJournal
 

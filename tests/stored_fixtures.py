@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.description import expected_shapes
 from golf.config.config import ModelConfig
-from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.quant.grid import QuantizedState, QuantizedTensor
 from golf.quant.tensor_classes import tensor_class
 
 TINY = ModelConfig(

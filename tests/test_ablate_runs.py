@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from golf.artifact.container import read_artifact
-from golf.artifact.restore import restore_model
+from golf.artifact.container import read_artifact, restore_model
 from golf.config.config import config_dict, iter_knobs
 from golf.data.loader import validation_tokens
 from golf.data.tokenizer import ByteTable, load_tokenizer

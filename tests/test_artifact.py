@@ -18,6 +18,7 @@ from stored_fixtures import TINY, TOKENIZER, integer_weights, stored_of_every_fo
 
 from golf.artifact.codecs import ArtifactError, compress_stream, decompress_stream
 from golf.artifact.container import pack_artifact, read_artifact, same_stored_state, write_artifact
+from golf.artifact.description import expected_shapes
 from golf.artifact.frame import (
     DIGEST_END,
     DIGEST_START,
@@ -27,13 +28,12 @@ from golf.artifact.frame import (
     frame_digest,
     unframe_artifact,
 )
-from golf.artifact.shapes import expected_shapes
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
 from golf.config.config import QuantConfig, build_config
 from golf.config.presets import PRESETS
 from golf.model.gpt import GPT
 from golf.quant.export import quantize_state
-from golf.quant.stored import QuantizedTensor, dequantize_state
+from golf.quant.grid import QuantizedTensor, dequantize_state
 
 CODECS_TO_TEST = ("none", "zlib", "lzma", "zstd", "brotli", "rans")
 GOLDEN = Path(__file__).parent / "golden"

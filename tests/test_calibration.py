@@ -6,9 +6,16 @@ import torch
 from golf.config.config import Config, ModelConfig, with_knobs
 from golf.model.init import build_model
 from golf.model.layers import rms_norm
-from golf.quant.calibration import calibrate, calibrate_within, collect_hessians, generated_rows
+from golf.quant.calibration import (
+    SETTLING,
+    calibrate,
+    calibrate_within,
+    collect_hessians,
+    generated_rows,
+    seconds_left,
+    training_rows,
+)
 from golf.quant.tensor_classes import QuantError
-from golf.run.calibrating import SETTLING, seconds_left, training_rows
 from golf.runtime import Runtime
 
 TINY = ModelConfig(

@@ -28,8 +28,8 @@ from golf.run.checkpoint import (
     restore_generators,
 )
 from golf.run.folder import RunFolder
-from golf.run.interruption import Interrupted, Interruption
 from golf.run.ledger import Ledger
+from golf.run.session import Interrupted, Interruption
 from golf.run.train_loop import take_steps, take_up_checkpoint
 from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime, Stopwatch

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.context_model import MEAN_LEVELS, bell_counts, next_halves, tile_edges
 from golf.artifact.rans import FREQUENCY_BITS, STATE_BYTES, RansReader, RansWriter, lane_count
-from golf.artifact.row_prediction import refer_rows, restore_rows
 from golf.artifact.sequences import decode_halves, decode_sequence, encode_halves, encode_sequence
 from golf.artifact.sizes import code_entropy_bytes
-from golf.artifact.stacks import StackSpec, decode_stacks, encode_stacks
+from golf.artifact.stacks import StackSpec, decode_stacks, encode_stacks, refer_rows, restore_rows
 from golf.artifact.streams import BINARY, MODELLED, RAW, TRITS, decode_codes, encode_codes
 from golf.quant.trellis import trellis_halves
 

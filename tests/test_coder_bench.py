@@ -4,7 +4,7 @@ import pytest
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import encode_streams
-from golf.quant.stored import QuantizedTensor
+from golf.quant.grid import QuantizedTensor
 from lab.bench.coder_bench import bench_coders, gptq_like_codes
 
 

@@ -17,12 +17,11 @@ from golf.artifact.container import pack_artifact
 from golf.artifact.weights import load_weights, save_weights
 from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
-from golf.quant.calibration import collect_hessians
+from golf.quant.calibration import collect_hessians, training_rows
 from golf.quant.gptq import quantize_matrix
+from golf.quant.grid import QuantizedTensor, same_stored
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import QuantizedTensor, same_stored
 from golf.quant.tensor_classes import QuantError
-from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
 from lab.cli import run_command

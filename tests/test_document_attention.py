@@ -11,7 +11,7 @@ import torch
 import golf.model.block
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.settings import model_from_json, model_to_json
+from golf.artifact.description import model_from_json, model_to_json
 from golf.config.config import ModelConfig, QuantConfig, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.description import expected_shapes
 from golf.config.config import ModelConfig, QuantConfig, build_config
 from golf.model.block import visible_keys
 from golf.model.layers import Linear
-from golf.quant.activations import quantized_gpt
 from golf.quant.export import quantize_state
+from golf.quant.qat import quantized_gpt
 from golf.quant.tensor_classes import SITE_PATHS
 from lab.cost.energy import (
     OPERATION_PICOJOULES,

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from golf.artifact.container import pack_artifact, read_artifact, same_stored_state, stored_bits
-from golf.artifact.fit import FitError, FittedArtifact, coarsening_actions, fit_to_limit
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.description import expected_shapes
+from golf.artifact.fill_limit import FitError, FittedArtifact, coarsening_actions, fit_to_limit
 from golf.config.config import ModelConfig, QuantConfig, build_config
-from golf.quant.export import quantize_state
-from golf.quant.prune import prune_state
-from golf.quant.stored import QuantizedTensor, dequantize_state
+from golf.quant.export import prune_state, quantize_state
+from golf.quant.grid import QuantizedTensor, dequantize_state
 from golf.quant.tensor_classes import QuantError, tensor_class
 from lab.machine.forecast import TRAINED_SHARE, forecast_bytes
 

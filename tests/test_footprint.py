@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from golf.artifact.container import read_artifact
-from golf.quant.stored import QuantizedTensor
+from golf.quant.grid import QuantizedTensor
 from lab.cli import run_command
 from tests.sampled_run_fixtures import make_sampled_run
 from tools import footprint

@@ -12,12 +12,12 @@ from stored_fixtures import TINY, TOKENIZER, integer_weights, stored_of_every_fo
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import coded_bytes, pack_artifact, read_artifact, same_stored_state
-from golf.artifact.forms import Form, forms_of_entry
+from golf.artifact.description import Form, forms_of_entry
 from golf.artifact.frame import frame_artifact, unframe_artifact
 from golf.artifact.sizes import code_entropy_bytes, size_report_dict
 from golf.config.config import QuantConfig
 from golf.quant.export import quantize_state
-from golf.quant.stored import QuantizedTensor
+from golf.quant.grid import QuantizedTensor
 
 CODECS_TO_TEST = ("none", "zlib", "lzma", "zstd", "brotli", "rans")
 GOLDEN = Path(__file__).parent / "golden"

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from golf.quant.gptq import GptqOptions, checked_hessian, input_factor, quantize_matrix
+from golf.quant.grid import dequantize_tensor, group_width, same_stored, spread_groups
 from golf.quant.rtn import StepSizes, choose_steps
 from golf.quant.spec import QuantSpec, parse_quantizer
-from golf.quant.stored import dequantize_tensor, group_width, same_stored, spread_groups
 from golf.quant.tensor_classes import QuantError
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import pytest
 
 from golf.data.shards import write_shard
 from golf.run.guard import CLOSED_SPLITS, AccessGuard, GuardError
-from golf.run.stages import STAGES
+from golf.run.session import STAGES
 
 ATTEMPTS = """
 import io, json, os, socket, sys

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.artifact.container import pack_artifact
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.description import expected_shapes
 from golf.config.config import ModelConfig, QuantConfig, build_config
 from golf.model.block import visible_keys
 from golf.model.gpt import GPT

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from golf.artifact.container import read_artifact, same_stored_state
-from golf.artifact.fill_limit import NEAR_ENOUGH, LevelSearch, fit_by_level
-from golf.artifact.fit import FitError
+from golf.artifact.fill_limit import NEAR_ENOUGH, FitError, LevelSearch, fit_by_level
 from golf.config.config import Config as Knobs
 from golf.config.config import ConfigError, ModelConfig, QuantConfig, check_config, with_knobs
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.optim.schedule import training_budget
 from golf.quant.calibration import calibrate
-from golf.quant.stored import dequantize_state
+from golf.quant.grid import dequantize_state
 from golf.runtime import Runtime
 from lab.rates.target_fit import FINE_ENOUGH, smallest_at_score
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from golf.artifact.container import encode_streams, pack_artifact, read_artifact
-from golf.artifact.restore import restore_model
+from golf.artifact.container import encode_streams, pack_artifact, read_artifact, restore_model
 from golf.artifact.weights import load_weights, save_weights
 from golf.config.config import build_config
 from golf.data.loader import TokenStream
@@ -17,9 +16,9 @@ from golf.data.shards import write_shard
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.model.layers import ActivationSite
-from golf.quant.activations import install_activation_quantizers, quantized_gpt
 from golf.quant.export import quantize_state, quantized_parameters
-from golf.quant.stored import QuantizedTensor
+from golf.quant.grid import QuantizedTensor
+from golf.quant.qat import install_activation_quantizers, quantized_gpt
 from golf.run.parity import row_losses, trained_record
 from golf.run.trainer import Trainer
 from golf.runtime import Runtime

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from golf.quant.gptq import quantize_matrix
+from golf.quant.grid import dequantize_tensor, same_stored
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import dequantize_tensor, same_stored
 from golf.quant.tensor_classes import QuantError
 from lab.rates.low_rank import LowRankOptions, correct_worst, leading_directions, weighted_error, with_low_rank
 

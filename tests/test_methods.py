@@ -8,7 +8,7 @@ from golf.artifact.weights import SavedWeights
 from golf.config.config import ModelConfig, QuantConfig
 from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.quant.stored import QuantizedTensor, dequantize_state
+from golf.quant.grid import QuantizedTensor, dequantize_state
 from golf.runtime import Runtime
 from lab.rates.methods import METHODS, MethodInput, prepare_method_input
 

@@ -10,7 +10,7 @@ from golf.config.presets import PRESETS
 from golf.model.embedding import bigram_buckets, has_predecessor
 from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.model.rotary import ntk_rope_base, rotary_tables
+from golf.model.layers import ntk_rope_base, rotary_tables
 
 SMALL = ModelConfig(
     vocab_size=64, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, bigram_vocab_size=97, bigram_dim=8,

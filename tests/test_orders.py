@@ -9,8 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf.data.loader import BatchPrefetcher, TokenStream, global_batch
-from golf.data.orders import ShuffledDocuments, document_starts, order_stream
+from golf.data.loader import (
+    BatchPrefetcher,
+    ShuffledDocuments,
+    TokenStream,
+    document_starts,
+    global_batch,
+    order_stream,
+)
 from golf.data.shards import DataError, write_shard
 
 BOS = 1

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from golf.artifact.container import read_artifact, same_stored_state
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.description import expected_shapes
 from golf.artifact.weights import load_weights, save_weights
 from golf.config.config import ModelConfig, QuantConfig, UserError
 from golf.model.init import build_model
-from golf.quant.export import quantize_state
-from golf.quant.prune import prune_state
+from golf.quant.export import prune_state, quantize_state
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ModelConfig(

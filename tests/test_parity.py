@@ -12,18 +12,16 @@ import pytest
 import torch
 
 from golf.artifact.codecs import ArtifactError
-from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.fit import FittedArtifact, fit_to_limit
-from golf.artifact.restore import restore_model
+from golf.artifact.container import pack_artifact, read_artifact, restore_model
+from golf.artifact.fill_limit import FittedArtifact, fit_to_limit
 from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.data.tokenizer import ByteTable, Tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.quant.stored import QuantizedTensor, dequantize_state
-from golf.run.averaging import final_weights
-from golf.run.checkpoint import TrainingState
+from golf.quant.grid import QuantizedTensor, dequantize_state
+from golf.run.checkpoint import TrainingState, final_weights
 from golf.run.folder import RunFolder
 from golf.run.parity import ParityError, check_parity, ntk_effect, row_losses, trained_record
 from golf.run.rehearsal import STATE_COPIES, RehearsalError, rehearse

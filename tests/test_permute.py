@@ -5,8 +5,8 @@ import torch
 
 from golf.config.config import ModelConfig
 from golf.model.init import build_model
-from golf.quant.permute import hidden_order, mlp_blocks, permute_hidden_units
 from golf.quant.tensor_classes import QuantError
+from golf.quant.waterfill import hidden_order, mlp_blocks, permute_hidden_units
 
 torch.set_num_threads(1)
 TINY = ModelConfig(

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from golf.quant.gptq import quantize_matrix
+from golf.quant.grid import dequantize_tensor
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import dequantize_tensor
 from golf.quant.tensor_classes import QuantError
 from lab.rates.awq_columns import column_saliency, most_salient_group, protected_steps
 

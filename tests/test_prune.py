@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.config.config import QuantConfig
+from golf.quant.export import prune_state, zero_smallest
 from golf.quant.grid import quantize_rows
-from golf.quant.prune import prune_state, zero_smallest
 
 torch.set_num_threads(1)
 

@@ -12,10 +12,16 @@ from golf.config.config import ModelConfig, QuantConfig
 from golf.model.gpt import GPT
 from golf.quant.export import quantize_state
 from golf.quant.gptq import quantize_matrix
-from golf.quant.grid import fake_quantize_rows, grid_clip, quantize_rows
+from golf.quant.grid import (
+    QuantizedTensor,
+    dequantize_state,
+    dequantize_tensor,
+    fake_quantize_rows,
+    grid_clip,
+    quantize_rows,
+)
 from golf.quant.qat import install_fake_quantization, remove_fake_quantization
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import QuantizedTensor, dequantize_state, dequantize_tensor
 from golf.quant.tensor_classes import QuantError, bits_of, tensor_class
 
 torch.set_num_threads(1)

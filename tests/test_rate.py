@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from golf.quant.gptq import GptqOptions, gptq_problem, quantize_matrix
+from golf.quant.grid import dequantize_tensor, same_stored
 from golf.quant.rate import CodeCosts, cheapest_level, class_entropy, expected_classes, learn_costs
 from golf.quant.rtn import StepSizes
 from golf.quant.spec import QuantSpec, parse_quantizer
-from golf.quant.stored import dequantize_tensor, same_stored
 
 torch.set_num_threads(1)
 

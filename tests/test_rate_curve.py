@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.interpolate import PchipInterpolator
 
-from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.restore import restore_model
+from golf.artifact.container import pack_artifact, read_artifact, restore_model
 from golf.artifact.weights import load_weights, save_weights
 from golf.config.config import QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
+from golf.quant.calibration import training_rows
 from golf.quant.export import quantize_state
-from golf.run.calibrating import training_rows
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
 from lab.cli import run_command

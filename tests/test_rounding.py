@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from golf.quant.gptq import quantize_matrix
-from golf.quant.grid import FP16_TINY, grid_clip
+from golf.quant.grid import FP16_TINY, QuantizedTensor, dequantize_tensor, grid_clip, group_width
 from golf.quant.rtn import StepSizes, choose_steps, squared_error
 from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer
-from golf.quant.stored import QuantizedTensor, dequantize_tensor, group_width
 from golf.quant.tensor_classes import QuantError
 
 torch.set_num_threads(1)

@@ -14,15 +14,14 @@ import pytest
 import sentencepiece
 import torch
 
-from golf.artifact.container import read_artifact, write_artifact
-from golf.artifact.restore import restore_model
+from golf.artifact.container import read_artifact, restore_model, write_artifact
 from golf.config.config import Config, ScoreConfig, with_knobs
 from golf.data.shards import write_shard
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
-from golf.quant.stored import dequantize_state
+from golf.quant.grid import dequantize_state
 from golf.runtime import Runtime
 from golf.score.scorer import score_stream, sliding_settings
 from lab.cli import run_command

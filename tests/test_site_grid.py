@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.config.site_quantizers import SiteQuantizer, parse_site
-from golf.quant.grid import fake_quantize_rows
+from golf.quant.grid import QuantizedTensor, dequantize_tensor, fake_quantize_rows
 from golf.quant.rtn import round_to_nearest
 from golf.quant.site_grid import (
     quantize_activation,
@@ -20,7 +20,6 @@ from golf.quant.site_grid import (
     weight_codes,
 )
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import QuantizedTensor, dequantize_tensor
 
 torch.set_num_threads(1)
 WEIGHT_TEXTS = [

@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import golf.run.interruption
+import golf.run.session
 from golf.config.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, ConfigError
 from golf.data.shards import DataError
 from golf.run.folder import RunFolder
 from golf.run.frozen_code import Program
 from golf.run.guard import AccessGuard, GuardError
-from golf.run.interruption import Interrupted, Interruption
-from golf.run.session import Session, explain_error, take_lock
-from golf.run.stages import STAGES, StageBook, StageError
+from golf.run.session import STAGES, Interrupted, Interruption, Session, StageBook, StageError, explain_error, take_lock
 from golf.runtime import Log, Runtime
 
 # ---- the book ----
@@ -236,7 +234,7 @@ def test_a_full_disk_does_not_hide_its_own_message(capsys):
 
 
 def watch_signals(world_size: int, grace: float, line) -> None:
-    golf.run.interruption.GRACE_SECONDS = grace
+    golf.run.session.GRACE_SECONDS = grace
     interruption = Interruption()
     interruption.world_size = world_size
     interruption.watch()

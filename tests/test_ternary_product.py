@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from golf.artifact.streams import pack_trits
-from golf.quant.stored import dequantize_tensor
+from golf.quant.grid import dequantize_tensor
 from golf.quant.tensor_classes import QuantError
 from lab.bench.ternary_bench import bench_ternary, random_ternary
 from lab.bench.ternary_product import (
@@ -148,4 +148,4 @@ def test_latency_is_measured_on_products_that_agree(int8):
 
 def test_the_shipped_script_does_without(repository):
     shipped = {part.path for part in collect_parts(repository / "train_gpt.py", repository)}
-    assert "golf/quant/stored.py" in shipped and "lab/bench/ternary_product.py" not in shipped
+    assert "golf/quant/grid.py" in shipped and "lab/bench/ternary_product.py" not in shipped

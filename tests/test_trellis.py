@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.quant.gptq import input_factor
+from golf.quant.grid import QuantizedTensor, dequantize_tensor, same_stored
 from golf.quant.rtn import StepSizes
-from golf.quant.stored import QuantizedTensor, dequantize_tensor, same_stored
 from golf.quant.trellis import TRELLIS_STATES, trellis_halves
 from golf.quant.trellis_search import HALF_CODES, TRELLIS_BLOCK, quantize_trellis, trellis_steps
 

@@ -13,8 +13,8 @@ from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
-from golf.run.averaging import final_weights, prove_learned_features
-from golf.run.findings import run_findings
+from golf.run.checkpoint import final_weights, prove_learned_features
+from golf.run.result import run_findings
 from golf.run.trainer import Trainer
 from golf.run.witness import Witness, armed_features
 from golf.runtime import Runtime

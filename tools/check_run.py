@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.artifact.container import Artifact, read_artifact
-from golf.artifact.restore import restore_model
+from golf.artifact.container import Artifact, read_artifact, restore_model
 from golf.config.config import EXIT_FINDINGS, Config, RunConfig
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from golf.config.config import CODECS, Config, RunConfig, check_config
 from golf.data.loader import TokenStream
-from golf.quant.activations import quantized_gpt
-from golf.run.calibrating import training_rows
+from golf.quant.calibration import training_rows
+from golf.quant.qat import quantized_gpt
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
 from golf.score.scorer import ScoreSettings, sliding_settings
 from lab.cli import ToolOptions, run_command

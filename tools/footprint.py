@@ -23,7 +23,7 @@ from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact
 from golf.config.config import Config, UserError
-from golf.quant.stored import QuantizedTensor
+from golf.quant.grid import QuantizedTensor
 from golf.run.folder import RunFolder
 from lab.cli import ToolOptions, run_command
 from lab.cost.energy import energy_estimate, measured_zero_shares

@@ -26,8 +26,7 @@ from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport, StreamSize, size_report_dict
 from golf.artifact.weights import SavedWeights, load_weights
 from golf.config.config import CODECS, EXIT_FINDINGS, Config, ConfigError, QuantConfig, RunConfig, check_config
-from golf.quant.export import quantize_state
-from golf.quant.prune import PruneReport, prune_state
+from golf.quant.export import PruneReport, prune_state, quantize_state
 from golf.runtime import Log, start_runtime, write_file_atomically
 from lab.cli import ToolOptions, run_command
 from lab.rates.packing_fit import FitRequest, fit_weights

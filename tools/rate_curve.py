@@ -24,7 +24,7 @@ from rich.table import Table
 
 from golf.config.config import Config, RunConfig, ScoreConfig, check_config
 from golf.data.loader import TokenStream
-from golf.run.calibrating import training_rows
+from golf.quant.calibration import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
 from lab.cli import ToolOptions, run_command
 from lab.rates.methods import METHODS, prepare_method_input

@@ -20,26 +20,29 @@ from pathlib import Path
 import torch
 
 from golf.artifact.codecs import ArtifactError, decode_zlib, encode_zlib
-from golf.artifact.forms import (
+from golf.artifact.description import (
     Form,
     Forms,
     all_entries,
+    expected_shapes,
     form_to_json,
     forms_from_json,
     forms_of_entry,
     forms_of_state,
     is_factor,
     join_entry,
+    model_from_json,
+    model_to_json,
 )
 from golf.artifact.frame import frame_artifact, read_file_bounded, unframe_artifact
 from golf.artifact.layout import Parts, decode_stream, encode_stream, plan_streams
-from golf.artifact.settings import model_from_json, model_to_json
-from golf.artifact.shapes import expected_shapes
 from golf.artifact.sizes import SizeReport, StreamSize, measure_stream
 from golf.config.config import ModelConfig
-from golf.quant.stored import QuantizedState, QuantizedTensor, same_stored
+from golf.model.gpt import GPT
+from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state, same_stored
+from golf.quant.qat import quantized_gpt
 from golf.quant.tensor_classes import FP16_BITS
-from golf.runtime import write_file_atomically
+from golf.runtime import Runtime, write_file_atomically
 
 LARGEST_DESCRIPTION = 2**16
 FREE_ELEMENTS = 2**24
@@ -245,3 +248,10 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
 def same_stored_state(one: QuantizedState, other: QuantizedState) -> bool:
     """Whether all codes, scales and fp16 values are equal."""
     return one.keys() == other.keys() and all(same_stored(one[name], other[name]) for name in one)
+
+
+def restore_model(artifact: Artifact, runtime: Runtime) -> GPT:
+    """The quantized model on the runtime's device, in eval mode, without fake quantization."""
+    model = quantized_gpt(artifact.model, runtime.compute_dtype)
+    model.load_state_dict(dequantize_state(artifact.state))
+    return model.to(runtime.device).eval()

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError, compress_stream, decompress_stream
-from golf.artifact.forms import Form, Forms, is_factor
+from golf.artifact.description import Form, Forms, is_factor
 from golf.artifact.sequences import decode_halves, decode_sequence, encode_halves, encode_sequence
 from golf.artifact.stacks import StackSpec
 from golf.artifact.streams import decode_codes, encode_codes
-from golf.quant.grid import FP16_TINY
-from golf.quant.stored import QuantizedState, QuantizedTensor, spread_groups
+from golf.quant.grid import FP16_TINY, QuantizedState, QuantizedTensor, spread_groups
 from golf.quant.tensor_classes import FP16_BITS
 
 COLUMN_MAJOR_ENDING = "mlp.proj.weight"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from golf.artifact.layout import StreamPlan
-from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.quant.grid import QuantizedState, QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,16 @@ import numpy as np
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.frame import decode_number, encode_number
-from golf.artifact.row_prediction import FEWEST_ROWS, MOST_ROWS, refer_rows, restore_rows
 from golf.artifact.sequences import decode_list, decode_sequence, encode_list, encode_sequence
-from golf.artifact.stacks import StackSpec, decode_stacks, encode_stacks
+from golf.artifact.stacks import (
+    FEWEST_ROWS,
+    MOST_ROWS,
+    StackSpec,
+    decode_stacks,
+    encode_stacks,
+    refer_rows,
+    restore_rows,
+)
 
 RAW, MODELLED, TRITS, BINARY = range(4)
 """Ways to store codes: a byte each, modelled, five ternary codes a byte, eight binary codes a byte."""

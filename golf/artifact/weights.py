@@ -12,11 +12,9 @@ from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import check_sha256, check_shapes
-from golf.artifact.forms import FACTOR_NAMES, all_entries
-from golf.artifact.settings import model_from_json, quant_from_json
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.description import FACTOR_NAMES, all_entries, expected_shapes, model_from_json, quant_from_json
 from golf.config.config import ModelConfig, QuantConfig
-from golf.quant.stored import PLAIN_PARTS, QuantizedState, QuantizedTensor
+from golf.quant.grid import PLAIN_PARTS, QuantizedState, QuantizedTensor
 from golf.runtime import write_file_atomically
 
 METADATA_ENTRIES = ("model", "quant", "tokenizer_sha256")

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from golf.config.config import ModelConfig
 from golf.model.cache import LayerCache
-from golf.model.layers import ActivationSite, Linear, rms_norm
-from golf.model.rotary import rotate
+from golf.model.layers import ActivationSite, Linear, rms_norm, rotate
 
 
 class Positions(NamedTuple):

@@ -12,8 +12,7 @@ from golf.config.config import ModelConfig
 from golf.model.block import Block, Positions, visible_keys
 from golf.model.cache import KeyValueCache
 from golf.model.embedding import BigramHash, SmearGate, has_predecessor
-from golf.model.layers import Embedding, Linear, rms_norm
-from golf.model.rotary import rotary_tables
+from golf.model.layers import Embedding, Linear, rms_norm, rotary_tables
 
 
 class GPT(nn.Module):

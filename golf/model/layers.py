@@ -1,6 +1,6 @@
-"""The two kinds of weight matrix, the norm, and the place of a quantizer: between a weight or activation and its use.
+"""Weight matrices, the norm, rotary positions, and the place of a quantizer between a weight or activation and its use.
 
-B batch, T time, I input width, O output width, V vocabulary, D model width.
+B batch, T time, I input width, O output width, V vocabulary, D model width, H heads, K head width, F = K/2 frequencies.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Embedding(Matrix):
 
 
 class ActivationSite(nn.Module):
-    """A place where the model's configuration may name a quantizer; golf/quant/activations.py puts it in."""
+    """A place where the model's configuration may name a quantizer; golf/quant/qat.py puts it in."""
 
     def __init__(self, quantizer: str):
         super().__init__()
@@ -55,3 +55,30 @@ class ActivationSite(nn.Module):
 def rms_norm(x_BTD: Tensor) -> Tensor:
     """x / rms(x) over the last axis, with no gain and fp32's epsilon whatever the dtype (the recipe's)."""
     return F.rms_norm(x_BTD, (x_BTD.size(-1),), eps=torch.finfo(torch.float32).eps)
+
+
+def ntk_rope_base(base: float, length: int, train_length: int, head_dim: int) -> float:
+    """The base at which the lowest frequency, at `length`, turns as far as it did at `train_length`.
+
+    base * s^(d / (d - 2)) with s = length / train_length and d = head_dim ("NTK-aware" scaling, bloc97 2023;
+    the highest frequency stays as it is). Up to the training length the base is unchanged.
+    """
+    if length <= train_length:
+        return base
+    return base * (length / train_length) ** (head_dim / (head_dim - 2))
+
+
+def rotary_tables(
+    length: int, head_dim: int, base: float, device: torch.device, start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """cos_TF and sin_TF, fp32, of positions start .. length-1 at frequencies base^(-2i/d)."""
+    exponent_F = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angle_TF = torch.outer(torch.arange(start, length, device=device, dtype=torch.float32), base**-exponent_F)
+    return angle_TF.cos(), angle_TF.sin()
+
+
+def rotate(x_BHTK: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """Turn the pairs (i, i + K/2) of every head by the angle of their position; fp32 inside."""
+    first_BHTF, second_BHTF = x_BHTK.float().chunk(2, dim=-1)
+    turned = (first_BHTF * cos_TF + second_BHTF * sin_TF, second_BHTF * cos_TF - first_BHTF * sin_TF)
+    return torch.cat(turned, dim=-1).to(x_BHTK.dtype)

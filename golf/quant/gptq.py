@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golf.quant.grid import grid_clip
+from golf.quant.grid import QuantizedTensor, grid_clip, group_width
 from golf.quant.rate import HIGH_RATE_SLOPE, CodeCosts, cheapest_level, learn_costs
 from golf.quant.rtn import (
     StepSizes,
@@ -28,7 +28,6 @@ from golf.quant.rtn import (
     stored_form,
 )
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import QuantizedTensor, group_width
 from golf.quant.tensor_classes import QuantError
 
 DAMPING_TRIALS = 7

@@ -1,15 +1,52 @@
-"""Quantization-aware training: put the export grid between a matrix and its use, or take it away again."""
+"""Quantization-aware training: puts grids between matrices or activations and their use, or takes them away again."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
-from golf.config.config import QuantConfig
+from golf.config.config import ModelConfig, QuantConfig
+from golf.config.site_quantizers import parse_site
+from golf.model.gpt import GPT
+from golf.model.layers import ActivationSite
 from golf.quant.grid import fake_quantize_rows
-from golf.quant.site_grid import quantize_weight
+from golf.quant.site_grid import quantize_activation, quantize_weight
 from golf.quant.tensor_classes import FP16_BITS, bits_of, shared_weights, weight_site
+
+
+def quantized_gpt(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> GPT:
+    """A GPT without weights yet, with its activation quantizers."""
+    return install_activation_quantizers(GPT(config, compute_dtype))
+
+
+def install_activation_quantizers(model: GPT) -> GPT:
+    """`model`, every activation site that its configuration names with its quantizer."""
+    for module in model.modules():
+        if isinstance(module, ActivationSite) and (site := parse_site(module.quantizer, activation=True)):
+            module.quantize = partial(quantize_activation, site=site)
+    return model
+
+
+def count_activation_quantizers(model: GPT) -> int:
+    """How many there are in a forward pass."""
+    return sum(isinstance(module, ActivationSite) and module.quantize is not None for module in model.modules())
+
+
+@contextmanager
+def without_activation_quantizers(model: GPT) -> Iterator[None]:
+    """Within it, activations are used as they are: to measure what their quantizers change."""
+    modules = [module for module in model.modules() if isinstance(module, ActivationSite) and module.quantize]
+    held = [(module, module.quantizer, module.quantize) for module in modules]
+    for module in modules:
+        module.quantizer, module.quantize = "", None
+    try:
+        yield
+    finally:
+        for module, quantizer, quantize in held:
+            module.quantizer, module.quantize = quantizer, quantize
 
 
 class FakeQuantizable(Protocol):

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golf.quant.grid import FP16_MAX, FP16_TINY, grid_clip
+from golf.quant.grid import FP16_MAX, FP16_TINY, QuantizedTensor, grid_clip, group_width, spread_groups
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import QuantizedTensor, group_width, spread_groups
 from golf.quant.tensor_classes import QuantError
 
 MSE_COARSE = tuple(0.92**k for k in range(30))

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from golf.config.site_quantizers import SiteQuantizer, parse_site
-from golf.quant.grid import FP16_MAX, FP16_TINY
-from golf.quant.stored import group_width, spread_groups
+from golf.quant.grid import FP16_MAX, FP16_TINY, group_width, spread_groups
 
 SMALLEST_STEP = 1e-5
 """Of activations, as in BitNet (arXiv 2310.11453)."""

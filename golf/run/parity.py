@@ -11,9 +11,8 @@ from torch import Tensor
 from golf.config.config import Config, ScoreConfig, UserError
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
-from golf.quant.activations import quantized_gpt
-from golf.quant.qat import install_fake_quantization
-from golf.quant.stored import QuantizedState, QuantizedTensor, dequantize_state
+from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state
+from golf.quant.qat import install_fake_quantization, quantized_gpt
 from golf.runtime import Runtime
 from golf.score.scorer import evaluation_mode, plain_settings, score_stream, sliding_settings
 

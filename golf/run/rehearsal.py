@@ -5,15 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from golf.artifact.container import read_artifact, write_artifact
+from golf.artifact.container import read_artifact, restore_model, write_artifact
 from golf.artifact.fill_limit import FIRST_GUESS, LevelSearch
-from golf.artifact.restore import restore_model
 from golf.config.config import UserError
 from golf.data.tokenizer import ByteTable, TextTokenizer
-from golf.quant.export import quantize_state
-from golf.quant.prune import prune_state
-from golf.quant.stored import QuantizedState
-from golf.run.calibrating import calibrate_run
+from golf.quant.calibration import calibrate_run
+from golf.quant.export import prune_state, quantize_state
+from golf.quant.grid import QuantizedState
 from golf.run.folder import RunFolder
 from golf.run.trainer import Trainer
 from golf.score.scorer import evaluation_mode, prepare_job, score_windows, sliding_settings

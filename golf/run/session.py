@@ -1,9 +1,18 @@
-"""What surrounds the work of a run's stages: which are done, on which clock, with what doors closed."""
+"""Runs a process's stages: skips finished ones, times each, restricts files and sockets, stops at a safe place.
+
+stages.json says which stages of a run are finished, with the SHA-256 of every file that they left.
+"""
 
 import fcntl
+import json
+import os
 import re
+import signal
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 import torch
@@ -12,10 +21,86 @@ from golf.artifact.sizes import SizeReport
 from golf.config.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, UserError
 from golf.run.folder import RunFolder
 from golf.run.guard import AccessGuard
-from golf.run.interruption import Interrupted, Interruption
 from golf.run.ledger import Ledger
-from golf.run.stages import StageBook, StageError
-from golf.runtime import Log, Runtime
+from golf.runtime import Log, Runtime, file_sha256, write_file_atomically
+
+STAGES = ("train", "average", "quantize", "pack", "reload", "score", "report")
+
+
+class StageError(UserError):
+    """A stage's output that is not what the stage left."""
+
+
+class StageBook:
+    """The finished stages of the run in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / "stages.json"
+        self.stages: dict[str, dict[str, str]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def __contains__(self, stage: str) -> bool:
+        return stage in self.stages
+
+    def finish(self, stage: str, outputs: Sequence[Path]) -> None:
+        """Record that `stage` left these files, all of them on the disk."""
+        assert stage in STAGES
+        hashes = {path.relative_to(self.folder).as_posix(): file_sha256(path) for path in outputs}
+        self.stages[stage] = hashes
+        write_file_atomically(self.path, json.dumps(self.stages, indent=2) + "\n")
+
+    def require_before(self, stage: str) -> None:
+        """Raise StageError unless the stage before `stage` is finished."""
+        for before in STAGES[: STAGES.index(stage)][-1:]:
+            if before not in self.stages:
+                raise StageError(f"{self.folder}: stage {before} is not finished: go on with --resume")
+
+    def verify(self, stage: str) -> None:
+        """Raise StageError unless the files of a finished stage are as it left them."""
+        for name, sha256 in self.stages[stage].items():
+            path = self.folder / name
+            if not path.is_file() or file_sha256(path) != sha256:
+                state = "is not what" if path.is_file() else "is missing, which"
+                raise StageError(f"{path} {state} stage {stage} left: bring the file back, or start a new run")
+
+
+GRACE_SECONDS = 20.0
+"""How long a process of several waits for the others before it leaves: a lost one would hold it in a collective."""
+
+
+class Interrupted(UserError):
+    """The run was asked to stop; nothing is lost."""
+
+
+class Interruption:
+    """Whether a stop was asked for. A second signal acts at once; of several processes, none leaves before its grace is
+    over (the launcher passes on a signal that they got already, while their checkpoints are being written)."""
+
+    def __init__(self) -> None:
+        self.signal, self.world_size = 0, 1
+
+    def watch(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.signal = not self.signal, number
+        if self.world_size == 1:
+            signal.signal(number, signal.SIG_DFL)
+        elif first:
+            leave = threading.Timer(GRACE_SECONDS, os._exit, [EXIT_INTERRUPTED])
+            leave.daemon = True
+            leave.start()
+
+    @property
+    def requested(self) -> bool:
+        return self.signal > 0
+
+    def check(self, where: str) -> None:
+        """Raise Interrupted where a stop was asked for."""
+        if self.requested:
+            sys.stdout.flush()
+            raise Interrupted(f"stopped by {signal.Signals(self.signal).name} {where}")
+
 
 LOST_PEER = re.compile("gloo|nccl|peer|socket|connection|TCPStore", re.IGNORECASE)
 

@@ -6,9 +6,8 @@ from golf.data.tokenizer import ByteTable
 from golf.run.checkpoint import CheckpointWriter, newest_checkpoint, read_checkpoint
 from golf.run.datasets import TrainingData
 from golf.run.folder import RunFolder
-from golf.run.interruption import Interrupted
 from golf.run.log_lines import holdout_line, progress_text, step_line, stop_line
-from golf.run.session import Session
+from golf.run.session import Interrupted, Session
 from golf.run.trainer import StepReport, Trainer
 from golf.runtime import ProgressLine
 from golf.score.scorer import plain_settings, score_stream

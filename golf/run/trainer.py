@@ -15,14 +15,17 @@ from torch import Tensor
 
 from golf.config.config import Config, ConfigError, UserError
 from golf.config.site_quantizers import activation_sites
-from golf.data.loader import BatchPrefetcher, TokenStream
-from golf.data.orders import order_stream
+from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
 from golf.model.gpt import GPT
 from golf.optim.average import WeightAverage
 from golf.optim.groups import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, muon_momentum, training_budget
-from golf.quant.activations import count_activation_quantizers, without_activation_quantizers
-from golf.quant.qat import install_fake_quantization, remove_fake_quantization
+from golf.quant.qat import (
+    count_activation_quantizers,
+    install_fake_quantization,
+    remove_fake_quantization,
+    without_activation_quantizers,
+)
 from golf.quant.site_grid import activation_calls
 from golf.run.checkpoint import TrainingState, generator_tensors, restore_generators
 from golf.run.witness import Witness

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from golf.artifact.container import Artifact
-from golf.artifact.restore import restore_model
+from golf.artifact.container import Artifact, restore_model
 from golf.config.config import ScoreConfig
 from golf.data.loader import validation_tokens
 from golf.data.sidecar import StreamBytes, validation_bytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer
-from golf.quant.activations import quantized_gpt
+from golf.quant.qat import quantized_gpt
 from golf.runtime import Runtime
 from golf.score.deadline import settle_stride
 from golf.score.journal import ScoreJournal

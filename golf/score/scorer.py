@@ -22,7 +22,7 @@ from golf.config.config import ModelConfig, ScoreConfig, UserError
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
-from golf.model.rotary import ntk_rope_base
+from golf.model.layers import ntk_rope_base
 from golf.runtime import Runtime
 from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.progress import ForwardTimer, ScoreProgress

@@ -10,8 +10,8 @@ import torch
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import decode_streams, encode_streams
-from golf.artifact.forms import forms_of_state
-from golf.quant.stored import QuantizedState, QuantizedTensor, same_stored
+from golf.artifact.description import forms_of_state
+from golf.quant.grid import QuantizedState, QuantizedTensor, same_stored
 
 STEPS_PER_DEVIATION = 2.41
 """31 / 12.85, the published scripts' clip at 6 bits: codes of 3.3 bits."""

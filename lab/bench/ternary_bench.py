@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from golf.quant.stored import QuantizedTensor, dequantize_tensor
+from golf.quant.grid import QuantizedTensor, dequantize_tensor
 from lab.bench.ternary_product import additive_product, pack_trit_rows, packed_product, sign_matrix
 
 

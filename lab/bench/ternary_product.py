@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golf.quant.stored import QuantizedTensor, group_width
+from golf.quant.grid import QuantizedTensor, group_width
 from golf.quant.tensor_classes import QuantError
 
 TRITS_PER_BYTE = 5

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from golf.artifact.container import Artifact, read_artifact
-from golf.artifact.restore import restore_model
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.container import Artifact, read_artifact, restore_model
+from golf.artifact.description import expected_shapes
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable, TextTokenizer, load_tokenizer
 from golf.model.gpt import GPT

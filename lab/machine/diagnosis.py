@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.description import expected_shapes
 from golf.config.config import KNOBS, Config, ModelConfig, UserError, changed_knobs, with_knobs
 from golf.data.manifest import data_identity
 from golf.data.shards import find_shards

@@ -9,8 +9,8 @@ from math import prod
 import torch
 
 from golf.artifact.container import encode_streams
+from golf.artifact.description import expected_shapes
 from golf.artifact.fill_limit import NEAR_ENOUGH
-from golf.artifact.shapes import expected_shapes
 from golf.config.config import ModelConfig, QuantConfig
 from golf.quant.export import quantize_state
 from golf.quant.tensor_classes import FP16_BITS, bits_of

@@ -6,9 +6,9 @@ A column matters by the root mean square of its input times the mean magnitude o
 import torch
 from torch import Tensor
 
+from golf.quant.grid import group_width
 from golf.quant.rtn import StepSizes, grid_of
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import group_width
 from golf.quant.tensor_classes import QuantError
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from golf.quant.gptq import checked_hessian, factor_and_damped
+from golf.quant.grid import QuantizedTensor, dequantize_tensor
 from golf.quant.rtn import check_finite, round_to_nearest
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import QuantizedTensor, dequantize_tensor
 from golf.quant.tensor_classes import QuantError
 
 

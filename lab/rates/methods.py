@@ -9,14 +9,12 @@ from torch import Tensor
 from golf.artifact.fill_limit import LevelSearch
 from golf.artifact.weights import SavedWeights
 from golf.config.config import CODECS, ModelConfig, QuantConfig
-from golf.quant.activations import quantized_gpt
 from golf.quant.calibration import LayerStatistics, calibrate
-from golf.quant.export import quantize_state
+from golf.quant.export import prune_state, quantize_state
 from golf.quant.gptq import quantize_matrix
-from golf.quant.grid import grid_clip
-from golf.quant.prune import prune_state
+from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
+from golf.quant.qat import quantized_gpt
 from golf.quant.spec import QuantSpec
-from golf.quant.stored import QuantizedState, QuantizedTensor
 from golf.quant.tensor_classes import tensor_class
 from golf.quant.waterfill import RATE_WEIGHT
 from golf.runtime import Runtime

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.fill_limit import LevelSearch, fit_by_level
-from golf.artifact.fit import FittedArtifact
+from golf.artifact.fill_limit import FittedArtifact, LevelSearch, fit_by_level
 from golf.artifact.weights import SavedWeights
 from golf.config.config import CODECS, ConfigError, QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import expand_glob
-from golf.quant.activations import quantized_gpt
-from golf.quant.calibration import LayerStatistics, calibrate, generated_rows
-from golf.run.calibrating import training_rows
+from golf.quant.calibration import LayerStatistics, calibrate, generated_rows, training_rows
+from golf.quant.qat import quantized_gpt
 from golf.runtime import Runtime
 from golf.score.roundtrip import score_artifact
 from lab.rates.target_fit import smallest_at_score

@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.restore import restore_model
+from golf.artifact.container import pack_artifact, read_artifact, restore_model
 from golf.model.gpt import GPT
-from golf.quant.activations import quantized_gpt
 from golf.quant.calibration import calibrate, collect_hessians
 from golf.quant.export import check_storable
 from golf.quant.gptq import GPTQ_DEFAULTS, GptqOptions, quantize_matrix
+from golf.quant.grid import QuantizedState
+from golf.quant.qat import quantized_gpt
 from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer
-from golf.quant.stored import QuantizedState
 from golf.quant.tensor_classes import FP16_BITS, QuantError, tensor_class
 from golf.runtime import Runtime
 from golf.score.scorer import ScoreSettings, evaluation_mode

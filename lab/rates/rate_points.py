@@ -18,8 +18,8 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.config.config import Config, ModelConfig, ScoreConfig
-from golf.quant.activations import quantized_gpt
-from golf.quant.stored import QuantizedState, dequantize_state
+from golf.quant.grid import QuantizedState, dequantize_state
+from golf.quant.qat import quantized_gpt
 from golf.run.machine import machine_fingerprint
 from golf.runtime import Runtime, write_file_atomically
 from golf.score.roundtrip import score_artifact, stream_identity

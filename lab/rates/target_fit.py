@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from golf.artifact.fill_limit import COARSEST, FINEST, LevelArtifact, LevelSearch
-from golf.artifact.fit import FitError
+from golf.artifact.fill_limit import COARSEST, FINEST, FitError, LevelArtifact, LevelSearch
 
 FIRST_TARGET_GUESS, STRIDE = -23.0, 2.0
 FINE_ENOUGH = 0.03

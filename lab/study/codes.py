@@ -14,7 +14,7 @@ from torch import Tensor
 from golf.config.config import ModelConfig, QuantConfig
 from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES, parse_site
 from golf.quant.export import quantize_state
-from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.quant.grid import QuantizedState, QuantizedTensor
 from golf.quant.tensor_classes import FP16_BITS, SITE_PATHS, bits_of
 from lab.cost.energy import measured_zero_shares, zero_codes
 

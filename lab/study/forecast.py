@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from golf.artifact.shapes import expected_shapes
+from golf.artifact.description import expected_shapes
 from golf.config.config import ModelConfig
 from lab.study.plan import AblationPlan
 from lab.study.spec import AblationSpec

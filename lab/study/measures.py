@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.artifact.container import Artifact, coded_bytes, pack_artifact, read_artifact
-from golf.artifact.restore import restore_model
+from golf.artifact.container import Artifact, coded_bytes, pack_artifact, read_artifact, restore_model
 from golf.config.config import Config, UserError
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
-from golf.quant.stored import QuantizedState
+from golf.quant.grid import QuantizedState
 from golf.quant.tensor_classes import tensor_class
 from golf.run.machine import cpu_model
 from golf.runtime import Runtime

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from golf.artifact.weights import load_weights
-from golf.quant.activations import quantized_gpt
+from golf.quant.calibration import training_rows
 from golf.quant.gptq import GptqOptions
-from golf.run.calibrating import training_rows
+from golf.quant.qat import quantized_gpt
 from golf.run.datasets import open_training_data
 from golf.runtime import Runtime
 from lab.rates.quant_comparison import QuantVariant, gptq_moments, parse_variant, quantize_variant

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from golf.artifact.fit import pack_coarsened
+from golf.artifact.fill_limit import pack_coarsened
 from golf.artifact.weights import save_weights
 from golf.model.init import build_model
-from golf.quant.activations import install_activation_quantizers
-from golf.run.averaging import final_weights, prove_learned_features
+from golf.quant.qat import install_activation_quantizers
+from golf.run.checkpoint import final_weights, prove_learned_features
 from golf.run.datasets import TrainingData, open_training_data
 from golf.run.trainer import Trainer
 from golf.runtime import Runtime

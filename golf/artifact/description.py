@@ -1,18 +1,134 @@
-"""Which parts a stored tensor has: what an artifact must say of it beside its shape, and what takes its parts together.
+"""What an artifact says of its model: the configuration, and which parts each stored tensor has.
 
-R rows, C columns, S rows of scales, G groups of columns, K rank of the correction.
+Values come out of a file that nobody vouches for, so kind, bounds and sense of each are checked. R rows, C columns,
+S rows of scales, G groups of columns, K rank of the correction.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
-from golf.quant.grid import grid_clip
-from golf.quant.stored import QuantizedState, QuantizedTensor
+from golf.config.config import Config, ConfigError, ModelConfig, QuantConfig, ScoreConfig, TrainConfig, check_config
+from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES
+from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
 from golf.quant.tensor_classes import FP16_BITS
+
+
+def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    width, hidden = model.model_dim, int(model.mlp_mult * model.model_dim)
+    kv_width = width // model.num_heads * model.num_kv_heads
+    return {
+        "attn_scale": (width,),
+        "mlp_scale": (width,),
+        "resid_mix": (2, width),
+        "attn.q_gain": (model.num_heads,),
+        "attn.c_q.weight": (width, width),
+        "attn.c_k.weight": (kv_width, width),
+        "attn.c_v.weight": (kv_width, width),
+        "attn.proj.weight": (width, width),
+        "mlp.fc.weight": (hidden, width),
+        "mlp.proj.weight": (width, hidden),
+    }
+
+
+def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in the state dict of a GPT of this configuration, in the order in which they are stored."""
+    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (model.vocab_size, model.model_dim)}
+    if model.bigram_vocab_size:
+        shapes["bigram.embed.weight"] = (model.bigram_vocab_size, model.bigram_dim)
+        shapes["bigram.proj.weight"] = (model.model_dim, model.bigram_dim)
+        shapes["bigram.scale"] = ()
+    if not model.tie_embeddings:
+        shapes["head.weight"] = (model.vocab_size, model.model_dim)
+    if model.knowledge_tokens:
+        layers = () if model.knowledge_at == "input" else (model.num_layers,)
+        shapes["knowledge"] = (*layers, model.knowledge_tokens, model.model_dim)
+    if model.smear_gate:
+        shapes["smear.gate"] = (model.model_dim,)
+    shapes["skip_weights"] = (model.num_layers // 2, model.model_dim)
+    for layer in range(model.num_layers):
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block_shapes(model).items()}
+    return shapes
+
+
+LARGEST_NUMBER = 2**24
+MOST_LAYERS = 1024
+MAY_BE_ZERO = ("bigram_vocab_size", "bigram_dim", "bos_id", "attention_window", "knowledge_tokens")
+"""Whole numbers that may be 0; all others are at least 1."""
+ADDED_FIELDS = {
+    "document_attention", "quantizer", "calibration_tokens", "calibration_text", "calibration_reserve", "rate_weight",
+    "attention_window", "tie_embeddings", "mlp_activation", "knowledge_tokens", "knowledge_at",
+    *(f"act_{site}" for site in ACTIVATION_SITES), *(f"weight_{site}" for site in WEIGHT_SITES),
+}  # fmt: skip
+"""Since version 1: those of ModelConfig are written where they differ from their default, which older files mean."""
+
+
+def model_to_json(model: ModelConfig) -> dict[str, Any]:
+    """What `model_from_json` reads."""
+    return {k: v for k, v in asdict(model).items() if k not in ADDED_FIELDS or v != getattr(ModelConfig, k)}
+
+
+def model_from_json(values: object) -> ModelConfig:
+    """The model configuration that parsed JSON spells. Raises ArtifactError."""
+    model = ModelConfig(**checked_values(ModelConfig, values))
+    check_together(config_of(model, QuantConfig()))
+    if model.num_layers > MOST_LAYERS:
+        raise ArtifactError(f"num_layers is {model.num_layers}; at most {MOST_LAYERS} can be stored")
+    if not 1 <= model.mlp_mult * model.model_dim <= LARGEST_NUMBER or model.rope_base <= 0:
+        raise ArtifactError("mlp_mult or rope_base is out of bounds")
+    return model
+
+
+def quant_from_json(values: object, model: ModelConfig) -> QuantConfig:
+    """The quantization of `model` that parsed JSON spells. Raises ArtifactError."""
+    quant = QuantConfig(**checked_values(QuantConfig, values))
+    check_together(config_of(model, replace(quant, quantizer="grid")))  # what else a fit wants, its run has checked
+    return quant
+
+
+def config_of(model: ModelConfig, quant: QuantConfig) -> Config:
+    """The rest such that it fits to the model."""
+    row = TrainConfig(train_batch_tokens=model.train_seq_len, micro_batch_tokens=model.train_seq_len)
+    return Config(model=model, quant=quant, train=row, score=ScoreConfig(eval_rope="none"))
+
+
+def checked_values(settings: type, values: object) -> dict[str, Any]:
+    """Values for the fields of a dataclass of knobs: all that version 1 has, no unknown ones, each of its kind."""
+    names = {field.name for field in fields(settings)}
+    if not isinstance(values, Mapping) or not names - ADDED_FIELDS <= set(values) <= names:
+        raise ArtifactError(
+            f"the entries of {settings.__name__} are not those of this version: {', '.join(sorted(names))}"
+        )
+    kinds = {field.name: field.type for field in fields(settings)}
+    return {name: checked_value(name, kinds[name], value) for name, value in values.items()}
+
+
+def checked_value(name: str, kind: Any, value: object) -> Any:
+    """`value` if it is of the knob's kind and within bounds. Raises ArtifactError."""
+    if get_origin(kind) is Literal:
+        valid = isinstance(value, str) and value in get_args(kind)
+    elif kind is int:
+        valid = type(value) is int and (0 if name in MAY_BE_ZERO else 1) <= value <= LARGEST_NUMBER
+    elif kind is float:
+        valid = type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
+    else:
+        valid = type(value) is kind
+    if not valid:
+        raise ArtifactError(f"{name} is missing or out of bounds in the stored configuration")
+    return float(value) if kind is float else value
+
+
+def check_together(config: Config) -> None:
+    try:
+        check_config(config)
+    except ConfigError as error:
+        raise ArtifactError(f"the stored configuration is impossible: {error}") from None
+
 
 STORABLE_BITS = (*range(1, 9), FP16_BITS)
 FACTOR_NAMES = ("left", "right")
