@@ -25,17 +25,17 @@ from golf.quant.qat import install_activation_quantizers
 from golf.run.checkpoint import CheckpointWriter, final_weights, prove_learned_features, read_checkpoint
 from golf.run.command import Command, parse_command
 from golf.run.datasets import locate_data, open_training_data
+from golf.run.feature_audit import FeatureAudit
 from golf.run.folder import RunFolder, choose_run_folder
 from golf.run.frozen_code import Program
 from golf.run.log_lines import final_lines, opening_lines, packing_lines, partial_line, result_line, scoring_lines
 from golf.run.machine import machine_fingerprint
-from golf.run.parity import check_parity, ntk_effect, trained_record
+from golf.run.parity import check_parity, ntk_effect, parity_row
 from golf.run.rehearsal import rehearse
 from golf.run.result import build_result, pruning_record, score_record, training_record
 from golf.run.session import Session, explain_error
 from golf.run.train_loop import take_steps, take_up_checkpoint
 from golf.run.trainer import Trainer
-from golf.run.witness import Witness
 from golf.runtime import Runtime, start_runtime, write_file_atomically
 from golf.score.journal import ScoreJournal
 from golf.score.roundtrip import load_artifact_tokenizer, score_artifact, score_weights
@@ -64,7 +64,7 @@ def train_and_pack(command: Command, session: Session) -> RunFolder:
         session.do("average", lambda: average(config, session))
         session.do("quantize", lambda: quantize(config, session), together=True)
         session.do("pack", lambda: pack(config, session))
-        session.ledger.settle()
+        session.ledger.flush()
         session.interruption.check(f"before scoring; go on with --resume {folder.path.name}")
     return folder
 
@@ -118,11 +118,11 @@ def average(config: Config, session: Session) -> list[Path]:
     """From the last checkpoint to the weights that count."""
     folder, training = session.folder, session.folder.load_json(session.folder.training)
     state = read_checkpoint([folder.path / next(iter(session.book.stages["train"]))])
-    witness = Witness(config, state.numbers["witness"])
-    weights = final_weights(state, witness)
+    audit = FeatureAudit(config, state.numbers["witness"])
+    weights = final_weights(state, audit)
     if training["swa_snapshots"] >= 2:
         session.runtime.print(f"swa:applying averaged {training['swa_snapshots']} checkpoints")
-    folder.save_json(folder.effects, prove_learned_features(weights, training["steps"], witness))
+    folder.save_json(folder.effects, prove_learned_features(weights, training["steps"], audit))
     save_weights(folder.weights, weights, config.model, config.quant, training["tokenizer_sha256"])
     return [folder.weights, folder.effects]
 
@@ -132,7 +132,7 @@ def quantize(config: Config, session: Session) -> list[Path]:
     or those that fill the limit with the least loss, after calibration on all ranks."""
     folder, runtime, saved = session.folder, session.runtime, load_weights(session.folder.weights)
     stream, fit, record = open_training_data(config).stream, fit_to_limit, NO_CALIBRATION
-    if config.quant.quantizer == "fit":
+    if config.quant.quantizer == "waterfill":
         with session.ledger.phase("calibrate"):
             seconds = seconds_left(config, folder.load_json(folder.training)["train_seconds"])
             calibration = calibrate_run(saved.state, config, stream, runtime, seconds)
@@ -147,7 +147,7 @@ def quantize(config: Config, session: Session) -> list[Path]:
     save_quantized(folder.quantized, fitted.stored)
     folder.save_json(folder.pruning, pruning_record(fitted) | record)
     row = stream.tokens(0, config.model.train_seq_len + 1).tolist()
-    folder.save_json(folder.parity, trained_record(fitted.pruned, fitted.stored, config, row, runtime))
+    folder.save_json(folder.parity, parity_row(fitted.pruned, fitted.stored, config, row, runtime))
     return [folder.quantized, folder.pruning, folder.parity]
 
 
@@ -205,7 +205,7 @@ def score(config: Config, session: Session) -> list[Path]:
         if session.interruption.requested:
             runtime.print(partial_line(journal))
         session.interruption.check(f"while scoring; go on with --resume {folder.path.name}")
-        session.ledger.settle()
+        session.ledger.flush()
 
     for line in scoring_lines(config, artifact.model):
         runtime.print(line)
@@ -216,7 +216,7 @@ def score(config: Config, session: Session) -> list[Path]:
     for line in final_lines(measured, config.quant):
         runtime.print(line)
     with session.ledger.phase("compare"):
-        state, rows = load_weights(folder.weights).state, config.train.val_batch_size // config.model.train_seq_len
+        state, rows = load_weights(folder.weights).state, config.train.eval_batch_tokens // config.model.train_seq_len
         unquantized = score_weights(state, artifact, tokenizer_path, val_shards, rows, runtime)
         runtime.print(f"unquantized, plain rows: val_loss:{unquantized.val_loss:.4f} val_bpb:{unquantized.val_bpb:.4f}")
     if runtime.is_main:

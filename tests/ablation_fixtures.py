@@ -28,7 +28,7 @@ train_batch_tokens = 128
 micro_batch_tokens = 128
 warmup_steps = 1
 swa_enabled = false
-quantizer = "grid"
+quantizer = "rtn"
 mlp_bits = 16
 attn_bits = 16
 bigram_bits = 16
@@ -36,7 +36,7 @@ embed_bits = 16
 codec = "lzma"
 compile = "off"
 device = "cpu"
-val_loss_every = 0
+holdout_every = 0
 eval_seq_len = 32
 eval_stride = 32
 eval_rope = "none"
@@ -59,7 +59,7 @@ rows = [
 title = "the same again, and what breaks"
 rows = [
     { name = "plain again", extends = "plain" },
-    { name = "broken", extends = "plain", matrix_lr = 1e30, tied_embed_lr = 1e30 },
+    { name = "broken", extends = "plain", matrix_lr = 1e30, embed_lr = 1e30 },
 ]
 [groups.G]
 title = "rounded"

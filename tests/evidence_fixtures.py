@@ -133,14 +133,14 @@ import zlib
 
 class Hyperparameters:
     seed = int(os.environ.get("SEED", 1337))
-    val_loss_every = int(os.environ.get("VAL_LOSS_EVERY", 1000))
+    holdout_every = int(os.environ.get("HOLDOUT_EVERY", 1000))
 
 
 def main():
     args = Hyperparameters()
     print(f"seed:{args.seed}")
     model = zlib.compress(b"model", args.seed % 10)
-    if args.val_loss_every:
+    if args.holdout_every:
         print(len(model))
 
 

@@ -148,7 +148,7 @@ def test_the_full_precision_baseline_is_that_of_the_studies(repository):
     )
     quant = config.quant
     assert (quant.mlp_bits, quant.attn_bits, quant.bigram_bits, quant.embed_bits) == (16, 16, 16, 16)
-    assert (quant.qat_enabled, quant.quantizer, quant.prune_frac) == (False, "grid", 0.0)
+    assert (quant.qat_enabled, quant.quantizer, quant.prune_frac) == (False, "rtn", 0.0)
     assert base_config(matrix, matrix.profile("full"), {}) != build_config("local", {}, {})
 
 

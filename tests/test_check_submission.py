@@ -188,7 +188,7 @@ DOUBTS = {
     "two logs": (lambda f: ((f / "train_seed7.log").unlink(), claim(f, seeds=[], seed_results={})), "S43-few-seeds"),
     "object files": (lambda f: (f / "a.o").write_bytes(b"x"), "S07-stray-file"),
     "no size in a log": (lambda f: edit_log(f, " bytes", ""), "S24-no-size"),
-    "unread knob": (lambda f: ship(f, PUBLISHED_SCRIPT.replace("if args.val_loss_every", "if args")), "S60-ghost-knob"),
+    "unread knob": (lambda f: ship(f, PUBLISHED_SCRIPT.replace("if args.holdout_every", "if args")), "S60-ghost-knob"),
     "swa announced": (lambda f: edit_log(f, "model_params", "swa_enabled: True\nmodel_params"), "S61-never-acted"),
     "new grammar": (lambda f: ship(f, "import os\nif os:\n    type X = int\n"), "S62-grammar"),
     "opaque": (lambda f: ship(f, "import zlib\nexec(zlib.decompress(open('/tmp/x', 'rb').read()))\n"), "S63-opaque"),

@@ -39,7 +39,7 @@ TINY = dict(
     max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="128", warmup_steps="1", threads="1",
     eval_seq_len="32", eval_stride="8", swa_start="0.3", swa_snapshots="6", qat_start="0.5", compile="off",
     checkpoint_seconds="1",
-    quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
+    quantizer="rtn", qat_enabled="1", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 
 

@@ -52,12 +52,12 @@ def test_retired_knobs_are_refused_by_name(name):
 
 def test_the_competitions_environment_is_understood():
     environ = {
-        "RUN_ID": "x", "SEED": "1", "DATA_PATH": "d", "TOKENIZER_PATH": "t", "ITERATIONS": "5", "VAL_LOSS_EVERY": "2",
+        "RUN_ID": "x", "SEED": "1", "DATA_PATH": "d", "TOKENIZER_PATH": "t", "ITERATIONS": "5", "HOLDOUT_EVERY": "2",
         "MAX_WALLCLOCK_SECONDS": "30.5", "TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "512", "EVAL_STRIDE": "32",
         "EVAL_SEQ_LEN": "1024", "NUM_LAYERS": "4", "MLP_MULT": "2", "BIGRAM_VOCAB_SIZE": "0", "MATRIX_LR": "0.01",
-        "TIED_EMBED_LR": "0.02", "GRAD_CLIP_NORM": "1", "PRUNE_FRAC": "0.1", "QK_GAIN_INIT": "2", "WARMUP_STEPS": "0",
+        "EMBED_LR": "0.02", "GRAD_CLIP_NORM": "1", "PRUNE_FRAC": "0.1", "QK_GAIN_INIT": "2", "WARMUP_STEPS": "0",
     }  # fmt: skip
-    knobs = {knob: value for _, knob, _, value in iter_knobs(build_config("local", environ, {"quantizer": "grid"}))}
+    knobs = {knob: value for _, knob, _, value in iter_knobs(build_config("local", environ, {"quantizer": "rtn"}))}
     for name, text in environ.items():
         assert str(knobs[name.lower()]) in (text, f"{text}.0"), name
 
@@ -105,9 +105,9 @@ def test_corpus_and_shards_together_are_refused():
 
 @pytest.mark.parametrize("knob", sorted(GRID_KNOBS))
 def test_knobs_of_the_grid_are_refused_where_a_fit_chooses_all_steps(knob):
-    with pytest.raises(ConfigError, match=f"{knob} does nothing with quantizer=fit"):
+    with pytest.raises(ConfigError, match=f"{knob} does nothing with quantizer=waterfill"):
         build_config("local", {}, {knob: "0" if knob == "qat_start" else "4"})
     with pytest.raises(ConfigError, match=f"{knob} does nothing"):
         build_config("local", {knob.upper(): "0" if knob == "qat_start" else "4"}, {})
-    grid = {"quantizer": "grid", knob: "0" if knob == "qat_start" else "4"}
-    assert build_config("local", {}, grid).quant.quantizer == "grid"
+    grid = {"quantizer": "rtn", knob: "0" if knob == "qat_start" else "4"}
+    assert build_config("local", {}, grid).quant.quantizer == "rtn"

@@ -300,7 +300,7 @@ def test_shards_that_are_not_there_are_an_error(tmp_path):
 # ---- the program ----
 
 TINY = ["vocab_size=64", "model_dim=32", "train_seq_len=16", "train_batch_tokens=64", "micro_batch_tokens=64"]
-TINY += ["quantizer=grid", "qat_enabled=1", "codec=zstd"]
+TINY += ["quantizer=rtn", "qat_enabled=1", "codec=zstd"]
 TINY += ["eval_seq_len=32", "eval_stride=8", "compile=off", "warmup_steps=1", "threads=1"]
 
 

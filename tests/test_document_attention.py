@@ -158,13 +158,13 @@ def test_a_missing_field_of_before_is_refused():
         model_from_json(values)
 
 
-# ---- the witness ----
+# ---- the feature audit ----
 
 TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", iterations="6",
     max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="64", warmup_steps="0", threads="1",
     eval_seq_len="32", eval_stride="8", swa_start="0.5", compile="off", document_attention="1",
-    quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
+    quantizer="rtn", qat_enabled="1", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 
 
@@ -198,14 +198,14 @@ def compile_step(trainer: Trainer) -> None:
 @pytest.mark.parametrize(("plant", "proven"), [(lambda _: None, True), (compile_step, True), (read_as_one_text, False)])
 def test_a_step_that_joins_documents_is_found(tmp_path, plant, proven):
     trainer = train(tmp_path, 21, plant, qat_enabled="0")
-    testimony = trainer.witness.testimonies["document_attention"]
-    assert (testimony.first, testimony.last, testimony.count, testimony.proven) == (1, 6, 6, proven)
-    found = [finding for finding in trainer.witness.findings() if finding.startswith("document_attention")]
+    record = trainer.audit.records["document_attention"]
+    assert (record.first, record.last, record.count, record.proven) == (1, 6, 6, proven)
+    found = [finding for finding in trainer.audit.findings() if finding.startswith("document_attention")]
     assert len(found) == (not proven) and trainer.model.config.document_attention
 
 
 @pytest.mark.parametrize("every", [5120, 64])
 def test_documents_that_never_meet_in_a_row_prove_nothing(tmp_path, every):
     """64: all documents start where a row does, so that there is nothing to keep apart."""
-    testimony = train(tmp_path, every, row_order="sequential").witness.testimonies["document_attention"]
-    assert not testimony.proven and "no row of 100 batches" in testimony.effect
+    record = train(tmp_path, every, row_order="sequential").audit.records["document_attention"]
+    assert not record.proven and "no row of 100 batches" in record.effect

@@ -14,7 +14,7 @@ TINY_RUN = [
     "vocab_size=400", "model_dim=32", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32", "iterations=8",
     "max_wallclock_seconds=0", "train_batch_tokens=256", "micro_batch_tokens=256", "warmup_steps=1", "threads=1",
     "swa_start=0.4", "compile=off", "swa_snapshots=2", "eval_seq_len=64", "eval_stride=32",
-    "quantizer=grid", "qat_enabled=1", "prune_frac=0.05", "codec=zstd",
+    "quantizer=rtn", "qat_enabled=1", "prune_frac=0.05", "codec=zstd",
 ]  # fmt: skip
 
 
@@ -162,7 +162,14 @@ def test_bad_input_is_one_clear_line_before_anything_runs(arguments, message, re
     assert message in finished.stderr and finished.stderr.count("\n") == 1
 
 
-FITTED = ["qat_enabled=0", "prune_frac=0", "quantizer=fit", "codec=rans", "calibration_tokens=512", "reserve_bytes=100"]
+FITTED = [
+    "qat_enabled=0",
+    "prune_frac=0",
+    "quantizer=waterfill",
+    "codec=rans",
+    "calibration_tokens=512",
+    "reserve_bytes=100",
+]
 
 
 @pytest.fixture(scope="module")

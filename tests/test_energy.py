@@ -31,7 +31,7 @@ FORK_MACS = {
 """The published study's model: its first block has no attention and no MLP, its eighth no attention; gates left out."""
 TERNARY_SITES = ("q", "k", "v", "up", "down")
 """What its run of weights alone made ternary: neither the attention's output nor the head."""
-PLAIN = QuantConfig(qat_enabled=False, quantizer="grid", prune_frac=0.0, mlp_bits=16, attn_bits=16, bigram_bits=16)
+PLAIN = QuantConfig(qat_enabled=False, quantizer="rtn", prune_frac=0.0, mlp_bits=16, attn_bits=16, bigram_bits=16)
 
 
 def fork_estimate(ternary: tuple[str, ...], zero_share: float | None = None) -> EnergyEstimate:
@@ -74,7 +74,7 @@ def test_arithmetic_follows_from_both_operands(weight, activation, arithmetic, m
 
 
 def estimate_of(*overrides: str, **arguments) -> EnergyEstimate:
-    knobs = dict(pair.split("=") for pair in ("quantizer=grid", "prune_frac=0", *overrides))
+    knobs = dict(pair.split("=") for pair in ("quantizer=rtn", "prune_frac=0", *overrides))
     config = build_config("local", {}, {"qat_enabled": "0", "embed_bits": "16"} | knobs)
     return energy_estimate(config.model, config.quant, **arguments)
 
@@ -112,7 +112,9 @@ def test_a_grid_of_two_bits_is_one_of_signs_and_a_head_of_its_own_has_its_own_gr
 def test_weights_of_a_fit_and_matrices_too_small_for_a_grid_are_floats():
     config = build_config("local", {}, {})
     sites = {site.site: site for site in energy_estimate(config.model, config.quant).sites}
-    assert config.quant.quantizer == "fit" and {sites[s].weight for s in ("q", "down", "head", "bigram")} == {"fit"}
+    assert config.quant.quantizer == "waterfill" and {sites[s].weight for s in ("q", "down", "head", "bigram")} == {
+        "waterfill"
+    }
     assert all(site.arithmetic == "fp16" for site in sites.values())
     tiny = replace(config.model, model_dim=8, num_heads=2, num_kv_heads=1, bigram_vocab_size=0, mlp_mult=4.0)
     sites = {site.site: site for site in energy_estimate(tiny, QuantConfig()).sites}
@@ -205,7 +207,7 @@ def test_all_signs_and_all_zeros_cost_nothing():
     ("overrides", "said", "unsaid"),
     [
         ((), ("memory traffic", "fp16 0.16 and 0.34", "are not in the total", "no such energy was measured"),
-         ("zeros skipped", "twosided8", "quantizer=fit", "knowledge")),
+         ("zeros skipped", "twosided8", "quantizer=waterfill", "knowledge")),
         (("act_attn_in=twosided8",), ("twosided8: positive", "codes count as int8"), ("zeros skipped",)),
         (("knowledge_tokens=4",), ("knowledge tokens are visible keys",), ()),
     ],
@@ -219,6 +221,6 @@ def test_assumptions_are_printed_with_the_figures(overrides, said, unsaid):
 
 def test_skipped_zeros_and_a_fit_are_told():
     config = build_config("local", {}, {})
-    assert any("quantizer=fit" in line for line in energy_estimate(config.model, config.quant).summary())
+    assert any("quantizer=waterfill" in line for line in energy_estimate(config.model, config.quant).summary())
     text = "\n".join(estimate_of("qat_enabled=1", "weight_q=ternary", zero_shares={"q": 0.4}).summary())
     assert "with zeros skipped" in text and "zeros skipped: without" in text

@@ -90,12 +90,12 @@ def test_it_is_dense_elimination(seed, text, act_order):
 
 
 @pytest.mark.parametrize("text", [*GRIDS, "gptq5-g64"])
-@pytest.mark.parametrize("rate_weight", [0.0, 1.0])
-def test_block_size_has_no_effect(text, rate_weight):
+@pytest.mark.parametrize("rd_lambda", [0.0, 1.0])
+def test_block_size_has_no_effect(text, rd_lambda):
     spec = parse_quantizer(text)[1]
     weight_RC, hessian_CC = problem(16, 50, seed=3)
     entries = [
-        quantize_matrix(weight_RC, spec, hessian_CC, GptqOptions(block=block, rate_weight=rate_weight))
+        quantize_matrix(weight_RC, spec, hessian_CC, GptqOptions(block=block, rd_lambda=rd_lambda))
         for block in (1, 7, 16, 128)
     ]
     assert all(same_stored(entries[0], entry) for entry in entries[1:])
@@ -188,7 +188,7 @@ def test_broken_weights_and_options_are_refused():
     for options in (
         GptqOptions(damping=0),
         GptqOptions(block=0),
-        GptqOptions(rate_weight=-1),
+        GptqOptions(rd_lambda=-1),
         GptqOptions(rate_passes=0),
     ):
         with pytest.raises(QuantError, match="above 0"):
@@ -222,7 +222,7 @@ def test_given_steps_are_those_of_the_same_problem():
 def test_two_runs_give_the_same_bytes_and_change_nothing():
     weight_RC, hessian_CC = problem(8, 40, seed=10)
     before = weight_RC.clone(), hessian_CC.clone()
-    options = GptqOptions(rate_weight=0.5)
+    options = GptqOptions(rd_lambda=0.5)
     entries = [quantize_matrix(weight_RC, QuantSpec(4, "group", 16), hessian_CC, options) for _ in range(2)]
     assert same_stored(*entries) and checked_hessian(hessian_CC, 40) is not hessian_CC
     assert torch.equal(weight_RC, before[0]) and torch.equal(hessian_CC, before[1])

@@ -19,7 +19,7 @@ from golf.data.loader import TokenStream
 from golf.data.shards import DataError, write_shard
 from golf.model.init import build_model
 from golf.runtime import Log, Runtime
-from golf.score.deadline import forecast_seconds, settle_stride
+from golf.score.deadline import choose_stride, forecast_seconds
 from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.roundtrip import score_artifact
 from golf.score.scorer import (
@@ -200,9 +200,9 @@ class SlowModel:
         self.now += self.seconds * len(ids_BT)
         return self.model.token_losses(ids_BT, targets_BS, rope_base)
 
-    def settle(self, tokens: np.ndarray, settings: ScoreSettings, max_seconds: float) -> tuple[ScoreSettings, str]:
+    def choose(self, tokens: np.ndarray, settings: ScoreSettings, max_seconds: float) -> tuple[ScoreSettings, str]:
         runtime, lines = quiet()
-        return settle_stride(self.model, tokens, TABLE, settings, runtime, self.forward, max_seconds), lines.getvalue()
+        return choose_stride(self.model, tokens, TABLE, settings, runtime, self.forward, max_seconds), lines.getvalue()
 
 
 def windows(targets: int, stride: int) -> int:
@@ -223,9 +223,9 @@ def test_a_forecast_is_the_time_that_scoring_takes(monkeypatch):
 
 def test_a_stride_that_fits_is_left_alone(monkeypatch):
     fits = 1.05 * windows(TARGETS, 2) + TIMING
-    settings, lines = SlowModel(monkeypatch, 1.0).settle(stream(TARGETS), SLIDING, fits + 0.01)
+    settings, lines = SlowModel(monkeypatch, 1.0).choose(stream(TARGETS), SLIDING, fits + 0.01)
     assert settings == SLIDING and lines == ""
-    settings, lines = SlowModel(monkeypatch, 1.0).settle(stream(TARGETS), SLIDING, fits - 0.01)
+    settings, lines = SlowModel(monkeypatch, 1.0).choose(stream(TARGETS), SLIDING, fits - 0.01)
     assert settings == replace(SLIDING, stride=4)
     assert lines == "score:stride 2 -> 4: 211 s forecast, 211 s left\n"
 
@@ -235,19 +235,19 @@ def test_a_stride_that_fits_is_left_alone(monkeypatch):
 )
 def test_the_stride_is_doubled_until_it_fits_and_never_beyond_the_window(monkeypatch, budget, stride):
     """At stride 4, 101 windows and two forecasts take 1.05 x 101 + 2 x 16 s; at stride 8, 1.05 x 51 + 3 x 16 s."""
-    settings, lines = SlowModel(monkeypatch, 1.0).settle(stream(TARGETS), SLIDING, budget)
+    settings, lines = SlowModel(monkeypatch, 1.0).choose(stream(TARGETS), SLIDING, budget)
     assert settings == replace(SLIDING, stride=stride)
     assert lines.count("score:stride") == {4: 1, 8: 2, 16: 3}[stride]
 
 
 def test_a_stride_that_does_not_double_to_the_window_ends_at_it(monkeypatch):
-    settings, _ = SlowModel(monkeypatch, 1.0).settle(stream(TARGETS), replace(SLIDING, stride=5), 1.0)
+    settings, _ = SlowModel(monkeypatch, 1.0).choose(stream(TARGETS), replace(SLIDING, stride=5), 1.0)
     assert settings.stride == 16
 
 
 def test_no_limit_takes_no_time_to_find_out(monkeypatch):
     slow = SlowModel(monkeypatch, 1e9)
-    assert slow.settle(stream(TARGETS), SLIDING, 0.0) == (SLIDING, "") and slow.now == 0
+    assert slow.choose(stream(TARGETS), SLIDING, 0.0) == (SLIDING, "") and slow.now == 0
 
 
 def test_all_ranks_choose_the_stride_of_the_slowest(monkeypatch):
@@ -260,7 +260,7 @@ def test_all_ranks_choose_the_stride_of_the_slowest(monkeypatch):
             return [10 * value for value in values]
 
     runtime = Slowest(torch.device("cpu"), rank=1, world_size=2, log=Log(io.StringIO()))
-    settings = settle_stride(slow.model, stream(TARGETS), TABLE, SLIDING, runtime, slow.forward, 1000.0)
+    settings = choose_stride(slow.model, stream(TARGETS), TABLE, SLIDING, runtime, slow.forward, 1000.0)
     assert settings.stride == 4 and len(agreed) == 4
 
 
@@ -289,26 +289,26 @@ def journal_with(path: Path, artifact, score=EVALUATION) -> float:
     return measured.nats
 
 
-def test_the_stride_is_settled_before_any_score_is_kept(monkeypatch, artifact, tmp_path):
+def test_the_stride_is_chosen_before_any_score_is_kept(monkeypatch, artifact, tmp_path):
     order = []
-    settle, add = golf.score.roundtrip.settle_stride, ScoreJournal.add
+    choose, add = golf.score.roundtrip.choose_stride, ScoreJournal.add
     monkeypatch.setattr(
-        golf.score.roundtrip, "settle_stride",
-        lambda *arguments: order.append("settled") or replace(settle(*arguments), stride=8),
+        golf.score.roundtrip, "choose_stride",
+        lambda *arguments: order.append("chosen") or replace(choose(*arguments), stride=8),
     )  # fmt: skip
     monkeypatch.setattr(ScoreJournal, "add", lambda *arguments: order.append("kept") or add(*arguments))
     measured, _ = score_artifact(
         artifact, "", [], EVALUATION, quiet()[0], journal=ScoreJournal(tmp_path / "score.jsonl")
     )
-    assert measured.stride == 8 and order[0] == "settled" and order.count("settled") == 1 and order.count("kept") > 5
+    assert measured.stride == 8 and order[0] == "chosen" and order.count("chosen") == 1 and order.count("kept") > 5
 
 
 def test_a_resumed_scoring_keeps_its_stride_and_is_not_timed_again(monkeypatch, artifact, tmp_path):
     path = tmp_path / "score.jsonl"
-    monkeypatch.setattr(golf.score.roundtrip, "settle_stride", lambda *arguments: replace(arguments[3], stride=8))
+    monkeypatch.setattr(golf.score.roundtrip, "choose_stride", lambda *arguments: replace(arguments[3], stride=8))
     nats = journal_with(path, artifact)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
-    monkeypatch.setattr(golf.score.roundtrip, "settle_stride", lambda *arguments: pytest.fail("timed again"))
+    monkeypatch.setattr(golf.score.roundtrip, "choose_stride", lambda *arguments: pytest.fail("timed again"))
     assert journal_with(path, artifact) == nats
 
 
@@ -316,9 +316,9 @@ def test_a_resumed_scoring_keeps_its_stride_and_is_not_timed_again(monkeypatch, 
 def test_ranks_whose_journals_have_different_strides_begin_anew(monkeypatch, artifact, tmp_path, other):
     """A kill between the first lines of two ranks' journals; in windows of two kinds no target count would be right."""
     path = tmp_path / "score.jsonl"
-    settled = []
+    chosen = []
     monkeypatch.setattr(
-        golf.score.roundtrip, "settle_stride", lambda *arguments: settled.append(1) or replace(arguments[3], stride=8)
+        golf.score.roundtrip, "choose_stride", lambda *arguments: chosen.append(1) or replace(arguments[3], stride=8)
     )
     journal_with(path, artifact)
 
@@ -329,7 +329,7 @@ def test_ranks_whose_journals_have_different_strides_begin_anew(monkeypatch, art
 
     pair = Pair(torch.device("cpu"), log=Log(io.StringIO()))
     score_artifact(artifact, "", [], EVALUATION, pair, journal=ScoreJournal(path))
-    assert len(settled) == 2
+    assert len(chosen) == 2
 
 
 # ---- training text that is held out, to look at a training ----
@@ -361,5 +361,5 @@ def test_held_out_tokens_are_the_end_of_the_stream_and_no_part_of_it(tmp_path_fa
 @pytest.mark.parametrize("tail", [[5, 5, 5, 5], [5, 5, 5, BOS]])
 def test_held_out_tokens_without_a_document_to_score_are_refused(tmp_path, tail):
     write_shard(tmp_path / "a_train_000000.bin", [BOS] + [5] * 60 + tail)
-    with pytest.raises(DataError, match="no document starts in the last 4 training tokens: set val_loss_every=0"):
+    with pytest.raises(DataError, match="no document starts in the last 4 training tokens: set holdout_every=0"):
         TokenStream([tmp_path / "a_train_000000.bin"], 4).held_out_tokens(BOS)

@@ -74,7 +74,7 @@ def test_a_phase_that_ends_in_an_error_is_counted_and_over(process):
         process.time += 4
         raise KeyError
     process.time += 1
-    ledger.settle()
+    ledger.flush()
     assert [ledger.seconds(name) for name in ("setup", "train", "hold out")] == [6, 0, 4]
 
 
@@ -101,7 +101,7 @@ def test_a_process_that_replaced_itself_does_not_count_its_time_twice(process, t
     with first.phase("train"):
         process.time += 10
     process.time += 1
-    first.settle()
+    first.flush()
     process.time += 2  # the new interpreter starts; the process is the same, and 13 s older
     second = process.ledger()
     second.attach(path)
@@ -166,7 +166,7 @@ with ledger.phase("train" if number == 1 else "score"):
         with ledger.phase("hold out"):
             time.sleep(0.2)
 if number == 1:
-    ledger.settle()
+    ledger.flush()
     os.execv(sys.executable, [sys.executable, *sys.argv[:2], "2"])
 Path(sys.argv[1] + ".summary").write_text(json.dumps(ledger.summary()))
 os._exit(0)

@@ -57,7 +57,7 @@ def test_published_studies_load_by_name(name, repository):
     assert read_study(name).name == NAMES[name]
     config = build_config(PRESET, {}, knobs)
     assert config.quant.qat_enabled == (name != "normal")
-    assert (config.quant.quantizer, config.quant.prune_frac) == ("grid", 0)
+    assert (config.quant.quantizer, config.quant.prune_frac) == ("rtn", 0)
     quant = config.quant
     assert {quant.mlp_bits, quant.attn_bits, quant.bigram_bits, quant.embed_bits} == {16}
     assert config.model.mlp_activation == ("identity" if name == "quant_extreme" else "relu2")

@@ -21,7 +21,7 @@ MODEL = ModelConfig(
     vocab_size=96, num_layers=2, model_dim=48, num_heads=2, num_kv_heads=1, mlp_mult=2, bigram_vocab_size=64,
     bigram_dim=16, train_seq_len=16, tied_embed_init_std=0.3,
 )  # fmt: skip
-QUANT = QuantConfig(qat_enabled=False, prune_frac=0.0, quantizer="fit", codec="zlib")
+QUANT = QuantConfig(qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="zlib")
 TOKENIZER = "cd" * 32
 ROWS_NT = torch.randint(2, 96, (16, 16), generator=torch.Generator().manual_seed(4))
 
@@ -103,11 +103,11 @@ def test_the_smallest_artifact_that_keeps_a_score(trained):
 
 
 def test_knobs_that_do_not_go_with_a_fit_are_refused():
-    knobs = {"quantizer": "fit", "qat_enabled": False, "prune_frac": 0.0}
+    knobs = {"quantizer": "waterfill", "qat_enabled": False, "prune_frac": 0.0}
     check_config(with_knobs(Knobs(), knobs))
     for wrong, message in (
-        ({"qat_enabled": True}, "quantizer=fit chooses its own grid"),
-        ({"prune_frac": 0.05}, "quantizer=fit chooses its own grid"),
+        ({"qat_enabled": True}, "quantizer=waterfill chooses its own grid"),
+        ({"prune_frac": 0.05}, "quantizer=waterfill chooses its own grid"),
         ({"calibration_tokens": 100}, "calibration_tokens"),
         ({"calibration_reserve": 600.0}, "calibration_reserve leaves no time"),
     ):
@@ -116,7 +116,7 @@ def test_knobs_that_do_not_go_with_a_fit_are_refused():
 
 
 def test_calibration_takes_its_time_from_the_training():
-    config = with_knobs(Knobs(), {"quantizer": "fit", "qat_enabled": False, "prune_frac": 0.0})
+    config = with_knobs(Knobs(), {"quantizer": "waterfill", "qat_enabled": False, "prune_frac": 0.0})
     assert training_budget(config).seconds == 600.0 - 8.0
     assert training_budget(Knobs()).seconds == 600.0
     endless = replace(config, train=replace(config.train, max_wallclock_seconds=0.0))

@@ -19,7 +19,7 @@ from golf.model.layers import ActivationSite
 from golf.quant.export import quantize_state, quantized_parameters
 from golf.quant.grid import QuantizedTensor
 from golf.quant.qat import install_activation_quantizers, quantized_gpt
-from golf.run.parity import row_losses, trained_record
+from golf.run.parity import parity_row, row_losses
 from golf.run.trainer import Trainer
 from golf.runtime import Runtime
 
@@ -29,7 +29,7 @@ TINY = dict(
     vocab_size="64", model_dim="32", num_heads="2", num_kv_heads="1", bigram_vocab_size="64", bigram_dim="8",
     train_seq_len="32", iterations="4", max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="64",
     warmup_steps="1", threads="1", eval_seq_len="64", eval_stride="16", swa_enabled="0", compile="off",
-    quantizer="grid", qat_enabled="1", prune_frac="0", mlp_bits="16", attn_bits="16", bigram_bits="16",
+    quantizer="rtn", qat_enabled="1", prune_frac="0", mlp_bits="16", attn_bits="16", bigram_bits="16",
     embed_bits="16", codec="rans",
 )  # fmt: skip
 BLOCKS = ("q", "k", "v", "o", "up", "down")
@@ -71,7 +71,7 @@ def trained(folder: Path, knobs: dict[str, str], plant: Callable[[Trainer], None
 
 
 def feature_findings(trainer: Trainer) -> list[str]:
-    return [finding for finding in trainer.witness.findings() if finding.startswith(FEATURES)]
+    return [finding for finding in trainer.audit.findings() if finding.startswith(FEATURES)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,7 +87,7 @@ def test_the_artifact_says_what_the_trained_model_said(case, tmp_path):
     artifact = read_artifact(data)
     assert artifact.model == config.model
     ids = TokenStream([tmp_path / "a_train_000000.bin"]).tokens(0, 33).tolist()
-    record = trained_record(state, stored, config, ids, CPU)
+    record = parity_row(state, stored, config, ids, CPU)
     restored = restore_model(artifact, CPU)
     with torch.no_grad():
         assert torch.equal(row_losses(restored, ids), torch.tensor(record["losses"]))

@@ -58,7 +58,7 @@ def test_the_variants_do_what_their_names_say(given):
     assert sum(entry.low_rank is not None for entry in matrices) == 3
     protected = METHODS["frontier-awq"].encode(given, 1.0)["tok_emb.weight"]
     assert sorted(protected.column_scale_C.unique().tolist()) in ([0.25], [0.25, 1.0])
-    assert any(isinstance(e, QuantizedTensor) and e.trellis for e in METHODS["fit"].encode(given, 27.0).values())
+    assert any(isinstance(e, QuantizedTensor) and e.trellis for e in METHODS["waterfill"].encode(given, 27.0).values())
     assert not any(
         isinstance(e, QuantizedTensor) and e.trellis for e in METHODS["fit-plain"].encode(given, 27.0).values()
     )

@@ -22,11 +22,11 @@ from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.grid import QuantizedTensor, dequantize_state
 from golf.run.checkpoint import TrainingState, final_weights
+from golf.run.feature_audit import FeatureAudit
 from golf.run.folder import RunFolder
-from golf.run.parity import ParityError, check_parity, ntk_effect, row_losses, trained_record
+from golf.run.parity import ParityError, check_parity, ntk_effect, parity_row, row_losses
 from golf.run.rehearsal import STATE_COPIES, RehearsalError, rehearse
 from golf.run.trainer import Trainer
-from golf.run.witness import Witness
 from golf.runtime import Log, Runtime
 from lab.prepare.vocabulary import train_tokenizer
 
@@ -39,7 +39,7 @@ def tiny_config(vocab_size: int, **knobs: str) -> Config:
         vocab_size=str(vocab_size), model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="32",
         iterations="12", max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="128",
         warmup_steps="0", threads="1", eval_seq_len="64", eval_stride="16", eval_batch_seqs="4", compile="off",
-        quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
+        quantizer="rtn", qat_enabled="1", prune_frac="0.05", codec="zstd",
     )  # fmt: skip
     return build_config("local", {}, tiny | knobs)
 
@@ -91,7 +91,7 @@ def fitted(trainer, tokenizer) -> FittedArtifact:
 @pytest.fixture(scope="module")
 def record(trainer, fitted, stream) -> dict:
     row = stream.tokens(0, trainer.config.model.train_seq_len + 1).tolist()
-    return trained_record(fitted.pruned, fitted.stored, trainer.config, row, CPU)
+    return parity_row(fitted.pruned, fitted.stored, trainer.config, row, CPU)
 
 
 def test_trained_model_artifact_and_scorer_agree(record, fitted, tokenizer):
@@ -104,7 +104,7 @@ def test_trained_model_artifact_and_scorer_agree(record, fitted, tokenizer):
 def test_they_agree_too_where_bits_were_taken_to_fit(trainer, fitted, tokenizer, record):
     coarser = fit(trainer, tokenizer.sha256, int(0.75 * len(fitted.data)))
     assert any("bits" in action for action in coarser.actions)
-    row = trained_record(coarser.pruned, coarser.stored, trainer.config, record["ids"], CPU)
+    row = parity_row(coarser.pruned, coarser.stored, trainer.config, record["ids"], CPU)
     model = restore_model(read_artifact(coarser.data), CPU)
     assert check_parity(model, row, ByteTable(tokenizer), CPU)["largest_difference"] < 1e-5
     with pytest.raises(ParityError):
@@ -280,14 +280,14 @@ def test_the_mean_counts_from_two_snapshots_on(snapshots):
     mean["b"] = last["b"].clone()
     tensors = {f"model.{name}": part for name, part in last.items()}
     tensors |= {f"average.{name}": part for name, part in mean.items()} | {"rng.torch": torch.zeros(1)}
-    witness = Witness(config)
-    weights = final_weights(TrainingState(tensors, {"average": [snapshots, snapshots, 5]}), witness)
+    audit = FeatureAudit(config)
+    weights = final_weights(TrainingState(tensors, {"average": [snapshots, snapshots, 5]}), audit)
     chosen = mean if snapshots >= 2 else last
     assert weights.keys() == chosen.keys() and all(torch.equal(weights[name], chosen[name]) for name in chosen)
-    testimony = witness.testimonies["swa"]
-    assert testimony.proven == (snapshots >= 2)
+    record = audit.records["swa"]
+    assert record.proven == (snapshots >= 2)
     expected = f"mean of {snapshots} snapshots, at most 0.5 from the last weights" if snapshots >= 2 else ""
-    assert testimony.effect == expected
+    assert record.effect == expected
 
 
 def test_rounding_is_what_the_record_is_made_of(trainer, fitted, record):

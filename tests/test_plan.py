@@ -31,7 +31,7 @@ from lab.machine.plan import (
 TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", threads="1",
     train_batch_tokens="32", micro_batch_tokens="32", eval_seq_len="32", eval_stride="8",
-    quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
+    quantizer="rtn", qat_enabled="1", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_training_does_what_was_planned(name, shard):
     trainer.finish()
     acts = plan_run(config, 0.25).acts
     assert [Moment(r.step, r.elapsed, r.progress) for r in reports] == acts["training"]
-    told = {name: (t.first, t.last, t.count) for name, t in trainer.witness.testimonies.items()}
+    told = {name: (t.first, t.last, t.count) for name, t in trainer.audit.records.items()}
     for feature in {"qat", "warmdown", "muon_momentum_warmup", "swa"} & told.keys():
         steps = [moment.step for moment in acts[feature]] or [None]
         assert told[feature] == (steps[0], steps[-1], len(acts[feature])), feature
@@ -98,7 +98,7 @@ def test_presets_have_no_problem():
         (dict(swa_start="0.98"), ["swa gets 1 of the two snapshots that it needs", "lower swa_start"]),
         (dict(qat_start="0.99"), ["qat never acts", "lower qat_start"]),
         (dict(warmdown_fraction="0.01"), ["warmdown never acts", "set warmdown_fraction=0"]),
-        (dict(val_loss_every="51"), ["validation never acts", "set val_loss_every=0"]),
+        (dict(holdout_every="51"), ["validation never acts", "set holdout_every=0"]),
         (dict(muon_momentum_warmup_fraction="0.99"), ["never reaches muon_momentum=0.95"]),
     ],
 )
@@ -117,7 +117,7 @@ def test_the_same_weights_twice_are_no_average():
 
 
 def test_what_is_switched_off_or_acts_from_the_first_step_is_no_problem():
-    assert problems(iterations="3", swa_enabled="0", qat_enabled="0", warmdown_fraction="0", val_loss_every="0") == []
+    assert problems(iterations="3", swa_enabled="0", qat_enabled="0", warmdown_fraction="0", holdout_every="0") == []
     assert problems(iterations="50", muon_momentum_start="0.95", muon_momentum_warmup_fraction="1") == []
     config = build_config("local", {}, TINY | dict(iterations="50", warmdown_fraction="1"))
     plan = plan_run(config, 0.1, val_tokens=100)
@@ -126,7 +126,7 @@ def test_what_is_switched_off_or_acts_from_the_first_step_is_no_problem():
 
 
 def test_bytes_and_seconds_that_can_not_be_kept_are_problems():
-    config = build_config("local", {}, {"quantizer": "grid", "codec": "zstd"})
+    config = build_config("local", {}, {"quantizer": "rtn", "codec": "zstd"})
     over = replace(config, run=replace(config.run, limit_bytes=300_000))
     assert ["limit_bytes" in problem for problem in plan_run(over).problems] == [True]
     assert plan_run(config, bytes_code=40_000).problems == [], "part of the forecast is over: fitting is for that"
@@ -188,7 +188,7 @@ def test_lines_are_a_table():
     assert "200 ms (as given)" in given_time[1] and "artifact and code" in given_time[-2]
     short = with_knobs(config, {"iterations": 40})
     assert plan_lines(plan_run(short))[-1] == (
-        "problem: in 40 steps validation never acts: train longer, or set val_loss_every=0"
+        "problem: in 40 steps validation never acts: train longer, or set holdout_every=0"
     )
 
 
@@ -202,9 +202,9 @@ def test_nothing_is_planned_after_the_end(iterations, seconds, step_seconds, war
         seconds += 1
     knobs = dict(
         iterations=iterations, max_wallclock_seconds=seconds, warmdown_fraction=warmdown, qat_start=qat, swa_start=swa,
-        val_loss_every=every, checkpoint_seconds=checkpoint,
+        holdout_every=every, checkpoint_seconds=checkpoint,
     )  # fmt: skip
-    config: Config = with_knobs(build_config("local", {}, {"quantizer": "grid"}), knobs)
+    config: Config = with_knobs(build_config("local", {}, {"quantizer": "rtn"}), knobs)
     acts = simulate_training(config, step_seconds)
     end = acts["training"][-1]
     assert 1 <= end.step <= (iterations or 10**9)

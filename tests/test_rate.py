@@ -36,10 +36,8 @@ def rounded(weight_RC, hessian_CC, step: float, **options):
 
 def test_more_weight_on_the_rate_means_fewer_bits_and_more_error():
     points = []
-    for rate_weight in (0.0, 0.5, 1.0, 2.0):
-        found = [
-            error_and_entropy(w, rounded(w, h, 0.4, rate_weight=rate_weight), h) for w, h in map(problem, range(4))
-        ]
+    for rd_lambda in (0.0, 0.5, 1.0, 2.0):
+        found = [error_and_entropy(w, rounded(w, h, 0.4, rd_lambda=rd_lambda), h) for w, h in map(problem, range(4))]
         points.append(np.mean(found, axis=0))
     errors, entropies = zip(*points, strict=True)
     assert all(np.diff(errors) > 0) and all(np.diff(entropies) < -0.005)
@@ -50,7 +48,7 @@ def test_it_beats_a_coarser_step(step):
     """At the entropy that it reaches, a coarser grid without it has the larger error."""
     for seed in range(3):
         weight_RC, hessian_CC = problem(seed, 128)
-        error, bits = error_and_entropy(weight_RC, rounded(weight_RC, hessian_CC, step, rate_weight=0.5), hessian_CC)
+        error, bits = error_and_entropy(weight_RC, rounded(weight_RC, hessian_CC, step, rd_lambda=0.5), hessian_CC)
         coarser = [rounded(weight_RC, hessian_CC, step * f) for f in np.geomspace(0.98, 1.6, 9)]
         errors, entropies = zip(*(error_and_entropy(weight_RC, entry, hessian_CC) for entry in coarser), strict=True)
         assert min(entropies) < bits < max(entropies)
@@ -59,7 +57,7 @@ def test_it_beats_a_coarser_step(step):
 
 def test_a_price_of_zero_changes_nothing():
     weight_RC, hessian_CC = problem(0)
-    assert same_stored(rounded(weight_RC, hessian_CC, 0.5), rounded(weight_RC, hessian_CC, 0.5, rate_weight=1e-12))
+    assert same_stored(rounded(weight_RC, hessian_CC, 0.5), rounded(weight_RC, hessian_CC, 0.5, rd_lambda=1e-12))
 
 
 def test_a_given_slope_is_the_default_one_in_another_unit():
@@ -67,18 +65,18 @@ def test_a_given_slope_is_the_default_one_in_another_unit():
     weight_RC, hessian_CC = problem(1)
     factor_C = gptq_problem(weight_RC, hessian_CC, GptqOptions()).factor_CC.diagonal()
     slope = 2 * math.log(2) * 0.5**2 / 12 * float(factor_C.square().reciprocal().mean())
-    default = rounded(weight_RC, hessian_CC, 0.5, rate_weight=0.7)
-    assert same_stored(default, rounded(weight_RC, hessian_CC, 0.5, rate_weight=0.7, rate_slope=slope))
+    default = rounded(weight_RC, hessian_CC, 0.5, rd_lambda=0.7)
+    assert same_stored(default, rounded(weight_RC, hessian_CC, 0.5, rd_lambda=0.7, rate_slope=slope))
     heavy_R = torch.full((64,), 3.0)
-    assert same_stored(default, rounded(weight_RC, hessian_CC, 0.5, rate_weight=0.7, row_weight_R=heavy_R))
-    options = {"rate_weight": 0.7, "rate_slope": 3 * slope, "row_weight_R": heavy_R}
+    assert same_stored(default, rounded(weight_RC, hessian_CC, 0.5, rd_lambda=0.7, row_weight_R=heavy_R))
+    options = {"rd_lambda": 0.7, "rate_slope": 3 * slope, "row_weight_R": heavy_R}
     assert same_stored(default, rounded(weight_RC, hessian_CC, 0.5, **options))
 
 
 def test_heavy_rows_are_rounded_for_error_and_light_ones_for_bits():
     weight_RC, hessian_CC = problem(2)
     weight_R = torch.where(torch.arange(64) < 32, 100.0, 0.01)
-    entry = rounded(weight_RC, hessian_CC, 1.0, rate_weight=0.1, row_weight_R=weight_R)
+    entry = rounded(weight_RC, hessian_CC, 1.0, rd_lambda=0.1, row_weight_R=weight_R)
     plain = rounded(weight_RC, hessian_CC, 1.0)
     zeros_R = (entry.codes_RC == 0).float().mean(1) - (plain.codes_RC == 0).float().mean(1)
     assert zeros_R[32:].mean() > 0.2 and zeros_R[:32].mean() < 0.05
@@ -88,7 +86,7 @@ def test_heavy_rows_are_rounded_for_error_and_light_ones_for_bits():
 def test_codes_stay_on_their_grid(text):
     spec = parse_quantizer(text)[1]
     weight_RC, hessian_CC = problem(3)
-    entry = quantize_matrix(weight_RC, spec, hessian_CC, GptqOptions(rate_weight=1.0, descent_passes=2))
+    entry = quantize_matrix(weight_RC, spec, hessian_CC, GptqOptions(rd_lambda=1.0, descent_passes=2))
     shift = 0 if spec.symmetric or spec.bits < 8 else 128
     low, high = (-(2 ** (spec.bits - 1)) + 1, 2 ** (spec.bits - 1) - 1) if spec.symmetric else (0, 2**spec.bits - 1)
     if text == "gptq1":
@@ -164,12 +162,12 @@ def test_descent_ends_where_no_single_code_can_do_better():
                 entry.codes_RC[place] -= move
 
 
-@pytest.mark.parametrize("rate_weight", [0.0, 1.0])
-def test_block_size_has_no_effect_on_descent(rate_weight):
+@pytest.mark.parametrize("rd_lambda", [0.0, 1.0])
+def test_block_size_has_no_effect_on_descent(rd_lambda):
     weight_RC, hessian_CC = problem(6, 16, 50)
     entries = [
         quantize_matrix(
-            weight_RC, QuantSpec(4), hessian_CC, GptqOptions(block=block, rate_weight=rate_weight, descent_passes=2)
+            weight_RC, QuantSpec(4), hessian_CC, GptqOptions(block=block, rd_lambda=rd_lambda, descent_passes=2)
         )
         for block in (1, 16, 128)
     ]

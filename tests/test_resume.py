@@ -16,8 +16,9 @@ TINY = [
     "vocab_size=400", "model_dim=32", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32", "iterations=24",
     "max_wallclock_seconds=0", "train_batch_tokens=256", "micro_batch_tokens=256", "warmup_steps=1", "threads=1",
     "swa_start=0.5", "compile=off", "swa_snapshots=6", "eval_seq_len=64", "eval_stride=32", "eval_batch_seqs=16",
-    "checkpoint_seconds=0.000001", "qat_start=0.3", "val_loss_every=5", "val_batch_size=16384",
-    "quantizer=grid", "qat_enabled=1", "prune_frac=0.05", "codec=zstd",
+    "checkpoint_seconds=0.000001", "qat_start=0.3", "holdout_every=5", "holdout_tokens=16384",
+    "eval_batch_tokens=16384",
+    "quantizer=rtn", "qat_enabled=1", "prune_frac=0.05", "codec=zstd",
 ]  # fmt: skip
 STAGES = ("train", "average", "quantize", "pack", "reload", "score", "report")
 
@@ -139,7 +140,7 @@ def test_a_signal_in_scoring_is_resumed_at_the_next_chunk(runs):
 
 
 def test_the_clock_goes_on_so_that_a_resumed_run_trains_no_longer_than_its_cap(runs):
-    start = runs.start("clock", "iterations=0", "max_wallclock_seconds=4", "checkpoint_seconds=1", "val_loss_every=0")
+    start = runs.start("clock", "iterations=0", "max_wallclock_seconds=4", "checkpoint_seconds=1", "holdout_every=0")
     process = subprocess.Popen(runs.command("none", *start), cwd=runs.repository, stdout=subprocess.DEVNULL)
     metrics = runs.root / "clock" / "metrics.jsonl"
     while not (metrics.exists() and re.search(r'"elapsed": 2\.[5-9]', metrics.read_text())):  # between two checkpoints
@@ -177,7 +178,7 @@ def test_a_target_that_can_not_be_written_is_one_clear_line(runs):
 
 
 def test_a_run_is_at_work_in_one_process_only(runs):
-    command = runs.command("none", *runs.start("busy", "iterations=100000", "val_loss_every=0"))
+    command = runs.command("none", *runs.start("busy", "iterations=100000", "holdout_every=0"))
     process = subprocess.Popen(command, cwd=runs.repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     next(line for line in process.stdout if line.startswith("step:1/"))
     second = runs.run("none", runs.resume("busy"))

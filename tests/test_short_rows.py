@@ -17,7 +17,7 @@ TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", iterations="8",
     max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="64", warmup_steps="1", threads="1",
     eval_seq_len="32", eval_stride="8", swa_start="0.5", compile="off", qat_enabled="0",
-    quantizer="grid", prune_frac="0.05", codec="zstd",
+    quantizer="rtn", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 SHORT = dict(short_seq_len="4", short_seq_fraction="0.5")
 
@@ -55,9 +55,9 @@ def test_rows_are_short_for_their_share_of_the_budget(shard):
     trainer = Watched(tiny_config(), shard)
     list(trainer.steps())
     assert trainer.shapes == [(16, 4)] * 8 + [(4, 16)] * 8  # two passes a step
-    testimony = trainer.witness.testimonies["short_seq"]
-    assert (testimony.first, testimony.last, testimony.count, testimony.proven) == (1, 4, 4, True)
-    assert testimony.effect == "rows of 4 tokens, then of 16"
+    record = trainer.audit.records["short_seq"]
+    assert (record.first, record.last, record.count, record.proven) == (1, 4, 4, True)
+    assert record.effect == "rows of 4 tokens, then of 16"
 
 
 @pytest.mark.parametrize("order", ["sequential", "spread"])
@@ -104,14 +104,14 @@ def test_a_training_is_taken_up_among_short_rows(shard):
         second.warm_up()
         second.load_state(first.state(), 0.0)
         assert [report.train_loss for report in second.steps()] == losses[taken:]
-        assert second.witness.record()["short_seq"] == whole.witness.record()["short_seq"]
+        assert second.audit.record()["short_seq"] == whole.audit.record()["short_seq"]
 
 
 def test_short_rows_that_never_end_are_found(shard):
     trainer = Watched(tiny_config(), shard)
     for _, _ in zip(range(3), trainer.steps(), strict=False):
         pass
-    found = [finding for finding in trainer.witness.findings() if finding.startswith("short_seq")]
+    found = [finding for finding in trainer.audit.findings() if finding.startswith("short_seq")]
     assert len(found) == 1 and "its effect was not seen" in found[0]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from golf.config.config import Config, ConfigError, QuantConfig, build_config
 from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES, SiteError, parse_site, weight_sites
 
-PLAIN = dict(qat_enabled="1", quantizer="grid", prune_frac="0", mlp_bits="16", attn_bits="16", embed_bits="16")
+PLAIN = dict(qat_enabled="1", quantizer="rtn", prune_frac="0", mlp_bits="16", attn_bits="16", embed_bits="16")
 KINDS = ["binary", "ternary", *(f"int{bits}" for bits in range(2, 9))]
 
 
@@ -104,7 +104,7 @@ def test_every_site_is_switched_alone():
         (dict(weight_q="ternary", qat_enabled="0"), "qat_enabled=1"),
         (dict(), "qat_enabled=1 has nothing to act on"),
         (dict(weight_q="ternary", prune_frac="0.05"), "prune_frac=0"),
-        (dict(weight_q="ternary", quantizer="fit"), "quantizer=grid"),
+        (dict(weight_q="ternary", quantizer="waterfill"), "quantizer=rtn"),
         (dict(weight_head="ternary"), "tie_embeddings=0"),
         (dict(weight_up="ternary-qkvo"), "attention"),
         (dict(weight_q="int4", act_hidden="unsigned8", mlp_activation="tanh"), "never negative"),

@@ -106,7 +106,7 @@ def test_not_nearest_counts_what_feedback_moved():
     matrix = prepare_matrix(weight_RC, statistics)
     assert matrix.codes_not_nearest(matrix.quantize(1e-5, trellis=False)) > 0
     still = prepare_matrix(weight_RC, LayerStatistics(torch.eye(40).double(), statistics.row_weight_R))
-    assert still.codes_not_nearest(still.quantize(1e-5, rate_weight=0.0, trellis=False)) == 0
+    assert still.codes_not_nearest(still.quantize(1e-5, rd_lambda=0.0, trellis=False)) == 0
 
 
 def test_rows_that_calibration_never_saw_act_have_steps():

@@ -21,7 +21,7 @@ TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", iterations="12",
     max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="128", warmup_steps="1", threads="1",
     eval_seq_len="32", eval_stride="8", swa_start="0.5",
-    quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
+    quantizer="rtn", qat_enabled="1", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 
 
@@ -104,11 +104,11 @@ def test_same_seed_same_bits_and_warm_up_leaves_no_trace(shard):
 
 def test_features_that_were_armed_acted(shard):
     _, trainer = train_losses(tiny_config(qat_start="0.5", swa_snapshots="4"), shard, Runtime(torch.device("cpu")))
-    testimonies = trainer.witness.testimonies
-    assert (testimonies["qat"].first, testimonies["qat"].last, testimonies["qat"].count) == (7, 12, 6)
-    assert testimonies["qat"].proven and testimonies["swa"].count == trainer.average.count == 4
+    records = trainer.audit.records
+    assert (records["qat"].first, records["qat"].last, records["qat"].count) == (7, 12, 6)
+    assert records["qat"].proven and records["swa"].count == trainer.average.count == 4
     acting = ("warmdown", "muon_momentum_warmup", "grad_clip")
-    assert all(testimonies[feature].count and testimonies[feature].proven for feature in acting)
+    assert all(records[feature].count and records[feature].proven for feature in acting)
 
 
 def test_a_feature_that_never_acted_is_found(shard):
@@ -119,8 +119,8 @@ def test_a_feature_that_never_acted_is_found(shard):
     trainer.average.slots_due = lambda progress: 0
     list(trainer.steps())
     trainer.finish()
-    assert trainer.witness.testimonies["swa"].count == 0
-    assert any(finding.startswith("swa was switched on and never acted") for finding in trainer.witness.findings())
+    assert trainer.audit.records["swa"].count == 0
+    assert any(finding.startswith("swa was switched on and never acted") for finding in trainer.audit.findings())
 
 
 class FakeStopwatch(Stopwatch):

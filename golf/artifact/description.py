@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
-from golf.config.config import Config, ConfigError, ModelConfig, QuantConfig, ScoreConfig, TrainConfig, check_config
+from golf.config.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    QuantConfig,
+    ScoreConfig,
+    TrainConfig,
+    check_config,
+    current_knobs,
+)
 from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
 from golf.quant.tensor_classes import FP16_BITS
@@ -61,7 +70,7 @@ MOST_LAYERS = 1024
 MAY_BE_ZERO = ("bigram_vocab_size", "bigram_dim", "bos_id", "attention_window", "knowledge_tokens")
 """Whole numbers that may be 0; all others are at least 1."""
 ADDED_FIELDS = {
-    "document_attention", "quantizer", "calibration_tokens", "calibration_text", "calibration_reserve", "rate_weight",
+    "document_attention", "quantizer", "calibration_tokens", "calibration_text", "calibration_reserve", "rd_lambda",
     "attention_window", "tie_embeddings", "mlp_activation", "knowledge_tokens", "knowledge_at",
     *(f"act_{site}" for site in ACTIVATION_SITES), *(f"weight_{site}" for site in WEIGHT_SITES),
 }  # fmt: skip
@@ -86,8 +95,9 @@ def model_from_json(values: object) -> ModelConfig:
 
 def quant_from_json(values: object, model: ModelConfig) -> QuantConfig:
     """The quantization of `model` that parsed JSON spells. Raises ArtifactError."""
-    quant = QuantConfig(**checked_values(QuantConfig, values))
-    check_together(config_of(model, replace(quant, quantizer="grid")))  # what else a fit wants, its run has checked
+    known = current_knobs(values) if isinstance(values, Mapping) else values
+    quant = QuantConfig(**checked_values(QuantConfig, known))
+    check_together(config_of(model, replace(quant, quantizer="rtn")))  # what else a fit wants, its run has checked
     return quant
 
 

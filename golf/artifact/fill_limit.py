@@ -178,8 +178,8 @@ class LevelSearch:
 
     def quantize(self, log_level: float) -> QuantizedState:
         """All tensors at a level, those that are no matrices as fp16."""
-        level, rate_weight, trellis = 2.0**log_level, self.quant.rate_weight, self.trellis
-        codes = {name: matrix.quantize(level, rate_weight, trellis) for name, matrix in self.matrices.items()}
+        level, rd_lambda, trellis = 2.0**log_level, self.quant.rd_lambda, self.trellis
+        codes = {name: matrix.quantize(level, rd_lambda, trellis) for name, matrix in self.matrices.items()}
         return {name: codes[name] if name in codes else part.detach().cpu().half() for name, part in self.state.items()}
 
     def at(self, log_level: float) -> LevelArtifact:

@@ -135,17 +135,19 @@ class TrainConfig:
     warmdown_fraction: float = 0.45
     """Share of the budget over which the learning rate falls to zero (272 of 600 s in the recipe's log)."""
     warmdown_shape: Literal["cosine", "linear"] = "cosine"
-    val_loss_every: int = 500
+    holdout_every: int = 500
     """Steps between looks at the weights in training, on training text that is held out for it; 0: no look."""
     train_log_every: int = 100
-    val_batch_size: int = 524_288
-    """Training tokens held out for `val_loss_every`; and tokens of a batch that is scored in plain rows."""
+    holdout_tokens: int = 524_288
+    """Training tokens held out for `holdout_every`."""
+    eval_batch_tokens: int = 524_288
+    """Tokens of a batch that is scored in plain rows, over all ranks."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     matrix_lr: float = 0.02
-    tied_embed_lr: float = 0.03
+    embed_lr: float = 0.03
     scalar_lr: float = 0.02
     muon_momentum: float = 0.99
     muon_momentum_start: float = 0.92
@@ -184,14 +186,14 @@ class QuantConfig:
     prune_frac: float = 0.05
     """Share of smallest weights set to zero per tensor, where that can change a code."""
     codec: CODECS = "lzma"
-    quantizer: Literal["grid", "fit"] = "grid"
+    quantizer: Literal["rtn", "waterfill"] = "rtn"
     """grid: rounded to nearest on the bits above; fit: GPTQ after calibration, steps chosen to fill the byte limit."""
     calibration_tokens: int = 131_072
-    """Tokens that quantizer=fit measures the weights on."""
+    """Tokens that quantizer=waterfill measures the weights on."""
     calibration_text: Literal["train", "generated"] = "train"
     """Training text, or text that the model makes up itself."""
     calibration_reserve: float = 8.0
-    """Seconds of max_wallclock_seconds that training leaves to the calibration of quantizer=fit."""
+    """Seconds of max_wallclock_seconds that training leaves to the calibration of quantizer=waterfill."""
     weight_q: str = ""
     """Quantizer (config/site_quantizers.py) that the matrix trains through and is exported on, for its class's bits."""
     weight_k: str = ""
@@ -201,8 +203,8 @@ class QuantConfig:
     weight_down: str = ""
     weight_embed: str = ""
     weight_head: str = ""
-    rate_weight: float = 0.15
-    """What a code's bits count beside its error in quantizer=fit; 1: their full price; 0: the error decides alone."""
+    rd_lambda: float = 0.15
+    """Price of a code's bits beside its error in quantizer=waterfill; 1: in full; 0: the error decides alone."""
 
 
 @dataclass(frozen=True)
@@ -290,8 +292,10 @@ def build_config(preset: str, environ: Mapping[str, str], overrides: Mapping[str
         chosen = {"data_path": "", "tokenizer_path": ""} | chosen
     config = with_knobs(with_knobs(Config(), PRESETS[preset] | {"preset": preset}), chosen)
     unheard = sorted(chosen.keys() & GRID_KNOBS)
-    if unheard and config.quant.quantizer == "fit":
-        raise ConfigError(f"{unheard[0]} does nothing with quantizer=fit, which chooses all steps: set quantizer=grid")
+    if unheard and config.quant.quantizer == "waterfill":
+        raise ConfigError(
+            f"{unheard[0]} does nothing with quantizer=waterfill, which chooses all steps: set quantizer=rtn"
+        )
     check_config(config)
     return config
 
@@ -300,7 +304,8 @@ GRID_KNOBS = {"mlp_bits", "attn_bits", "bigram_bits", "embed_bits", "qat_start"}
 """Of the grid that weights train through and are rounded to; a fit has no use for them."""
 POSITIVE_KNOBS = (
     "num_heads", "num_kv_heads", "model_dim", "mlp_mult", "train_seq_len", "rope_base", "logit_softcap",
-    "train_batch_tokens", "micro_batch_tokens", "train_log_every", "val_batch_size", "limit_bytes", "eval_batch_seqs",
+    "train_batch_tokens", "micro_batch_tokens", "train_log_every", "holdout_tokens", "eval_batch_tokens",
+    "limit_bytes", "eval_batch_seqs",
 )  # fmt: skip
 
 
@@ -344,15 +349,15 @@ def check_config(config: Config) -> None:
             "mlp_bits, attn_bits, bigram_bits and embed_bits must be 2 to 8, or 16",
         ),
         (
-            quant.quantizer == "grid" or not (quant.qat_enabled or quant.prune_frac),
-            "quantizer=fit chooses its own grid: set qat_enabled=0 and prune_frac=0, or quantizer=grid",
+            quant.quantizer == "rtn" or not (quant.qat_enabled or quant.prune_frac),
+            "quantizer=waterfill chooses its own grid: set qat_enabled=0 and prune_frac=0, or quantizer=rtn",
         ),
         (
-            quant.quantizer == "grid" or quant.calibration_tokens >= model.train_seq_len,
+            quant.quantizer == "rtn" or quant.calibration_tokens >= model.train_seq_len,
             "calibration_tokens must be at least a row of train_seq_len",
         ),
         (
-            quant.quantizer == "grid"
+            quant.quantizer == "rtn"
             or quant.calibration_reserve < train.max_wallclock_seconds
             or not train.max_wallclock_seconds,
             "calibration_reserve leaves no time to train: raise max_wallclock_seconds",
@@ -384,9 +389,28 @@ def config_dict(config: Config) -> dict[str, dict[str, Any]]:
     return asdict(config)
 
 
+RENAMED_KNOBS = {
+    "tied_embed_lr": ("embed_lr",), "val_loss_every": ("holdout_every",), "rate_weight": ("rd_lambda",),
+    "val_batch_size": ("holdout_tokens", "eval_batch_tokens"),
+}  # fmt: skip
+"""Names that knobs had in the configurations of older runs, and what they are called now."""
+RENAMED_VALUES = {("quantizer", "grid"): "rtn", ("quantizer", "fit"): "waterfill"}
+
+
+def current_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of an older run by their names and values of today."""
+    renamed = {new: value for knob, value in knobs.items() for new in RENAMED_KNOBS.get(knob, (knob,))}
+    return {
+        knob: RENAMED_VALUES.get((knob, value), value) if isinstance(value, str) else value
+        for knob, value in renamed.items()
+    }
+
+
 def config_from_dict(sections: Mapping[str, Mapping[str, Any]]) -> Config:
-    """Inverse of config_dict."""
-    return with_knobs(Config(), {knob: value for part in sections.values() for knob, value in part.items()})
+    """Inverse of config_dict; reads the configurations of older runs too."""
+    return with_knobs(
+        Config(), current_knobs({knob: value for part in sections.values() for knob, value in part.items()})
+    )
 
 
 def config_hash(config: Config) -> str:

@@ -7,31 +7,32 @@ LOCAL: dict[str, Any] = dict(
     compile="auto", vocab_size=2048, num_layers=2, model_dim=160, num_heads=4, num_kv_heads=2, mlp_mult=2.5,
     bigram_vocab_size=1024, bigram_dim=32, train_seq_len=128, max_wallclock_seconds=180.0,
     train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
-    swa_start=0.94, swa_snapshots=16, val_loss_every=0, train_log_every=100, val_batch_size=16_384, embed_bits=5,
-    qat_enabled=False, prune_frac=0.0, quantizer="fit", codec="rans", calibration_tokens=32_768,
+    swa_start=0.94, swa_snapshots=16, holdout_every=0, train_log_every=100, holdout_tokens=16_384,
+    eval_batch_tokens=16_384, embed_bits=5,
+    qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="rans", calibration_tokens=32_768,
     calibration_reserve=6.0, reserve_bytes=1_000, eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
 )  # fmt: skip
 
 BASELINE: dict[str, Any] = dict(
     num_layers=9, mlp_mult=2.0, bigram_vocab_size=0, bigram_dim=0, smear_gate=False, resid_mix_init="stream",
     matrix_init="uniform", train_seq_len=1024, train_batch_tokens=524_288, micro_batch_tokens=65_536,
-    warmdown_fraction=0.09, warmdown_shape="linear", matrix_lr=0.04, tied_embed_lr=0.05, scalar_lr=0.04,
+    warmdown_fraction=0.09, warmdown_shape="linear", matrix_lr=0.04, embed_lr=0.05, scalar_lr=0.04,
     muon_momentum=0.95, muon_momentum_start=0.85, muon_momentum_warmup_fraction=0.036, muon_weight_decay=0.0,
     embed_weight_decay=0.0, scalar_weight_decay=0.0, grad_clip_norm=0.0, swa_enabled=False, qat_enabled=False,
-    mlp_bits=8, attn_bits=8, bigram_bits=8, embed_bits=8, prune_frac=0.0, quantizer="grid", codec="zlib",
-    eval_seq_len=1024, eval_stride=1024, eval_rope="none", val_loss_every=1000, train_log_every=200, seed=1337,
+    mlp_bits=8, attn_bits=8, bigram_bits=8, embed_bits=8, prune_frac=0.0, quantizer="rtn", codec="zlib",
+    eval_seq_len=1024, eval_stride=1024, eval_rope="none", holdout_every=1000, train_log_every=200, seed=1337,
 )  # fmt: skip
 
 BASELINE_LOCAL: dict[str, Any] = LOCAL | BASELINE | dict(
     vocab_size=1024, num_layers=3, model_dim=128, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
-    val_loss_every=0, train_log_every=100, reserve_bytes=10_000, eval_seq_len=256, eval_stride=256,
+    holdout_every=0, train_log_every=100, reserve_bytes=10_000, eval_seq_len=256, eval_stride=256,
 )  # fmt: skip
 
 STORIES: dict[str, Any] = LOCAL | dict(
     vocab_size=0, num_layers=6, model_dim=192, num_heads=6, num_kv_heads=6, mlp_mult=4.0, bigram_vocab_size=0,
     bigram_dim=0, smear_gate=False, train_seq_len=256, train_batch_tokens=1024, micro_batch_tokens=1024,
     max_wallclock_seconds=300.0, qat_enabled=False, mlp_bits=8, attn_bits=8, embed_bits=16, prune_frac=0.0,
-    quantizer="grid", codec="lzma", reserve_bytes=10_000, limit_bytes=4_000_000, eval_seq_len=256, eval_stride=256,
+    quantizer="rtn", codec="lzma", reserve_bytes=10_000, limit_bytes=4_000_000, eval_seq_len=256, eval_stride=256,
     eval_rope="none", eval_batch_seqs=8,
 )  # fmt: skip
 
@@ -52,8 +53,11 @@ RETIRED_KNOBS = {
     "WEIGHT_DECAY": "muon_weight_decay, embed_weight_decay and scalar_weight_decay",
     "SWA_START_FRAC": "swa_start (a share of the budget, not of the learning rate)",
     "SWA_EVERY": "swa_snapshots",
-    "EMBED_LR": "tied_embed_lr (the embedding's and the head's)",
-    "HEAD_LR": "tied_embed_lr (the embedding's and the head's)",
+    "HEAD_LR": "embed_lr (the embedding's and the head's)",
+    "TIED_EMBED_LR": "embed_lr (the embedding's and the head's)",
+    "VAL_LOSS_EVERY": "holdout_every (training text that is held out: validation text is closed until it is scored)",
+    "VAL_BATCH_SIZE": "holdout_tokens and eval_batch_tokens",
+    "RATE_WEIGHT": "rd_lambda",
     "SKIP_ROUNDTRIP_EVAL": "nothing: a run without a measured score is not a run",
     "CONTROL_TENSOR_NAME_PATTERNS": "nothing: vectors train in their own group by shape",
     "FP16_KEEP_NAME_PATTERNS": "embed_bits=16",

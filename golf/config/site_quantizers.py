@@ -177,14 +177,14 @@ def site_rules(model: Any, quant: Any, knowledge_frozen: bool) -> list[tuple[boo
             "qat_enabled=1 has nothing to act on: all bits are 16 and no weight_* is set",
         ),
         (
-            not weights or (quant.quantizer, quant.prune_frac) == ("grid", 0),
-            "weight_* have grids of their own: set quantizer=grid and prune_frac=0",
+            not weights or (quant.quantizer, quant.prune_frac) == ("rtn", 0),
+            "weight_* have grids of their own: set quantizer=rtn and prune_frac=0",
         ),
         (
             "head" not in weights or not model.tie_embeddings,
             "weight_head needs tie_embeddings=0: a tied head is the embedding's, which weight_embed quantizes",
         ),
-        (model.tie_embeddings or quant.quantizer == "grid", "quantizer=fit knows tied embeddings alone"),
+        (model.tie_embeddings or quant.quantizer == "rtn", "quantizer=waterfill knows tied embeddings alone"),
         (
             hidden is None or hidden.low < 0 or bool(hidden.squash) or model.mlp_activation in ("relu2", "sigmoid"),
             f"act_hidden={model.act_hidden} is for values that are never negative, which mlp_activation="

@@ -34,7 +34,7 @@ class TokenStream:
         if 10 * held_out > self.starts[-1]:
             raise DataError(
                 f"{self.starts[-1]} training tokens are too few to hold {held_out} out of them: "
-                "set val_loss_every=0, or a smaller val_batch_size"
+                "set holdout_every=0, or a smaller holdout_tokens"
             )
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class TokenStream:
         rest = np.concatenate([shard[max(0, len(self) - start) :] for start, shard in pairs])
         starts = np.flatnonzero(rest[:-1] == bos_id)  # one with a token to score
         if not len(starts):
-            raise DataError(f"no document starts in the last {self.held_out} training tokens: set val_loss_every=0")
+            raise DataError(f"no document starts in the last {self.held_out} training tokens: set holdout_every=0")
         return rest[starts[0] :]
 
     def tokens(self, start: int, count: int) -> np.ndarray:

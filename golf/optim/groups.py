@@ -44,7 +44,7 @@ class Optimizers:
             torch.compile(newton_schulz, dynamic=False, fullgraph=True) if compile_muon else newton_schulz,
         )
         self.all = [
-            torch.optim.AdamW(tables, lr=config.tied_embed_lr, weight_decay=config.embed_weight_decay, **adam),
+            torch.optim.AdamW(tables, lr=config.embed_lr, weight_decay=config.embed_weight_decay, **adam),
             self.muon,
             torch.optim.AdamW(vectors, lr=config.scalar_lr, weight_decay=config.scalar_weight_decay, **adam),
         ]

@@ -28,7 +28,7 @@ class Budget:
 def training_budget(config: Config) -> Budget:
     """Of optimizer steps: the wall clock's cap, less what calibration will need of it."""
     seconds = config.train.max_wallclock_seconds
-    if seconds and config.quant.quantizer == "fit":
+    if seconds and config.quant.quantizer == "waterfill":
         assert seconds > config.quant.calibration_reserve  # check_config refuses the rest; 0 would be no limit
         seconds -= config.quant.calibration_reserve
     return Budget(config.train.iterations, seconds)

@@ -179,7 +179,7 @@ def calibrate_within(
         tokens += batch_NT.numel()
     for part in (tokens, *(part for sums in recorder.sums.values() for part in sums.parts())):
         runtime.sum_over_ranks(part)
-    return settle_statistics(recorder, int(tokens)), int(tokens)
+    return finalize_statistics(recorder, int(tokens)), int(tokens)
 
 
 def collect_hessians(model: GPT, rows_NT: Tensor, batch_rows: int = 8) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ def collect_hessians(model: GPT, rows_NT: Tensor, batch_rows: int = 8) -> dict[s
     return {name: (part.hessian_CC / part.weight).cpu() for name, part in sums.items() if part.weight > 0}
 
 
-def settle_statistics(recorder: MomentRecorder, tokens: int) -> dict[str, LayerStatistics]:
+def finalize_statistics(recorder: MomentRecorder, tokens: int) -> dict[str, LayerStatistics]:
     """From sums to what they say of each weight. Raises QuantError."""
     statistics = {}
     for name, module in recorder.modules.items():

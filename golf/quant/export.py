@@ -107,6 +107,6 @@ def quantize_state(
 
 def quantized_parameters(shapes: Mapping[str, Sequence[int]], quant: QuantConfig) -> int:
     """How many parameters `quant` puts on a grid; the rest is exported as fp16."""
-    if quant.quantizer == "fit":
+    if quant.quantizer == "waterfill":
         return sum(prod(shape) for name, shape in shapes.items() if tensor_class(name, shape) != "small")
     return sum(prod(shape) for name, shape in shapes.items() if bits_of(name, shape, quant) < FP16_BITS)

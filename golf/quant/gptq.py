@@ -44,11 +44,11 @@ class GptqOptions:
     """Columns between two updates of all columns that are left. No effect on the result."""
     act_order: bool = True
     """Columns in descending order of H's diagonal; off: from left to right."""
-    rate_weight: float = 0.0
+    rd_lambda: float = 0.0
     """How much a code's bits count in its choice; 1: as much as they cost in error where the step is made finer."""
     rate_slope: float | None = None
-    """Error per bit in the unit of H (and row_weight_R), instead of that of rate_weight = 1, for one price in many
-    tensors; times rate_weight."""
+    """Error per bit in the unit of H (and row_weight_R), instead of that of rd_lambda = 1, for one price in many
+    tensors; times rd_lambda."""
     descent_passes: int = 0
     """Passes of coordinate descent after GPTQ. Three lower the error by 1 % with steps for rows, by 4 to 6 % with steps
     for columns, at equal entropy."""
@@ -258,7 +258,7 @@ def rate_price(problem: GptqProblem, level_RC: Tensor, grid: ColumnGrid, options
         power_C[problem.order] = problem.factor_CC.diagonal().square().reciprocal()
         slope = float(HIGH_RATE_SLOPE * (weight_R[:, None] * step_SC.square() * power_C).mean())
     most = grid_clip(grid.spec.bits) if zero_SG is None else 2**grid.spec.bits - 1
-    return RatePrice(learn_costs(level_RC, most), (options.rate_weight * slope / weight_R.clamp(min=1e-300))[None])
+    return RatePrice(learn_costs(level_RC, most), (options.rd_lambda * slope / weight_R.clamp(min=1e-300))[None])
 
 
 def quantize_matrix(
@@ -281,7 +281,7 @@ def quantize_matrix(
     problem = gptq_problem(weight_RC, hessian_CC, options)
     grid = ColumnGrid(weight_RC, spec, scales)
     level_RC, price = problem.round_columns(grid), None
-    if options.rate_weight > 0 and not (spec.bits == 1 and spec.symmetric):
+    if options.rd_lambda > 0 and not (spec.bits == 1 and spec.symmetric):
         for _ in range(options.rate_passes):
             price = rate_price(problem, level_RC, grid, options)
             grid = ColumnGrid(weight_RC, spec, scales)
@@ -295,8 +295,8 @@ def check_quantizable(weight_RC: Tensor, spec: QuantSpec, options: GptqOptions, 
     if weight_RC.dim() != 2 or not weight_RC.numel():
         raise QuantError(f"weights of shape {tuple(weight_RC.shape)} are no matrix to quantize")
     check_finite(weight_RC, "the weight matrix")
-    if not (options.damping > 0 and options.block > 0 and options.rate_weight >= 0 and options.rate_passes > 0):
-        raise QuantError("damping, block and rate_passes are above 0, rate_weight is not below 0")
+    if not (options.damping > 0 and options.block > 0 and options.rd_lambda >= 0 and options.rate_passes > 0):
+        raise QuantError("damping, block and rate_passes are above 0, rd_lambda is not below 0")
     if scales is not None:
         check_step_sizes(scales, *weight_RC.shape)
         if not spec.symmetric:

@@ -81,7 +81,7 @@ WIDEST = QuantSpec(8)
 """Codes are as large as int8 holds: the coder pays for what is used."""
 CODE_ROOM = 0.9
 """Share of the largest code that the weights as they were may reach: error feedback moves them."""
-RATE_WEIGHT = 0.15
+RD_LAMBDA = 0.15
 """What a code's bits count beside its error. In theory 1; but codes that are all moved towards zero have errors that
 add up, and the divergence from the unquantized model is least near this (docs/LOG.md)."""
 LEAST_ROW_WEIGHT = 1e-4
@@ -115,23 +115,21 @@ class PreparedMatrix:
         row_R = torch.maximum(row_R, most_R / (CODE_ROOM * grid_clip(WIDEST.bits)))
         return StepSizes(nearest_on_log_grid(row_R).unsqueeze(1), column_C)
 
-    def quantize(self, level: float, rate_weight: float = RATE_WEIGHT, trellis: bool = True) -> QuantizedTensor:
+    def quantize(self, level: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True) -> QuantizedTensor:
         """GPTQ with the steps of `level`, each code chosen by its error and its bits at the price that the level stands
         for; or, where that costs less, the codes of a trellis (its search takes ten times as long)."""
         scales = self.step_sizes(level)
-        plain = self.quantize_plain(scales, level, rate_weight)
+        plain = self.quantize_plain(scales, level, rd_lambda)
         if not trellis:
             return plain
         woven = quantize_trellis(self.weight_RC, self.problem.factor_CC, scales)
         return min(plain, woven, key=lambda entry: self.cost(entry, level))
 
-    def quantize_plain(self, scales: StepSizes, level: float, rate_weight: float) -> QuantizedTensor:
-        options = GptqOptions(
-            rate_weight=rate_weight, rate_slope=HIGH_RATE_SLOPE * level, row_weight_R=self.row_weight_R
-        )
+    def quantize_plain(self, scales: StepSizes, level: float, rd_lambda: float) -> QuantizedTensor:
+        options = GptqOptions(rd_lambda=rd_lambda, rate_slope=HIGH_RATE_SLOPE * level, row_weight_R=self.row_weight_R)
         grid = ColumnGrid(self.weight_RC, WIDEST, scales)
         level_RC, price = self.problem.round_columns(grid), None
-        for _ in range(options.rate_passes if rate_weight else 0):
+        for _ in range(options.rate_passes if rd_lambda else 0):
             price = rate_price(self.problem, level_RC, grid, options)
             level_RC = self.problem.round_columns(grid, price)
         level_RC = self.problem.descend(level_RC, grid, price)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from golf.config.config import UserError
-from golf.run.witness import Witness
+from golf.run.feature_audit import FeatureAudit
 from golf.runtime import replacing
 
 CHECKPOINT_NAME = re.compile(r"step(\d{7})-rank(\d+)of(\d+)\.safetensors")
@@ -132,7 +132,7 @@ def read_checkpoint(files: list[Path]) -> TrainingState:
     return TrainingState(tensors, numbers)
 
 
-def final_weights(state: TrainingState, witness: Witness) -> dict[str, Tensor]:
+def final_weights(state: TrainingState, audit: FeatureAudit) -> dict[str, Tensor]:
     """The mean of the snapshots where at least two were taken, else the last weights."""
     last, mean = (
         {name.removeprefix(kind): tensor for name, tensor in state.tensors.items() if name.startswith(kind)}
@@ -141,16 +141,16 @@ def final_weights(state: TrainingState, witness: Witness) -> dict[str, Tensor]:
     snapshots = state.numbers["average"][0]
     if snapshots >= 2:
         moved = max((mean[name] - last[name]).abs().max().item() for name in last)
-        witness.prove("swa", moved > 0, f"mean of {snapshots} snapshots, at most {moved:.3g} from the last weights")
+        audit.verify("swa", moved > 0, f"mean of {snapshots} snapshots, at most {moved:.3g} from the last weights")
     return mean if snapshots >= 2 else last
 
 
-def prove_learned_features(weights: dict[str, Tensor], steps: int, witness: Witness) -> dict[str, Any]:
+def prove_learned_features(weights: dict[str, Tensor], steps: int, audit: FeatureAudit) -> dict[str, Any]:
     """Features that act by what they learn: they act in every step, and their weights must have moved from zero."""
     for feature, name in (("smear_gate", "smear.gate"), ("bigram_hash", "bigram.embed.weight")):
         if name in weights:
             moved = int((weights[name] != 0).sum())
-            witness.act(feature, 1)
-            witness.act(feature, steps, steps - 1)
-            witness.prove(feature, moved > 0, f"{moved} of {weights[name].numel()} weights moved from zero")
-    return witness.record()
+            audit.count(feature, 1)
+            audit.count(feature, steps, steps - 1)
+            audit.verify(feature, moved > 0, f"{moved} of {weights[name].numel()} weights moved from zero")
+    return audit.record()

@@ -94,7 +94,7 @@ def open_training_data(config: Config) -> TrainingData:
     tokenizer = load_tokenizer(config.data.tokenizer_path)
     check_vocabulary(config, tokenizer)
     shards = find_shards(config.data.data_path, "train")
-    held_out = config.train.val_batch_size if config.train.val_loss_every else 0
+    held_out = config.train.holdout_tokens if config.train.holdout_every else 0
     stream = TokenStream(shards, held_out)
     if held_out:
         stream.held_out_tokens(config.model.bos_id)  # so that it fails now, and not after hours

@@ -66,7 +66,7 @@ class Ledger:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Write down the phase in progress up to now."""
         now = self.now()
         self.write({"session": self.session, "phase": self.phase_name, "seconds": now - self.mark})
@@ -76,12 +76,12 @@ class Ledger:
     def phase(self, name: str) -> Iterator[None]:
         """Time inside belongs to `name`, and to nothing else."""
         assert name in PHASES, name
-        self.settle()
+        self.flush()
         outer, self.phase_name = self.phase_name, name
         try:
             yield
         finally:
-            self.settle()
+            self.flush()
             self.phase_name = outer
 
     def seconds(self, phase: str) -> float:
@@ -89,7 +89,7 @@ class Ledger:
 
     def summary(self) -> dict[str, Any]:
         """For result.json: phases, and sums under both conventions. Settles first."""
-        self.settle()
+        self.flush()
         phases = [
             {"phase": name, "seconds": self.seconds(name), "script": script, "process": process}
             for name, (script, process) in PHASES.items()

@@ -20,9 +20,9 @@ from golf.score.scorer import Score
 
 
 def quantization_name(quant: QuantConfig) -> str:
-    """int8 where MLP and attention share a width, int5int6 where they do not; fit where steps fill the limit."""
-    if quant.quantizer == "fit":
-        return "fit"
+    """int8 where MLP and attention share a width, int5int6 where they do not; waterfill where steps fill the limit."""
+    if quant.quantizer == "waterfill":
+        return "waterfill"
     return f"int{quant.mlp_bits}" + (f"int{quant.attn_bits}" if quant.attn_bits != quant.mlp_bits else "")
 
 
@@ -47,7 +47,7 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
         *low_bit_lines(model, quant),
         f"world_size:{runtime.world_size} grad_accum_steps:{trainer.micro_steps}",
         f"attention_mode:gqa num_heads:{model.num_heads} num_kv_heads:{model.num_kv_heads}",
-        f"tie_embeddings:{model.tie_embeddings} embed_lr:{optim.tied_embed_lr} head_lr:0.0 matrix_lr:{optim.matrix_lr} "
+        f"tie_embeddings:{model.tie_embeddings} embed_lr:{optim.embed_lr} head_lr:0.0 matrix_lr:{optim.matrix_lr} "
         f"scalar_lr:{optim.scalar_lr}",
         f"train_batch_tokens:{train.train_batch_tokens} train_seq_len:{model.train_seq_len} "
         f"iterations:{train.iterations} warmup_steps:{train.warmup_steps} "

@@ -25,7 +25,7 @@ class ParityError(UserError):
 
 
 @torch.no_grad()
-def trained_record(
+def parity_row(
     weights: Mapping[str, Tensor] | None, stored: QuantizedState, config: Config, ids: list[int], runtime: Runtime
 ) -> dict[str, Any]:
     """parity.json: a row of training text, and the nats of its tokens by the trained weights, through the forward

@@ -28,7 +28,7 @@ class RehearsalError(UserError):
 def quantize_once(trainer: Trainer) -> QuantizedState:
     """The untrained weights as they would be stored, calibrated on a few rows where the run will calibrate."""
     config, state = trainer.config, trainer.model.state_dict()
-    if config.quant.quantizer == "grid":
+    if config.quant.quantizer == "rtn":
         return quantize_state(prune_state(state, config.quant)[0], config.quant)
     alone = replace(trainer.runtime, rank=0, world_size=1)
     calibration = calibrate_run(state, config, trainer.batches.stream, alone, rows=REHEARSED_ROWS)

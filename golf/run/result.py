@@ -12,10 +12,10 @@ from golf.artifact.container import read_artifact
 from golf.artifact.fill_limit import FittedArtifact
 from golf.config.config import Config, config_hash
 from golf.data.tokenizer import TextTokenizer
+from golf.run.feature_audit import FeatureAudit
 from golf.run.log_lines import machine_description
 from golf.run.session import Session
 from golf.run.trainer import Trainer
-from golf.run.witness import Witness
 from golf.score.scorer import Score
 
 
@@ -91,32 +91,32 @@ def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str
     }
 
 
-def full_witness(config: Config, session: Session) -> Witness:
-    """The witness of training and averaging, with what the later stages tell."""
+def full_audit(config: Config, session: Session) -> FeatureAudit:
+    """The feature audit of training and averaging, with what the later stages tell."""
     folder = session.folder
-    witness = Witness(config, folder.load_json(folder.effects))
+    audit = FeatureAudit(config, folder.load_json(folder.effects))
     pruned, reloaded = folder.load_json(folder.pruning), folder.load_json(folder.reload)
     if config.quant.prune_frac > 0:
-        witness.act("prune", count=pruned["pruned_codes"])
-        witness.prove(
+        audit.count("prune", count=pruned["pruned_codes"])
+        audit.verify(
             "prune", pruned["pruned_codes"] > 0, f"changed {pruned['pruned_codes']} of {pruned['codes']} codes"
         )
-    if config.quant.quantizer == "fit":
+    if config.quant.quantizer == "waterfill":
         moved = pruned["codes_not_nearest"]
-        witness.act("calibration", count=pruned["calibration_tokens"])
-        witness.prove("calibration", moved > 0, f"{moved} codes are not the nearest to their weights")
+        audit.count("calibration", count=pruned["calibration_tokens"])
+        audit.verify("calibration", moved > 0, f"{moved} codes are not the nearest to their weights")
     if config.score.eval_rope == "ntk":
-        witness.act("ntk_rope", count=folder.load_json(folder.score)["eval_windows"])
+        audit.count("ntk_rope", count=folder.load_json(folder.score)["eval_windows"])
         effect = reloaded["ntk_effect"]
-        witness.prove("ntk_rope", effect > 0, f"changes a token's nats by up to {effect:.3g}")
-    return witness
+        audit.verify("ntk_rope", effect > 0, f"changes a token's nats by up to {effect:.3g}")
+    return audit
 
 
 def build_result(config: Config, session: Session, probed: bool) -> dict[str, Any]:
     """All figures of the run; `findings` is empty when it is valid. `probed`: the legality probes did not break."""
     folder, runtime = session.folder, session.runtime
     artifact, code = read_artifact(folder.artifact), folder.code.read_bytes()
-    witness = full_witness(config, session)
+    audit = full_audit(config, session)
     figures = {
         "run_id": folder.path.name,
         "preset": config.run.preset,
@@ -143,11 +143,11 @@ def build_result(config: Config, session: Session, probed: bool) -> dict[str, An
         "python": platform.python_version(),
         "resumes": len({row["session"] for row in session.ledger.rows}) - 1,
         "fingerprint": folder.load_json(folder.machine),
-        "witness": witness.record(),
+        "witness": audit.record(),
         "parity": folder.load_json(folder.reload)["parity"],
         "probes": folder.load_json(folder.probes) if folder.probes.exists() else {},
         "ledger": session.ledger.summary(),
     }
     broken = [] if probed else ["tools/check_run.py could not probe the score; see its message"]
-    findings = [*witness.findings(), *run_findings(figures), *broken]
+    findings = [*audit.findings(), *run_findings(figures), *broken]
     return figures | {"valid": not findings, "findings": findings}

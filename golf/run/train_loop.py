@@ -38,7 +38,7 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
     progress, saved_at, report = ProgressLine(shown=runtime.is_main), trainer.clock.seconds, None
     for report in trainer.steps(lambda: session.interruption.requested):
         tell(report, trainer, folder, progress)
-        if config.train.val_loss_every and report.step % config.train.val_loss_every == 0:
+        if config.train.holdout_every and report.step % config.train.holdout_every == 0:
             with session.ledger.phase("hold out"):
                 look(trainer, data, report, folder)
         if trainer.stop_agreed:
@@ -53,7 +53,7 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
             with trainer.clock:  # the copy holds up the training, so it counts
                 writer.write(trainer.state(), report.step)
             saved_at = report.elapsed
-            session.ledger.settle()
+            session.ledger.flush()
     progress.clear()
     if report and (report.step < config.train.iterations or not config.train.iterations):
         runtime.print(stop_line(report, config))
@@ -73,12 +73,12 @@ def tell(report: StepReport, trainer: Trainer, folder: RunFolder, progress: Prog
 def look(trainer: Trainer, data: TrainingData, report: StepReport, folder: RunFolder) -> None:
     """Score the weights as they are on training text that was held out. It says nothing of the artifact's score."""
     config, runtime, model = trainer.config, trainer.runtime, trainer.config.model
-    rows = max(1, config.train.val_batch_size // model.train_seq_len // runtime.world_size)
+    rows = max(1, config.train.eval_batch_tokens // model.train_seq_len // runtime.world_size)
     tokens = data.stream.held_out_tokens(model.bos_id)
     table, settings = ByteTable(data.tokenizer), plain_settings(model, rows)
     score = score_stream(trainer.model, tokens, table, settings, runtime, announce=False)
     runtime.print(holdout_line(score, report, config))
     if runtime.is_main:
         folder.append_metrics({"step": report.step, "elapsed": report.elapsed, "holdout_loss": score.val_loss})
-    trainer.witness.act("validation", report.step)
-    trainer.witness.prove("validation", score.nats > 0, f"{score.val_loss:.4f} nats per held-out token")
+    trainer.audit.count("validation", report.step)
+    trainer.audit.verify("validation", score.nats > 0, f"{score.val_loss:.4f} nats per held-out token")

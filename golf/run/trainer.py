@@ -28,14 +28,14 @@ from golf.quant.qat import (
 )
 from golf.quant.site_grid import activation_calls
 from golf.run.checkpoint import TrainingState, generator_tensors, restore_generators
-from golf.run.witness import Witness
+from golf.run.feature_audit import FeatureAudit
 from golf.runtime import Runtime, Stopwatch
 
 STEP_MARGIN = 1.5
 """A step may take so many times the longest of the last hundred: the cap holds on a machine that stumbles."""
 
 MODEL_FEATURES = {"document_attention", "attention_window", "activation_quantizers", "knowledge_tokens"}
-"""Of the witness: they act in every step."""
+"""Of the audit: they act in every step."""
 
 
 class TrainingError(UserError):
@@ -76,7 +76,7 @@ class Trainer:
         self.micro_steps = count_micro_steps(config, runtime.world_size)
         self.clock = clock or Stopwatch()
         self.recent_seconds: deque[float] = deque([0.0], maxlen=100)
-        self.witness = Witness(config)
+        self.audit = FeatureAudit(config)
         self.fake_quantized, self.seq_len = False, config.model.train_seq_len
         self.step = self.averaged_step = 0
         self.lost_seconds = 0.0
@@ -121,8 +121,8 @@ class Trainer:
         self.set_fake_quantization(True)
         holds = abs(compiled - on) < abs(off - on) / 2
         if not holds:
-            self.runtime.print("witness: the compiled step does not see the quantization grid: this run is INVALID")
-        self.witness.prove("qat", holds, f"loss without the grid {off:.6f}, on it {on:.6f}, compiled {compiled:.6f}")
+            self.runtime.print("feature audit: the compiled step does not see the quantization grid: this run is INVALID")
+        self.audit.verify("qat", holds, f"loss without the grid {off:.6f}, on it {on:.6f}, compiled {compiled:.6f}")
 
     def prove_model_features(self) -> None:
         """The step as it is compiled must have what the model is configured with."""
@@ -141,7 +141,7 @@ class Trainer:
         batches = (batch for step in range(100) for batch in self.micro_batches(step))
         batch = next((batch for batch in batches if (batch[0][:, 1:] == self.config.model.bos_id).any()), None)
         if batch is None:
-            self.witness.prove("document_attention", False, "no row of 100 batches holds the start of a document")
+            self.audit.verify("document_attention", False, "no row of 100 batches holds the start of a document")
         else:
             self.prove_effect("document_attention", batch, changed_model(self.model, document_attention=False))
 
@@ -156,7 +156,7 @@ class Trainer:
             with without_activation_quantizers(self.model):
                 off = self.model(*batch).item()
         effect = f"{calls} calls of {sites} quantizers in a compiled step, loss with them {on:.6f}, without {off:.6f}"
-        self.witness.prove("activation_quantizers", calls == sites and on != off, effect)
+        self.audit.verify("activation_quantizers", calls == sites and on != off, effect)
 
     def prove_effect(self, feature: str, batch: tuple[Tensor, Tensor], without: AbstractContextManager[None]) -> None:
         """The compiled loss is that of the model, and not that of the model `without` the feature."""
@@ -166,7 +166,7 @@ class Trainer:
             with without:
                 off = self.model(*batch).item()
         effect = f"loss with it {on:.6f}, without {off:.6f}, compiled {compiled:.6f}"
-        self.witness.prove(feature, abs(compiled - on) < abs(off - on) / 2, effect)
+        self.audit.verify(feature, abs(compiled - on) < abs(off - on) / 2, effect)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """inputs_BT and targets_BT of each forward pass of `step`; its tokens are the same for rows of every length."""
@@ -209,14 +209,14 @@ class Trainer:
             elapsed, self.stop_agreed = now, stop > 0
             loss = train_loss.item()
             if not math.isfinite(loss):  # the same on every rank, so all stop
-                raise TrainingError(f"the loss is {loss} at step {self.step}: lower matrix_lr or tied_embed_lr")
+                raise TrainingError(f"the loss is {loss} at step {self.step}: lower matrix_lr or embed_lr")
             self.note_acts(progress, gradient_norm)
             yield StepReport(self.step, loss, elapsed, self.budget.progress(self.step, elapsed), lr_scale)
 
     def observe(self, progress: float) -> None:
         """Let the average take a snapshot if one is due."""
         if self.average.observe(self.model, progress):
-            self.witness.act("swa", self.step)
+            self.audit.count("swa", self.step)
             self.averaged_step = self.step
 
     def take_step(self, progress: float) -> tuple[Tensor, Tensor | None, float]:
@@ -229,28 +229,28 @@ class Trainer:
         return train_loss, norm, lr_scale
 
     def note_acts(self, progress: float, gradient_norm: Tensor | None) -> None:
-        """Tell the witness what acted in the step that is over."""
+        """Tell the audit what acted in the step that is over."""
         optim, step = self.config.optim, self.step
         if self.fake_quantized:
-            self.witness.act("qat", step)
-        for feature in MODEL_FEATURES & self.witness.advice.keys():
-            self.witness.act(feature, step)
+            self.audit.count("qat", step)
+        for feature in MODEL_FEATURES & self.audit.advice.keys():
+            self.audit.count(feature, step)
         if (short := self.config.train.short_seq_len) == self.seq_len:
-            self.witness.act("short_seq", step)
+            self.audit.count("short_seq", step)
         elif short:
-            self.witness.prove("short_seq", True, f"rows of {short} tokens, then of {self.seq_len}")
+            self.audit.verify("short_seq", True, f"rows of {short} tokens, then of {self.seq_len}")
         lr_scale = learning_rate_scale(progress, self.config.train)
         if lr_scale < 1:
-            self.witness.act("warmdown", step)
-            self.witness.prove("warmdown", True, f"learning rate down to {lr_scale:.4f} of its height")
+            self.audit.count("warmdown", step)
+            self.audit.verify("warmdown", True, f"learning rate down to {lr_scale:.4f} of its height")
         momentum = muon_momentum(progress, optim)
-        if momentum != optim.muon_momentum and "muon_momentum_warmup" in self.witness.testimonies:
-            self.witness.act("muon_momentum_warmup", step)
+        if momentum != optim.muon_momentum and "muon_momentum_warmup" in self.audit.records:
+            self.audit.count("muon_momentum_warmup", step)
             effect = f"momentum from {optim.muon_momentum_start} to {momentum:.4f}"
-            self.witness.prove("muon_momentum_warmup", True, effect)
+            self.audit.verify("muon_momentum_warmup", True, effect)
         if gradient_norm is not None and (norm := gradient_norm.item()) > optim.grad_clip_norm:
-            self.witness.act("grad_clip", step)
-            self.witness.prove("grad_clip", True, f"norm {norm:.3f} cut to {optim.grad_clip_norm}")
+            self.audit.count("grad_clip", step)
+            self.audit.verify("grad_clip", True, f"norm {norm:.3f} cut to {optim.grad_clip_norm}")
 
     def finish(self) -> None:
         """The last weights count in the average, however early the cap struck."""
@@ -273,7 +273,7 @@ class Trainer:
             "lost_seconds": self.lost_seconds,
             "recent_seconds": list(self.recent_seconds),
             "average": [self.average.count, self.average.slots_used, self.averaged_step],
-            "witness": self.witness.record(),
+            "witness": self.audit.record(),
         }
         return TrainingState(tensors, numbers)
 
@@ -293,7 +293,7 @@ class Trainer:
         self.step, self.clock.total = numbers["step"], max(numbers["elapsed"], latest)
         self.lost_seconds = numbers["lost_seconds"] + self.clock.total - numbers["elapsed"]
         self.recent_seconds.extend(numbers["recent_seconds"])
-        self.witness = Witness(self.config, numbers["witness"])
+        self.audit = FeatureAudit(self.config, numbers["witness"])
 
 
 @contextmanager

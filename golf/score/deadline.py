@@ -33,7 +33,7 @@ def forecast_seconds(
     return runtime.max_over_ranks(seconds)[0]
 
 
-def settle_stride(
+def choose_stride(
     model: GPT,
     tokens: np.ndarray,
     byte_table: ByteTable,

@@ -16,7 +16,7 @@ from golf.data.sidecar import StreamBytes, validation_bytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.quant.qat import quantized_gpt
 from golf.runtime import Runtime
-from golf.score.deadline import settle_stride
+from golf.score.deadline import choose_stride
 from golf.score.journal import ScoreJournal
 from golf.score.scorer import (
     Score,
@@ -105,7 +105,7 @@ def score_artifact(
     if 0 < largest == -smallest:  # all ranks can go on, and with the same windows
         settings = replace(settings, stride=stride)
     else:
-        settings = settle_stride(model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds, started)
+        settings = choose_stride(model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds, started)
     preparing = time.perf_counter() - started
     if journal:
         journal.start(subject | {"stride": settings.stride}, preparing)

@@ -169,11 +169,11 @@ def weight_operand(name: str, shape: tuple[int, ...], quant: QuantConfig, float_
     """(text, kind) of a stored matrix; a fit's steps differ by column, so its weights come back to floats first."""
     if quantizer := weight_site(name, quant):
         return quantizer.text, code_kind(quantizer)
-    bits, is_fit = bits_of(name, shape, quant), quant.quantizer == "fit"
+    bits, is_fit = bits_of(name, shape, quant), quant.quantizer == "waterfill"
     if tensor_class(name, shape) == "small" or (bits == FP16_BITS and not is_fit):
         return float_kind, float_kind
     if is_fit:
-        return "fit", float_kind
+        return "waterfill", float_kind
     return f"grid{bits}", SIGNS if grid_clip(bits) == 1 else INTEGERS
 
 
@@ -234,8 +234,8 @@ def scope_lines(model: ModelConfig, quant: QuantConfig, context: int) -> Iterato
     )
     if model.knowledge_tokens:
         yield "knowledge tokens are visible keys; what they cost themselves, once a row, is not counted"
-    if quant.quantizer == "fit":
-        yield "quantizer=fit: steps differ by row and column, so weights count as floats"
+    if quant.quantizer == "waterfill":
+        yield "quantizer=waterfill: steps differ by row and column, so weights count as floats"
 
 
 def measured_zero_shares(stored: QuantizedState) -> dict[str, float]:

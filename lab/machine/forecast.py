@@ -38,8 +38,8 @@ def forecast_bytes(model: ModelConfig, quant: QuantConfig) -> tuple[int, int]:
 
 
 def forecast_filled_bytes(model: ModelConfig, room: int) -> tuple[int, int]:
-    """Least and most bytes of an artifact that quantizer=fit makes to fill `room`: it does, unless the codes of all
-    weights at their finest take less."""
+    """Least and most bytes of an artifact that quantizer=waterfill makes to fill `room`: it does, unless the codes of
+    all weights at their finest take less."""
     most = sum(prod(shape) for shape in expected_shapes(model).values()) * FINEST_BITS // 8
     return (room - NEAR_ENOUGH, room) if room <= most else (int(most * 0.7), most)
 

@@ -10,8 +10,8 @@ from torch import nn
 from golf.config.config import Config, ConfigError, changed_knobs
 from golf.optim.average import WeightAverage
 from golf.optim.schedule import learning_rate_scale, muon_momentum, training_budget
+from golf.run.feature_audit import armed_features
 from golf.run.trainer import STEP_MARGIN, count_micro_steps
-from golf.run.witness import armed_features
 from golf.score.windows import plan_windows
 from lab.machine.forecast import forecast_bytes, forecast_filled_bytes
 
@@ -45,7 +45,7 @@ class RunPlan:
     config: Config
     step_seconds: float
     source: str  # of the time of a step
-    acts: dict[str, list[Moment]]  # by the witness's names; `muon_momentum`: steps at full momentum; `training`: all
+    acts: dict[str, list[Moment]]  # by the features' names; `muon_momentum`: steps at full momentum; `training`: all
     bytes_model: tuple[int, int]
     bytes_code: int
     scoring_seconds: tuple[float, float] | None
@@ -74,7 +74,7 @@ def plan_run(
         val_tokens = EXPECTED_VAL_TOKENS[config.run.preset]
     scoring = forecast_scoring_seconds(config, val_tokens, step_seconds) if val_tokens else None
     room = config.run.limit_bytes - config.run.reserve_bytes - bytes_code
-    fits = config.quant.quantizer == "fit"
+    fits = config.quant.quantizer == "waterfill"
     bytes_model = forecast_filled_bytes(config.model, room) if fits else forecast_bytes(config.model, config.quant)
     acts = simulate_training(config, step_seconds)
     return RunPlan(config, step_seconds, source, acts, bytes_model, bytes_code, scoring)
@@ -102,7 +102,7 @@ def simulate_training(config: Config, step_seconds: float) -> dict[str, list[Mom
             ("warmdown", begin, learning_rate_scale(begin.progress, train) < 1),
             ("muon_momentum" if warm else "muon_momentum_warmup", begin, True),
             ("swa", end, average.observe(no_model, end.progress)),
-            ("validation", end, train.val_loss_every and step % train.val_loss_every == 0),
+            ("validation", end, train.holdout_every and step % train.holdout_every == 0),
             ("checkpoint", end, 0 < config.run.checkpoint_seconds <= elapsed - saved_at),
         ):
             if acting:

@@ -222,7 +222,7 @@ class Download:
 
         try:
             source = self.hub.fetch(wanted.remote, self.plan.listing.revision, advance)
-            problem, hopeless = self.settle(source, wanted), self.hub.offline
+            problem, hopeless = self.place(source, wanted), self.hub.offline
         except TRANSFER_ERRORS as error:
             if getattr(error, "errno", None) in MACHINE_ERRORS:
                 raise
@@ -234,7 +234,7 @@ class Download:
             self.events.received(-received)
         return problem, hopeless
 
-    def settle(self, source: Path, wanted: WantedFile) -> str:
+    def place(self, source: Path, wanted: WantedFile) -> str:
         """Verify a file of the cache and put it in its place, or forget it. Returns what is wrong with it."""
         part = self.parts_folder(wanted) / wanted.local.name  # a folder: a training run must not see the part
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
 from golf.quant.qat import quantized_gpt
 from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import tensor_class
-from golf.quant.waterfill import RATE_WEIGHT
+from golf.quant.waterfill import RD_LAMBDA
 from golf.runtime import Runtime
 from lab.rates.awq_columns import protected_steps
 from lab.rates.low_rank import correct_worst
@@ -110,10 +110,10 @@ def round_with_protection(given: MethodInput, rate: float) -> QuantizedState:
 
 
 def round_by_level(
-    given: MethodInput, rate: float, rate_weight: float = RATE_WEIGHT, trellis: bool = True
+    given: MethodInput, rate: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True
 ) -> QuantizedState:
     """One water level for all matrices (golf/quant/waterfill.py), 2^-rate nats."""
-    given.search.trellis, given.search.quant = trellis, replace(given.quant, rate_weight=rate_weight)
+    given.search.trellis, given.search.quant = trellis, replace(given.quant, rd_lambda=rd_lambda)
     return given.search.quantize(-rate)
 
 
@@ -136,6 +136,6 @@ METHODS: dict[str, Method] = {
                lambda given, rate: round_by_level(given, rate, 0.0, trellis=False)),
         Method("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,
                lambda given, rate: round_by_level(given, rate, trellis=False)),
-        Method("fit", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
+        Method("waterfill", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
     )
 }  # fmt: skip

@@ -71,7 +71,7 @@ def fit_weights(
         "calibration_seconds": time.perf_counter() - started,
     }  # fmt: skip
     log(f"fit: calibrated on {request.calibration_tokens:,} tokens of {text}: {record['calibration_seconds']:.1f} s")
-    quant = replace(saved.quant, quantizer="fit", codec=request.codec, qat_enabled=False, prune_frac=0.0)
+    quant = replace(saved.quant, quantizer="waterfill", codec=request.codec, qat_enabled=False, prune_frac=0.0)
     if request.target_bpb is None:
         fitted = fit_by_level(
             statistics, saved.state, quant, saved.model, saved.tokenizer_sha256, request.goal_bytes, 0, log,

@@ -143,8 +143,8 @@ A feature that is on and never acts makes a run invalid.{order}
 {parity}"""
 
 
-def step_span(testimony: dict[str, Any]) -> str:
-    first, last = testimony["first"], testimony["last"]
+def step_span(record: dict[str, Any]) -> str:
+    first, last = record["first"], record["last"]
     return "outside of training" if first is None else f"{first:,} to {last:,}"
 
 

@@ -74,7 +74,7 @@ class LegacyStudy:
             for site in sites
         }
         common = {
-            "qat_enabled": str(int(bool(weights))), "quantizer": "grid", "prune_frac": "0",
+            "qat_enabled": str(int(bool(weights))), "quantizer": "rtn", "prune_frac": "0",
             "mlp_activation": "identity" if self.flags[EXTREME_HIDDEN] else "relu2",
         }  # fmt: skip
         return FULL_PRECISION | common | weights | activations

@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-LEARNING_RATES = ("matrix_lr", "tied_embed_lr", "scalar_lr")
+LEARNING_RATES = ("matrix_lr", "embed_lr", "scalar_lr")
 ROW_WORDS = ("name", "extends", "study", "lr_scale", "seed_offset")
 ROUNDING_WORDS = ("name", "source", "methods", "act_order", "calibration_sequences", "quantize_embedding")
 PROFILE_WORDS = ("steps", "stop_step", "look_every", "look_tokens", "val_tokens", "text")

@@ -38,7 +38,7 @@ CUT_OFF_FEATURES = (
     "ntk_rope",
     "prune",
 )
-"""Features of the witness that a schedule cut short, or a way other than train_gpt.py's, leaves out."""
+"""Features of the feature audit that a schedule cut short, or a way other than train_gpt.py's, leaves out."""
 TAIL_SHARE = 0.05
 """Of the steps: the last ones, whose mean is the training loss that is reported."""
 
@@ -66,7 +66,7 @@ class CurveKeeper:
     def look(self, step: int) -> None:
         """Validation loss of the weights as the next step would use them, and their codes."""
         model, tokens = self.trainer.model, step * self.spec.config.train.train_batch_tokens
-        rows = max(1, self.spec.config.train.val_batch_size // model.config.train_seq_len)
+        rows = max(1, self.spec.config.train.eval_batch_tokens // model.config.train_seq_len)
         settings = plain_settings(model.config, min(rows, self.spec.config.score.eval_batch_seqs))
         nats_N, _ = target_nats(model, self.tokens_N1, self.counter, settings, self.trainer.runtime)
         self.rows.append({"step": step, "tokens": tokens, "val_loss": float(nats_N.mean())})
@@ -111,8 +111,8 @@ def run_training(spec: AblationSpec, runtime: Runtime, folder: Path) -> tuple[di
             curve.look(report.step)
     trainer.finish()
     clock.append(time.perf_counter())
-    weights = {name: weight.cpu() for name, weight in final_weights(trainer.state(), trainer.witness).items()}
-    prove_learned_features(weights, trainer.step, trainer.witness)
+    weights = {name: weight.cpu() for name, weight in final_weights(trainer.state(), trainer.audit).items()}
+    prove_learned_features(weights, trainer.step, trainer.audit)
     fitted = pack_coarsened(weights, config.quant, config.model, data.tokenizer.sha256, [])
     if spec.keeps_weights:
         save_weights(folder / "weights.safetensors", weights, config.model, config.quant, data.tokenizer.sha256)
@@ -134,5 +134,5 @@ def run_training(spec: AblationSpec, runtime: Runtime, folder: Path) -> tuple[di
 
 
 def training_findings(trainer: Trainer) -> list[str]:
-    """What the witness says of features that act in the steps themselves."""
-    return [line for line in trainer.witness.findings() if line.split()[0] not in CUT_OFF_FEATURES]
+    """What the feature audit says of features that act in the steps themselves."""
+    return [line for line in trainer.audit.findings() if line.split()[0] not in CUT_OFF_FEATURES]

@@ -9,7 +9,7 @@ from golf.config.site_quantizers import activation_sites
 
 
 @dataclass
-class Testimony:
+class FeatureRecord:
     """What one armed feature did. Steps are those of training, None for features that act elsewhere."""
 
     first: int | None = None
@@ -37,8 +37,8 @@ def armed_features(config: Config) -> dict[str, str]:
         "swa": (config.average.swa_enabled, longer + "lower swa_start"),
         "smear_gate": (model.smear_gate, "set smear_gate=0"),
         "bigram_hash": (model.bigram_vocab_size > 0, "set bigram_vocab_size=0"),
-        "validation": (train.val_loss_every > 0, longer + "set val_loss_every=0"),
-        "calibration": (quant.quantizer == "fit", "set quantizer=grid"),
+        "validation": (train.holdout_every > 0, longer + "set holdout_every=0"),
+        "calibration": (quant.quantizer == "waterfill", "set quantizer=rtn"),
         "prune": (quant.prune_frac > 0, "set prune_frac=0, or raise it"),
         "ntk_rope": (score.eval_rope == "ntk", "set eval_rope=none"),
         "document_attention": (model.document_attention, "set document_attention=0"),
@@ -47,35 +47,35 @@ def armed_features(config: Config) -> dict[str, str]:
     return {feature: advice for feature, (is_armed, advice) in armed.items() if is_armed}
 
 
-class Witness:
+class FeatureAudit:
     """Testimonies of the armed features. Acts of features that are not armed are a mistake of ours."""
 
     def __init__(self, config: Config, values: Mapping[str, Mapping[str, Any]] | None = None):
         self.advice = armed_features(config)
-        self.testimonies = {feature: Testimony(**(values or {}).get(feature, {})) for feature in self.advice}
+        self.records = {feature: FeatureRecord(**(values or {}).get(feature, {})) for feature in self.advice}
 
-    def act(self, feature: str, step: int | None = None, count: int = 1) -> None:
+    def count(self, feature: str, step: int | None = None, count: int = 1) -> None:
         """`feature` acted `count` times, at `step` of the training."""
-        testimony = self.testimonies[feature]
-        testimony.count += count
+        record = self.records[feature]
+        record.count += count
         if step is not None:
-            testimony.first = step if testimony.first is None else testimony.first
-            testimony.last = step
+            record.first = step if record.first is None else record.first
+            record.last = step
 
-    def prove(self, feature: str, holds: bool, effect: str) -> None:
+    def verify(self, feature: str, holds: bool, effect: str) -> None:
         """Whether the effect of `feature` was seen, and what it was."""
-        self.testimonies[feature].proven, self.testimonies[feature].effect = bool(holds), effect
+        self.records[feature].proven, self.records[feature].effect = bool(holds), effect
 
     def record(self) -> dict[str, dict[str, Any]]:
-        return {feature: asdict(testimony) for feature, testimony in self.testimonies.items()}
+        return {feature: asdict(record) for feature, record in self.records.items()}
 
     def findings(self) -> list[str]:
         """One line for each feature that was armed and did not act, or acted without effect."""
         findings = []
-        for feature, testimony in self.testimonies.items():
-            if testimony.count == 0:
+        for feature, record in self.records.items():
+            if record.count == 0:
                 findings.append(f"{feature} was switched on and never acted: {self.advice[feature]}")
-            elif not testimony.proven:
-                effect = testimony.effect or "no measurement"
-                findings.append(f"{feature} acted {testimony.count} times, but its effect was not seen ({effect})")
+            elif not record.proven:
+                effect = record.effect or "no measurement"
+                findings.append(f"{feature} acted {record.count} times, but its effect was not seen ({effect})")
         return findings

@@ -1,4 +1,4 @@
-"""The witness: what is switched on must act and prove its effect, or the run is invalid."""
+"""The audit: what is switched on must act and prove its effect, or the run is invalid."""
 
 import copy
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
 from golf.run.checkpoint import final_weights, prove_learned_features
+from golf.run.feature_audit import FeatureAudit, armed_features
 from golf.run.result import run_findings
 from golf.run.trainer import Trainer
-from golf.run.witness import Witness, armed_features
 from golf.runtime import Runtime
 
 TINY = dict(
     vocab_size="64", model_dim="32", bigram_vocab_size="64", bigram_dim="8", train_seq_len="16", iterations="12",
     max_wallclock_seconds="0", train_batch_tokens="128", micro_batch_tokens="128", warmup_steps="1", threads="1",
     eval_seq_len="32", eval_stride="8", swa_start="0.5", compile="off",
-    quantizer="grid", qat_enabled="1", prune_frac="0.05", codec="zstd",
+    quantizer="rtn", qat_enabled="1", prune_frac="0.05", codec="zstd",
 )  # fmt: skip
 SWITCHES = {
     "warmdown": ["warmdown_fraction=0"],
@@ -33,7 +33,7 @@ SWITCHES = {
     "swa": ["swa_enabled=0"],
     "smear_gate": ["smear_gate=0"],
     "bigram_hash": ["bigram_vocab_size=0"],
-    "validation": ["val_loss_every=0"],
+    "validation": ["holdout_every=0"],
     "prune": ["prune_frac=0"],
     "ntk_rope": ["eval_rope=none"],
 }
@@ -64,42 +64,42 @@ def test_a_feature_that_is_switched_off_is_not_armed_and_the_others_are(feature,
     config = build_config("leaderboard", {}, dict([knob.split("=")]))
     assert set(armed_features(config)) == set(SWITCHES) - {feature}
     with pytest.raises(KeyError):
-        Witness(config).act(feature)
+        FeatureAudit(config).count(feature)
 
 
 @pytest.mark.parametrize("feature", SWITCHES)
 def test_a_feature_that_never_acted_or_never_proved_an_effect_is_found(feature):
     config = build_config("leaderboard", {}, {})
-    witness = Witness(config)
+    audit = FeatureAudit(config)
     for other in SWITCHES:
         if other != feature:
-            witness.act(other, 3)
-            witness.prove(other, True, "seen")
-    (finding,) = witness.findings()
+            audit.count(other, 3)
+            audit.verify(other, True, "seen")
+    (finding,) = audit.findings()
     assert (
         finding.startswith(f"{feature} was switched on and never acted: ")
         and armed_features(config)[feature] in finding
     )
-    witness.act(feature, 5)
-    witness.act(feature, 8, count=3)
-    (finding,) = witness.findings()
+    audit.count(feature, 5)
+    audit.count(feature, 8, count=3)
+    (finding,) = audit.findings()
     assert finding == f"{feature} acted 4 times, but its effect was not seen (no measurement)"
-    witness.prove(feature, False, "moved by 0")
-    assert witness.findings() == [f"{feature} acted 4 times, but its effect was not seen (moved by 0)"]
-    witness.prove(feature, True, "moved by 1")
-    assert witness.findings() == []
+    audit.verify(feature, False, "moved by 0")
+    assert audit.findings() == [f"{feature} acted 4 times, but its effect was not seen (moved by 0)"]
+    audit.verify(feature, True, "moved by 1")
+    assert audit.findings() == []
     told = {"first": 5, "last": 8, "count": 4, "effect": "moved by 1", "proven": True}
-    assert witness.record()[feature] == told
-    assert Witness(config, witness.record()).record() == witness.record()
+    assert audit.record()[feature] == told
+    assert FeatureAudit(config, audit.record()).record() == audit.record()
 
 
 def test_a_later_process_goes_on_counting():
     config = build_config("leaderboard", {}, {})
-    first = Witness(config)
-    first.act("qat", 1)
-    second = Witness(config, first.record())
-    second.act("qat", 2)
-    assert (second.testimonies["qat"].first, second.testimonies["qat"].last, second.testimonies["qat"].count) == (
+    first = FeatureAudit(config)
+    first.count("qat", 1)
+    second = FeatureAudit(config, first.record())
+    second.count("qat", 2)
+    assert (second.records["qat"].first, second.records["qat"].last, second.records["qat"].count) == (
         1,
         2,
         2,
@@ -112,15 +112,15 @@ def test_a_whole_training_testifies_for_itself(stream):
     trainer.warm_up()
     list(trainer.steps())
     trainer.finish()
-    weights = final_weights(trainer.state(), trainer.witness)
-    record = prove_learned_features(weights, trainer.step, trainer.witness)
+    weights = final_weights(trainer.state(), trainer.audit)
+    record = prove_learned_features(weights, trainer.step, trainer.audit)
     counts = {feature: (said["first"], said["last"], said["count"]) for feature, said in record.items()}
     assert counts == {
         "warmdown": (4, 12, 9), "muon_momentum_warmup": (1, 3, 3), "grad_clip": (1, 12, 12), "qat": (7, 12, 6),
         "swa": (8, 12, 4), "smear_gate": (1, 12, 12), "bigram_hash": (1, 12, 12), "prune": (None, None, 0),
         "ntk_rope": (None, None, 0),
     }  # fmt: skip
-    assert [finding.split()[0] for finding in trainer.witness.findings()] == ["prune", "ntk_rope"]
+    assert [finding.split()[0] for finding in trainer.audit.findings()] == ["prune", "ntk_rope"]
 
 
 def ignore_grid(trainer: Trainer) -> None:
@@ -158,7 +158,7 @@ def test_fake_quantization_that_is_dead_in_the_compiled_step_is_found(stream, ow
     plant(trainer)
     trainer.warm_up()
     list(trainer.steps())
-    found = [finding for finding in trainer.witness.findings() if finding.startswith("qat")]
+    found = [finding for finding in trainer.audit.findings() if finding.startswith("qat")]
     assert len(found) == dead, found
     assert not dead or "times, but its effect was not seen (loss without the grid" in found[0]
 
@@ -169,25 +169,25 @@ def test_an_average_that_does_not_move_is_found(stream):
     list(trainer.steps())
     trainer.finish()
     state = trainer.state()
-    witness = Witness(trainer.config, state.numbers["witness"])
-    weights = final_weights(state, witness)
-    assert witness.testimonies["swa"].proven and not torch.equal(weights["skip_weights"], trainer.model.skip_weights)
+    audit = FeatureAudit(trainer.config, state.numbers["witness"])
+    weights = final_weights(state, audit)
+    assert audit.records["swa"].proven and not torch.equal(weights["skip_weights"], trainer.model.skip_weights)
     for name in weights:
         state.tensors[f"average.{name}"] = state.tensors[f"model.{name}"].clone()
-    witness = Witness(trainer.config, state.numbers["witness"])
-    final_weights(state, witness)
-    found = [finding for finding in witness.findings() if finding.startswith("swa")]
+    audit = FeatureAudit(trainer.config, state.numbers["witness"])
+    final_weights(state, audit)
+    found = [finding for finding in audit.findings() if finding.startswith("swa")]
     assert len(found) == 1 and "its effect was not seen" in found[0] and "at most 0 from the last" in found[0]
 
 
 def test_one_snapshot_is_no_average(stream):
     trainer = new_trainer(tiny_config(), stream)
     trainer.average.observe(trainer.model, 1.0)
-    trainer.witness.act("swa", 1)
+    trainer.audit.count("swa", 1)
     state = trainer.state()
-    weights = final_weights(state, trainer.witness)
+    weights = final_weights(state, trainer.audit)
     assert all(torch.equal(weights[name], weight) for name, weight in trainer.model.state_dict().items())
-    assert any(finding.startswith("swa acted 1 times, but") for finding in trainer.witness.findings())
+    assert any(finding.startswith("swa acted 1 times, but") for finding in trainer.audit.findings())
 
 
 @pytest.mark.parametrize("name", ["smear.gate", "bigram.embed.weight"])
@@ -196,9 +196,9 @@ def test_a_learned_feature_that_learned_nothing_is_found(stream, name):
     list(trainer.steps())
     weights = dict(trainer.model.state_dict())
     weights[name] = torch.zeros_like(weights[name])
-    prove_learned_features(weights, trainer.step, trainer.witness)
+    prove_learned_features(weights, trainer.step, trainer.audit)
     features = {"smear.gate": "smear_gate", "bigram.embed.weight": "bigram_hash"}
-    found = [f for f in trainer.witness.findings() if f.startswith(tuple(features.values()))]
+    found = [f for f in trainer.audit.findings() if f.startswith(tuple(features.values()))]
     assert len(found) == 1 and found[0].startswith(f"{features[name]} acted 12 times, but") and "(0 of" in found[0]
 
 
