@@ -17,12 +17,13 @@ from golf.artifact.container import pack_artifact, read_artifact, restore_model
 from golf.artifact.fill_limit import fit_by_level, fit_to_limit
 from golf.artifact.sizes import size_report_dict
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
-from golf.config.config import EXIT_FINDINGS, Config, UserError
+from golf.config.config import Config
+from golf.config.knobs import EXIT_FINDINGS, UserError
 from golf.data.shards import find_shards
 from golf.model.init import build_model
 from golf.quant.calibration import NO_CALIBRATION, calibrate_run, seconds_left
 from golf.quant.qat import install_activation_quantizers
-from golf.run.checkpoint import CheckpointWriter, final_weights, prove_learned_features, read_checkpoint
+from golf.run.checkpoint import CheckpointWriter, final_weights, read_checkpoint
 from golf.run.command import Command, parse_command
 from golf.run.datasets import locate_data, open_training_data
 from golf.run.feature_audit import FeatureAudit
@@ -118,11 +119,12 @@ def average(config: Config, session: Session) -> list[Path]:
     """From the last checkpoint to the weights that count."""
     folder, training = session.folder, session.folder.load_json(session.folder.training)
     state = read_checkpoint([folder.path / next(iter(session.book.stages["train"]))])
-    audit = FeatureAudit(config, state.numbers["witness"])
+    audit = FeatureAudit(config, state.numbers["features"])
     weights = final_weights(state, audit)
     if training["swa_snapshots"] >= 2:
         session.runtime.print(f"swa:applying averaged {training['swa_snapshots']} checkpoints")
-    folder.save_json(folder.effects, prove_learned_features(weights, training["steps"], audit))
+    audit.note_weights(weights, training["steps"])
+    folder.save_json(folder.effects, audit.record())
     save_weights(folder.weights, weights, config.model, config.quant, training["tokenizer_sha256"])
     return [folder.weights, folder.effects]
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from golf.config.config import Config, ModelConfig, with_knobs
+from golf.config.config import Config, with_knobs
+from golf.config.model import ModelConfig
 from golf.model.init import build_model
 from golf.model.layers import rms_norm
 from golf.quant.calibration import (

@@ -8,7 +8,10 @@ import torch
 from golf.artifact.container import read_artifact, same_stored_state
 from golf.artifact.fill_limit import NEAR_ENOUGH, FitError, LevelSearch, fit_by_level
 from golf.config.config import Config as Knobs
-from golf.config.config import ConfigError, ModelConfig, QuantConfig, check_config, with_knobs
+from golf.config.config import check_config, with_knobs
+from golf.config.knobs import ConfigError
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.optim.schedule import training_budget

@@ -25,7 +25,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import EXIT_FINDINGS, Config, build_config
+from golf.config.config import Config, build_config
+from golf.config.knobs import EXIT_FINDINGS
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 
 SAMPLE_BYTES = 2**20
 """Codec settings are chosen on this much of a stream: encoding all of it with each would take minutes."""

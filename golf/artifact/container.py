@@ -37,7 +37,7 @@ from golf.artifact.description import (
 from golf.artifact.frame import frame_artifact, read_file_bounded, unframe_artifact
 from golf.artifact.layout import Parts, decode_stream, encode_stream, plan_streams
 from golf.artifact.sizes import SizeReport, StreamSize, measure_stream
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.model.gpt import GPT
 from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state, same_stored
 from golf.quant.qat import quantized_gpt

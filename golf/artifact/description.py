@@ -13,17 +13,13 @@ import torch
 from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
-from golf.config.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    QuantConfig,
-    ScoreConfig,
-    TrainConfig,
-    check_config,
-    current_knobs,
-)
+from golf.config.config import Config, check_config, current_knobs
+from golf.config.knobs import ConfigError
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
+from golf.config.scoring import ScoreConfig
 from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES
+from golf.config.training import TrainConfig
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
 from golf.quant.tensor_classes import FP16_BITS
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport
-from golf.config.config import ModelConfig, QuantConfig, UserError
+from golf.config.knobs import UserError
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.calibration import LayerStatistics
 from golf.quant.export import PruneReport, prune_state, quantize_state
 from golf.quant.grid import QuantizedState, dequantize_state, dequantize_tensor

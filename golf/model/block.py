@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.model.cache import LayerCache
 from golf.model.layers import ActivationSite, Linear, rms_norm, rotate
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.model.gpt import GPT
 from golf.model.layers import Linear
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from golf.config.config import Config
+from golf.config.features import Feature, register_feature
 from golf.data.loader import TokenStream
 from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
@@ -310,3 +311,17 @@ def seconds_left(config: Config, train_seconds: float) -> float:
     """For calibration, of the wall clock's cap."""
     cap = config.train.max_wallclock_seconds
     return cap - train_seconds - SETTLING if cap else math.inf
+
+
+def calibration_acts(files: Mapping[str, Any]) -> tuple[int, bool, str]:
+    """Tokens that were calibrated on, and the codes that this moved from the nearest."""
+    moved = files["pruning"]["codes_not_nearest"]
+    return files["pruning"]["calibration_tokens"], moved > 0, f"{moved} codes are not the nearest to their weights"
+
+
+register_feature(
+    Feature(
+        "calibration", lambda config: config.quant.quantizer == "waterfill", "set quantizer=rtn",
+        in_files=calibration_acts,
+    )
+)  # fmt: skip

@@ -5,7 +5,8 @@ from math import prod
 
 from torch import Tensor
 
-from golf.config.config import QuantConfig, UserError
+from golf.config.knobs import UserError
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import SiteQuantizer, weight_sites
 
 TENSOR_CLASSES = ("embed", "bigram", "attn", "mlp", "small")

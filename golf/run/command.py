@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from golf.config.config import Config, ConfigError, build_config, iter_knobs, knobs_of_environment
+from golf.config.config import Config, build_config, iter_knobs, knobs_of_environment
+from golf.config.knobs import ConfigError
 from golf.config.presets import PRESETS
 from golf.run.folder import RunFolder
 

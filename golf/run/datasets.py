@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from golf.config.config import Config, ConfigError
+from golf.config.config import Config
+from golf.config.knobs import ConfigError
 from golf.data.loader import TokenStream
 from golf.data.manifest import data_identity
 from golf.data.shards import find_shards

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config.config import ConfigError
+from golf.config.knobs import ConfigError
 from golf.run.folder import RunFolder
 from golf.runtime import file_sha256
 

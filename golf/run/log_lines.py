@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from golf.config.config import Config, ModelConfig, QuantConfig, changed_knobs, config_hash
+from golf.config.config import Config, changed_knobs, config_hash
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import activation_sites, weight_sites
 from golf.quant.export import quantized_parameters
 from golf.run.datasets import TrainingData

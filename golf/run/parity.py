@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.config.config import Config, ScoreConfig, UserError
+from golf.config.config import Config
+from golf.config.knobs import UserError
+from golf.config.scoring import ScoreConfig
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state

@@ -18,7 +18,7 @@ from typing import TextIO
 import torch
 
 from golf.artifact.sizes import SizeReport
-from golf.config.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, UserError
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, UserError
 from golf.run.folder import RunFolder
 from golf.run.guard import AccessGuard
 from golf.run.ledger import Ledger

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from golf.artifact.container import Artifact, restore_model
-from golf.config.config import ScoreConfig
+from golf.config.scoring import ScoreConfig
 from golf.data.loader import validation_tokens
 from golf.data.sidecar import StreamBytes, validation_bytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer

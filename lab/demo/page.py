@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from lab.demo.answers import ColumnAnswer, DemoColumn, DemoError, DemoPicture, answer_together, departure
 from lab.demo.style import COLUMN_MARKS, DEMO_STYLE
 from lab.generate.sampling import SamplingOptions

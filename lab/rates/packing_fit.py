@@ -9,7 +9,8 @@ from typing import Any
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.fill_limit import FittedArtifact, LevelSearch, fit_by_level
 from golf.artifact.weights import SavedWeights
-from golf.config.config import CODECS, ConfigError, QuantConfig
+from golf.config.knobs import ConfigError
+from golf.config.quantization import CODECS, QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import expand_glob
 from golf.quant.calibration import LayerStatistics, calibrate, generated_rows, training_rows

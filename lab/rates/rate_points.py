@@ -17,7 +17,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.config.config import Config, ModelConfig, ScoreConfig
+from golf.config.config import Config
+from golf.config.model import ModelConfig
+from golf.config.scoring import ScoreConfig
 from golf.quant.grid import QuantizedState, dequantize_state
 from golf.quant.qat import quantized_gpt
 from golf.run.machine import machine_fingerprint

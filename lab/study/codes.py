@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.config.config import ModelConfig, QuantConfig
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES, parse_site
 from golf.quant.export import quantize_state
 from golf.quant.grid import QuantizedState, QuantizedTensor

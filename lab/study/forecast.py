@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from golf.artifact.description import expected_shapes
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from lab.study.plan import AblationPlan
 from lab.study.spec import AblationSpec
 

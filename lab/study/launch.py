@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from golf.config.config import EXIT_BAD_INPUT, EXIT_MACHINE
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_MACHINE
 from lab.study.plan import AblationPlan, run_folder
 from lab.study.spec import (
     FAILED,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 
 ATTENTION_WEIGHTS = "ENABLE_ATTN_QUANTIZATION"
 OUTPUT_WEIGHTS = "ENABLE_ATTN_PROJ_QUANTIZATION"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from golf.artifact.container import Artifact, coded_bytes, pack_artifact, read_artifact, restore_model
-from golf.config.config import Config, UserError
+from golf.config.config import Config
+from golf.config.knobs import UserError
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from golf.config.config import Config, QuantConfig
+from golf.config.config import Config
+from golf.config.quantization import QuantConfig
 from golf.quant.tensor_classes import FP16_BITS
 from lab.compare.bootstrap import bootstrap_ratio
 from lab.compare.statistics import confidence_interval, paired, student_t_quantile, summarize_sample

@@ -11,7 +11,7 @@ from golf.artifact.fill_limit import pack_coarsened
 from golf.artifact.weights import save_weights
 from golf.model.init import build_model
 from golf.quant.qat import install_activation_quantizers
-from golf.run.checkpoint import final_weights, prove_learned_features
+from golf.run.checkpoint import final_weights
 from golf.run.datasets import TrainingData, open_training_data
 from golf.run.trainer import Trainer
 from golf.runtime import Runtime
@@ -34,7 +34,7 @@ CUT_OFF_FEATURES = (
     "muon_momentum_warmup",
     "grad_clip",
     "short_seq",
-    "validation",
+    "holdout",
     "ntk_rope",
     "prune",
 )
@@ -112,7 +112,7 @@ def run_training(spec: AblationSpec, runtime: Runtime, folder: Path) -> tuple[di
     trainer.finish()
     clock.append(time.perf_counter())
     weights = {name: weight.cpu() for name, weight in final_weights(trainer.state(), trainer.audit).items()}
-    prove_learned_features(weights, trainer.step, trainer.audit)
+    trainer.audit.note_weights(weights, trainer.step)
     fitted = pack_coarsened(weights, config.quant, config.model, data.tokenizer.sha256, [])
     if spec.keeps_weights:
         save_weights(folder / "weights.safetensors", weights, config.model, config.quant, data.tokenizer.sha256)
