@@ -40,7 +40,7 @@ from golf.artifact.sizes import SizeReport, StreamSize, measure_stream
 from golf.config.model import ModelConfig
 from golf.model.gpt import GPT
 from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state, same_stored
-from golf.quant.qat import quantized_gpt
+from golf.quant.qat import load_gpt
 from golf.quant.tensor_classes import FP16_BITS
 from golf.runtime import Runtime, write_file_atomically
 
@@ -252,6 +252,4 @@ def same_stored_state(one: QuantizedState, other: QuantizedState) -> bool:
 
 def restore_model(artifact: Artifact, runtime: Runtime) -> GPT:
     """The quantized model on the runtime's device, in eval mode, without fake quantization."""
-    model = quantized_gpt(artifact.model, runtime.compute_dtype)
-    model.load_state_dict(dequantize_state(artifact.state))
-    return model.to(runtime.device).eval()
+    return load_gpt(artifact.model, dequantize_state(artifact.state), runtime).eval()

@@ -7,6 +7,7 @@ S rows of scales, G groups of columns, K rank of the correction.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -20,45 +21,29 @@ from golf.config.quantization import QuantConfig
 from golf.config.scoring import ScoreConfig
 from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES
 from golf.config.training import TrainConfig
+from golf.model.gpt import GPT
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
 from golf.quant.tensor_classes import FP16_BITS
 
-
-def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    width, hidden = model.model_dim, int(model.mlp_mult * model.model_dim)
-    kv_width = width // model.num_heads * model.num_kv_heads
-    return {
-        "attn_scale": (width,),
-        "mlp_scale": (width,),
-        "resid_mix": (2, width),
-        "attn.q_gain": (model.num_heads,),
-        "attn.c_q.weight": (width, width),
-        "attn.c_k.weight": (kv_width, width),
-        "attn.c_v.weight": (kv_width, width),
-        "attn.proj.weight": (width, width),
-        "mlp.fc.weight": (hidden, width),
-        "mlp.proj.weight": (width, hidden),
-    }
+STORED_FIRST = (
+    "tok_emb", "bigram.embed", "bigram.proj", "bigram.scale", "head", "knowledge", "smear", "skip_weights",
+)  # fmt: skip
+"""Parts of a model in the order in which files have always had them; what is not named here follows as it was made."""
 
 
+def stored_rank(name: str) -> int:
+    """Returns the place of a tensor's part in STORED_FIRST, or the one after it."""
+    ranks = (rank for rank, part in enumerate(STORED_FIRST) if name == part or name.startswith(f"{part}."))
+    return next(ranks, len(STORED_FIRST))
+
+
+@lru_cache(maxsize=64)
 def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in the state dict of a GPT of this configuration, in the order in which they are stored."""
-    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (model.vocab_size, model.model_dim)}
-    if model.bigram_vocab_size:
-        shapes["bigram.embed.weight"] = (model.bigram_vocab_size, model.bigram_dim)
-        shapes["bigram.proj.weight"] = (model.model_dim, model.bigram_dim)
-        shapes["bigram.scale"] = ()
-    if not model.tie_embeddings:
-        shapes["head.weight"] = (model.vocab_size, model.model_dim)
-    if model.knowledge_tokens:
-        layers = () if model.knowledge_at == "input" else (model.num_layers,)
-        shapes["knowledge"] = (*layers, model.knowledge_tokens, model.model_dim)
-    if model.smear_gate:
-        shapes["smear.gate"] = (model.model_dim,)
-    shapes["skip_weights"] = (model.num_layers // 2, model.model_dim)
-    for layer in range(model.num_layers):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block_shapes(model).items()}
-    return shapes
+    """Returns the shape of every tensor of a GPT of this configuration, in the order in which they are stored: asked of
+    the model itself, on a device without memory."""
+    with torch.device("meta"):
+        state = GPT(model).state_dict()
+    return {name: tuple(state[name].shape) for name in sorted(state, key=stored_rank)}
 
 
 LARGEST_NUMBER = 2**24

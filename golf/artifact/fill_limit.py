@@ -229,7 +229,7 @@ class LevelSearch:
         return over + min(max(share, 0.02), 0.98) * (within - over)
 
 
-def fit_by_level(
+def fill_limit(
     statistics: Mapping[str, LayerStatistics], state: Mapping[str, Tensor], quant: QuantConfig, model: ModelConfig,
     tokenizer_sha256: str, limit_bytes_model: int, reserve_bytes: int, log: Callable[[str], None],
     device: torch.device = CPU,

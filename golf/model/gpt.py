@@ -49,7 +49,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(config.model_dim) if config.smear_gate else None
         self.encoder_layers = config.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, config.model_dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
 
     def embed(self, ids_BT: Tensor, embedding_VD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What the first block sees: token (+ hashed bigram), normalised, smeared with its predecessor."""

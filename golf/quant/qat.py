@@ -17,6 +17,7 @@ from golf.model.layers import ActivationSite
 from golf.quant.grid import fake_quantize_rows
 from golf.quant.site_grid import activation_calls, quantize_activation, quantize_weight
 from golf.quant.tensor_classes import FP16_BITS, bits_of, shared_weights, weight_site
+from golf.runtime import Runtime
 
 
 def quantized_gpt(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> GPT:
@@ -24,11 +25,19 @@ def quantized_gpt(config: ModelConfig, compute_dtype: torch.dtype = torch.float3
     return install_activation_quantizers(GPT(config, compute_dtype))
 
 
+def load_gpt(config: ModelConfig, state: Mapping[str, Tensor], runtime: Runtime) -> GPT:
+    """Returns a GPT with these weights and its activation quantizers, on the runtime's device in its dtype."""
+    model = quantized_gpt(config, runtime.compute_dtype)
+    model.load_state_dict(state)
+    return model.to(runtime.device)
+
+
 def install_activation_quantizers(model: GPT) -> GPT:
-    """`model`, every activation site that its configuration names with its quantizer."""
-    for module in model.modules():
-        if isinstance(module, ActivationSite) and (site := parse_site(module.quantizer, activation=True)):
-            module.quantize = partial(quantize_activation, site=site)
+    """Puts its quantizer into every activation site that the model's configuration names; returns the model."""
+    if activation_sites(model.config):
+        for module in model.modules():
+            if isinstance(module, ActivationSite) and (site := parse_site(module.quantizer, activation=True)):
+                module.quantize = partial(quantize_activation, site=site)
     return model
 
 

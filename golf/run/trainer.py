@@ -17,13 +17,11 @@ from golf.config.features import Feature, StepFacts, register_feature
 from golf.config.knobs import ConfigError, UserError
 from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
 from golf.model.gpt import GPT
+from golf.model.init import build_model
 from golf.optim.average import WeightAverage
 from golf.optim.optimizers import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, training_budget
-from golf.quant.qat import (
-    install_fake_quantization,
-    remove_fake_quantization,
-)
+from golf.quant.qat import install_activation_quantizers, install_fake_quantization, remove_fake_quantization
 from golf.run.checkpoint import TrainingState, generator_tensors, restore_generators
 from golf.run.feature_audit import FeatureAudit
 from golf.run.proofs import MOST_BATCHES, verify_features
@@ -48,6 +46,12 @@ class StepReport:
     progress: float
     """Share of the budget that is used up."""
     lr_scale: float
+
+
+def new_trainer(config: Config, runtime: Runtime, stream: TokenStream) -> "Trainer":
+    """Returns a trainer of a new model with its initial weights and activation quantizers."""
+    model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
+    return Trainer(install_activation_quantizers(model), config, runtime, stream)
 
 
 class Trainer:
@@ -122,10 +126,11 @@ class Trainer:
         return zip(*parts, strict=True)
 
     def set_fake_quantization(self, wanted: bool) -> None:
-        if wanted and not self.fake_quantized:
-            install_fake_quantization(self.model, self.config.quant)
-        elif self.fake_quantized and not wanted:
-            remove_fake_quantization(self.model)
+        if self.config.quant.qat_enabled and wanted != self.fake_quantized:
+            if wanted:
+                install_fake_quantization(self.model, self.config.quant)
+            else:
+                remove_fake_quantization(self.model)
         self.fake_quantized = wanted
 
     def accumulate_gradients(self, step: int) -> Tensor:
