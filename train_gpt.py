@@ -27,7 +27,6 @@ from golf.run.feature_audit import FeatureAudit
 from golf.run.folder import RunFolder, choose_run_folder
 from golf.run.frozen_code import Program
 from golf.run.log_lines import final_lines, opening_lines, packing_lines, partial_line, result_line, scoring_lines
-from golf.run.machine import machine_fingerprint
 from golf.run.parity import check_parity, ntk_effect, parity_row
 from golf.run.rehearsal import rehearse
 from golf.run.result import build_result, pruning_record, score_record, training_record
@@ -75,8 +74,8 @@ def open_run(config: Config, runtime: Runtime) -> RunFolder:
     folder = choose_run_folder(config, runtime)
     if runtime.is_main:
         folder.create(config)
-        folder.save_json(folder.machine, machine_fingerprint(runtime, os.environ, folder.path, config))
         PROGRAM.freeze(folder)
+        PROGRAM.run_tool("fingerprint.py", folder.path, "--world-size", str(runtime.world_size))
     runtime.barrier()
     return folder
 

@@ -31,7 +31,6 @@ from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
 from golf.run.command import parse_overrides
-from golf.run.machine import gpu_states, machine_fingerprint
 from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime, start_runtime
 from lab.cli import ToolOptions, run_command
@@ -49,6 +48,7 @@ from lab.machine.diagnosis import (
     pinned_version,
     step_figures,
 )
+from lab.machine.fingerprint import gpu_states, machine_fingerprint
 from lab.machine.synthetic import random_tokens
 
 ROOT = Path(__file__).resolve().parents[1]

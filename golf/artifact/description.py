@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
-from golf.config.config import Config, check_config, current_knobs
+from golf.config.config import FROZEN, Config, check_config, current_knobs, preset_config, stores_plain_rows
 from golf.config.knobs import ConfigError
 from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
@@ -65,6 +65,8 @@ def model_to_json(model: ModelConfig) -> dict[str, Any]:
 
 def model_from_json(values: object) -> ModelConfig:
     """The model configuration that parsed JSON spells. Raises ArtifactError."""
+    if FROZEN:
+        return frozen_model(values)
     model = ModelConfig(**checked_values(ModelConfig, values))
     check_together(config_of(model, QuantConfig()))
     if model.num_layers > MOST_LAYERS:
@@ -74,8 +76,21 @@ def model_from_json(values: object) -> ModelConfig:
     return model
 
 
+def frozen_model(values: object) -> ModelConfig:
+    """Returns the model that this script was made for, of the stored vocabulary where it leaves that open. Raises
+    ArtifactError where `values` spell another one."""
+    model = preset_config("").model
+    if isinstance(values, Mapping) and not model.vocab_size:
+        model = replace(model, vocab_size=int(values.get("vocab_size", 0)))
+    if values not in (model_to_json(model), asdict(model)):
+        raise ArtifactError("the file's model is not the one that this script was made for")
+    return model
+
+
 def quant_from_json(values: object, model: ModelConfig) -> QuantConfig:
     """The quantization of `model` that parsed JSON spells. Raises ArtifactError."""
+    if FROZEN:
+        return preset_config("").quant
     known = current_knobs(values) if isinstance(values, Mapping) else values
     quant = QuantConfig(**checked_values(QuantConfig, known))
     check_together(config_of(model, replace(quant, quantizer="rtn")))  # what else a fit wants, its run has checked
@@ -157,6 +172,8 @@ def forms_of_entry(name: str, entry: QuantizedTensor | Tensor) -> Forms:
     """The form of a stored tensor, and of its factors. Raises ArtifactError where its parts don't fit together."""
     if isinstance(entry, Tensor):
         return {name: Form(tuple(entry.shape), FP16_BITS)}
+    if stores_plain_rows():
+        return {name: Form(tuple(entry.codes_RC.shape), entry.bits)}
     shape, (scale_rows, groups) = tuple(entry.codes_RC.shape), entry.scale_SG.shape
     rank = entry.low_rank[0].codes_RC.size(1) if entry.low_rank else 0
     form = Form(
@@ -191,6 +208,8 @@ def is_factor(name: str) -> bool:
 
 def all_entries(stored: QuantizedState) -> QuantizedState:
     """Tensors and the factors of their corrections, by the names of `Forms`."""
+    if stores_plain_rows():
+        return dict(stored)
     entries: QuantizedState = {}
     for name, entry in stored.items():
         entries[name] = entry
@@ -216,6 +235,8 @@ def forms_from_json(name: str, shape: tuple[int, ...], bits: object, values: obj
     """Inverse of `form_to_json`, from untrusted values. Raises ArtifactError."""
     if type(bits) is not int or bits not in STORABLE_BITS or (bits != FP16_BITS and len(shape) != 2):
         raise ArtifactError(f"the artifact gives tensor {name!r} an impossible number of bits")
+    if stores_plain_rows():
+        return {name: Form(shape, bits)}
     fits = isinstance(values, list) and len(values) in ((5,) if factor else (5, 10)) and len(shape) == 2
     if (
         not fits
@@ -252,6 +273,8 @@ def join_entry(name: str, forms: Forms, parts: Mapping[str, Mapping[str, Tensor]
     if form.bits == FP16_BITS:
         return parts["fp16"][name]
     check_codes(name, parts["codes"][name], form)
+    if stores_plain_rows():
+        return QuantizedTensor(parts["codes"][name].to(torch.int8), parts["scales"][name], form.bits)
     factors = tuple(join_entry(f"{name}:{side}", forms, parts) for side in FACTOR_NAMES) if form.rank else None
     return QuantizedTensor(
         parts["codes"][name].to(torch.int8), parts["scales"][name], form.bits, parts["columns"].get(name),

@@ -17,6 +17,7 @@ from golf.config.presets import PRESETS, RENAMED_KNOBS, RENAMED_VALUES, RETIRED_
 from golf.config.quantization import GRID_KNOBS, QuantConfig, quant_rules
 from golf.config.run import DataConfig, RunConfig, data_rules
 from golf.config.scoring import ScoreConfig, score_rules
+from golf.config.site_quantizers import weight_sites
 from golf.config.training import AverageConfig, OptimConfig, TrainConfig, budget_rules, training_rules
 
 FROZEN: dict[str, Any] = {}
@@ -100,10 +101,17 @@ def preset_config(preset: str) -> Config:
     return with_knobs(Config(), PRESETS[preset] | {"preset": preset})
 
 
+def stores_plain_rows() -> bool:
+    """Returns whether the artifacts of this script hold nothing but rows of codes with a scale each, and fp16 tensors:
+    then it has no code for other forms."""
+    quant = preset_config("").quant if FROZEN else None
+    return quant is not None and quant.quantizer == "rtn" and not weight_sites(quant)
+
+
 def build_config(preset: str, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Config:
     """Returns the resolved configuration: preset, then environment, then overrides. Raises ConfigError."""
     chosen = knobs_of_environment(environ) | dict(overrides)
-    base = preset_config(chosen.pop("preset", preset))
+    base = preset_config(chosen.get("preset", preset))
     if chosen.get("corpus") and chosen.get("data_path"):
         raise ConfigError("corpus and data_path are both set: give the text, or the shards that were made of it")
     if chosen.get("corpus"):  # text of the user's own replaces the preset's shards

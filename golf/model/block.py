@@ -53,10 +53,10 @@ def visible_keys(
     return (age_SU >= 0) & (near | (key_U < pinned))
 
 
-NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+BY_MLP_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(), "tanh": torch.tanh, "sigmoid": torch.sigmoid, "identity": lambda x: x,
 }  # fmt: skip
-"""By mlp_activation; relu2: So et al. 2021 (Primer, arXiv 2109.08668)."""
+"""relu2: So et al. 2021 (Primer, arXiv 2109.08668)."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -100,7 +100,7 @@ class MLP(nn.Module):
         hidden = int(config.mlp_mult * config.model_dim)
         self.fc = Linear(config.model_dim, hidden)
         self.proj = Linear(hidden, config.model_dim)
-        self.nonlinearity = NONLINEARITIES[config.mlp_activation]
+        self.nonlinearity = BY_MLP_ACTIVATION[config.mlp_activation]
         self.act_in, self.act_hidden = ActivationSite(config.act_mlp_in), ActivationSite(config.act_hidden)
 
     def forward(self, x_BTD: Tensor) -> Tensor:

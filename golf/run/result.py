@@ -129,7 +129,7 @@ def build_result(config: Config, session: Session, probed: bool) -> dict[str, An
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "resumes": len({row["session"] for row in session.ledger.rows}) - 1,
-        "fingerprint": folder.load_json(folder.machine),
+        "fingerprint": folder.load_json(folder.machine) if folder.machine.exists() else {},
         "features": audit.record(),
         "parity": folder.load_json(folder.reload)["parity"],
         "probes": folder.load_json(folder.probes) if folder.probes.exists() else {},

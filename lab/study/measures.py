@@ -21,10 +21,10 @@ from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
 from golf.quant.grid import QuantizedState
 from golf.quant.tensor_classes import tensor_class
-from golf.run.machine import cpu_model
 from golf.runtime import Runtime
 from golf.score.roundtrip import load_validation, stream_identity
 from golf.score.scorer import sliding_settings
+from lab.machine.fingerprint import cpu_model
 from lab.rates.targets import first_targets, target_nats
 from lab.study.codes import activation_site_bits, coverage, weight_site_bits
 from lab.study.spec import AblationError, AblationSpec
