@@ -21,6 +21,8 @@ from typing import Any
 
 from lab.bundle.parts import BundleError
 
+SPECIALISED_MARK = "# Left out: all that the configuration in FROZEN does not use."
+"""A line of the header of a specialised script."""
 SECTION_NAMES = {"config", "run", "data", "model", "train", "optim", "average", "quant", "score"}
 TRUE_MARKERS = {"FROZEN", "BUNDLED"}
 UNKNOWN = object()
@@ -381,6 +383,8 @@ def tidy(lines: list[str]) -> str:
     if missing:
         last = next(number for number, line in enumerate(text) if line.startswith("# ---- "))
         text.insert(last, " = ".join([*missing, "object"]) + "  # named in annotations alone\n")
+    first = next(number for number, line in enumerate(text) if line.startswith("#"))
+    text.insert(first + 1, SPECIALISED_MARK)
     return squeeze("\n".join(text))
 
 
