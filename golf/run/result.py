@@ -35,6 +35,9 @@ def run_findings(figures: Mapping[str, Any]) -> list[str]:
     ):
         if 0 < cap < spent:
             findings.append(f"{what} took {spent:.1f} s, over its cap of {cap:.0f} s")
+    for change in figures.get("code_changes", []):
+        done = ", ".join(change["stages"]) or "no stage"
+        findings.append(f"the code was changed in the middle of the run (by code {change['from'][:12]}: {done})")
     for name, probe in figures["probes"].items():
         if probe["verdict"] == "FAIL":
             findings.append(f"legality probe {name} failed: {probe['detail']}")
@@ -133,6 +136,7 @@ def build_result(config: Config, session: Session, probed: bool) -> dict[str, An
         "features": audit.record(),
         "parity": folder.load_json(folder.reload)["parity"],
         "probes": folder.load_json(folder.probes) if folder.probes.exists() else {},
+        "code_changes": folder.code_changes_list(),
         "ledger": session.ledger.summary(),
     }
     broken = [] if probed else ["tools/check_run.py could not probe the score; see its message"]
