@@ -1,4 +1,4 @@
-"""A run goes on with the code that began it; with other code only when that is asked for, and then the result says so."""
+"""A run goes on with the code that began it; with other code only when asked to, and then its result says so."""
 
 import pytest
 

@@ -20,7 +20,8 @@ from python_minifier import expression_printer
 from python_minifier.transforms.remove_annotations_options import RemoveAnnotationsOptions
 
 from lab.bundle.parts import OLDEST_PYTHON, BundleError, parse_oldest
-from lab.bundle.specialize import SPECIALISED_MARK, strip_annotations
+from lab.bundle.reach import strip_annotations
+from lab.bundle.specialize import SPECIALISED_MARK
 
 MAX_SOURCE_BYTES = 16_000_000
 PACKED_TEMPLATE = """\
