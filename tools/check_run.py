@@ -26,12 +26,13 @@ from golf.artifact.container import Artifact, read_artifact, restore_model
 from golf.config.config import EXIT_FINDINGS, Config, RunConfig
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
-from golf.data.tokenizer import ByteTable, TextTokenizer, load_tokenizer
+from golf.data.tokenizer import ByteTable
 from golf.run.folder import RunFolder
 from golf.runtime import ProgressLine, Runtime, choose_compile, choose_device, write_file_atomically
 from golf.score.roundtrip import load_validation, stream_identity
 from golf.score.scorer import ScoreSettings, check_settings, compiled_losses, sliding_settings
 from lab.cli import ToolOptions, run_command
+from lab.prepare.text_tokenizer import TextTokenizer, load_text_tokenizer
 from lab.probe.data_probes import ProbeError, probe_access, probe_bytes, probe_disjoint, read_run_record
 from lab.probe.probes import FAIL, Probe, probe_scorer
 from lab.probe.scorer_adapter import ArtifactScorer, probe_plan, probe_stream_tokens
@@ -72,7 +73,7 @@ def load_run(path: Path) -> ScoredRun:
     config = folder.load_config()
     figures = load_figures(folder)
     artifact = read_artifact(folder.artifact)
-    tokenizer = load_tokenizer(config.data.tokenizer_path)
+    tokenizer = load_text_tokenizer(config.data.tokenizer_path)
     if figures.get("artifact_sha256", artifact.sha256) != artifact.sha256:
         raise ProbeError(f"{folder.artifact} is not the artifact that was scored (other SHA-256): score the run again")
     if tokenizer.sha256 != artifact.tokenizer_sha256:

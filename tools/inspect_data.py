@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.config.config import EXIT_FINDINGS
 from golf.data.shards import DataError, find_shards
-from golf.data.tokenizer import TextTokenizer, load_tokenizer
 from lab.cli import ToolOptions, run_command
 from lab.prepare.data_report import (
     DataContent,
@@ -38,6 +37,7 @@ from lab.prepare.data_report import (
     planned_tokens,
     sample_documents,
 )
+from lab.prepare.text_tokenizer import TextTokenizer, load_text_tokenizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,7 +70,7 @@ def open_tokenizer(options: Options) -> TextTokenizer:
         raise DataError(
             f"{options.folder}: no tokenizer beside the shards: name the one that made them, --tokenizer FILE"
         )
-    return load_tokenizer(path)
+    return load_text_tokenizer(path)
 
 
 def summary_table(content: DataContent, folder: Path) -> Table:

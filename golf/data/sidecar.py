@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from golf.data.shards import DataError, find_shards, read_shard, write_shard
+from golf.data.shards import DataError, find_shards, read_shard
 from golf.data.tokenizer import ByteTable
 
 SIDECAR_ADVICE = "prepare or download the shards and their bytes again, together"
@@ -47,15 +47,6 @@ def sidecar_path(val_path: str | Path) -> Path | None:
     name = Path(val_path).name
     found = re.sub(r"_val_(\d{6}\.bin)$", r"_val_bytes_\1", name)
     return None if found == name else Path(val_path).with_name(found)
-
-
-def write_sidecar(folder: str | Path, dataset: str, index: int, bytes_N: Sequence[int] | np.ndarray) -> Path:
-    """Write the bytes of each token of `<dataset>_val_<index>.bin`, BOS included. Raises DataError."""
-    path = Path(folder) / f"{dataset}_val_bytes_{index:06d}.bin"
-    if np.max(bytes_N, initial=0) >= 2**16 or np.min(bytes_N, initial=0) < 0:
-        raise DataError(f"{path}: a token stands for 0 to 65,535 bytes: its tokenizer has pieces that are too long")
-    write_shard(path, bytes_N)
-    return path
 
 
 def without_sidecars(paths: Sequence[str | Path]) -> list[str | Path]:

@@ -13,7 +13,7 @@ import numpy as np
 from golf.data.loader import TokenStream
 from golf.data.shards import DataError, find_shards, read_shard, shard_token_count
 from golf.data.sidecar import read_sidecar
-from golf.data.tokenizer import TextTokenizer
+from lab.prepare.text_tokenizer import TextTokenizer
 from lab.probe.documents import SharedDocuments, find_shared_documents
 
 BLOCK_OF_DOCUMENTS = 1 << 22

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import TextTokenizer, check_byte_counts, load_tokenizer
+from lab.prepare.text_tokenizer import TextTokenizer, check_byte_counts, load_text_tokenizer
 from lab.prepare.word_table import WordTable, id_bytes, words_are_independent, words_differ
 
 CHUNK_CHARACTERS = 1 << 19
@@ -70,6 +70,8 @@ class ChunkEncoder:
         bytes_N = self.tokenizer.target_bytes(ids_N)
         if self.words is None:
             check_byte_counts(self.tokenizer, bytes_N, ids_N)
+        if with_bytes and not 0 <= bytes_N.min() <= bytes_N.max() < 2**16:
+            raise DataError(f"{self.tokenizer.name}: a token stands for 0 to 65,535 bytes: its pieces are too long")
         text_bytes = sum(len(text.encode()) for text in texts)
         token_bytes = bytes_N.astype("<u2").tobytes() if with_bytes else b""
         return EncodedChunk(chunk.split, len(texts), text_bytes, int(bytes_N.sum()), tokens, token_bytes)
@@ -106,7 +108,7 @@ WORKER: dict[str, ChunkEncoder] = {}
 def start_worker(tokenizer_path: str, word_cache: bool, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops in order
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    WORKER["encoder"] = ChunkEncoder(load_tokenizer(tokenizer_path), word_cache)
+    WORKER["encoder"] = ChunkEncoder(load_text_tokenizer(tokenizer_path), word_cache)
 
 
 def end_with_parent(parent: int) -> None:
@@ -131,7 +133,7 @@ def encode_chunks(
 
     Raises DataError, also when a worker was killed.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_text_tokenizer(tokenizer_path)
     if workers == 1:
         encoder = ChunkEncoder(tokenizer, word_cache)
         yield from (encoder.encode(chunk, chunk.split in sidecar_splits) for chunk in chunks)

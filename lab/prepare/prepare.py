@@ -18,16 +18,29 @@ from pathlib import Path
 
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, PreparedData, load_prepared
 from golf.data.shards import DataError
-from golf.data.tokenizer import CASE_OPERATORS, TextTokenizer, load_tokenizer
-from golf.data.tokenizers_plain import bytes_tokenizer_file, chars_tokenizer_file, text_module
+from golf.data.tokenizer import CASE_OPERATORS
 from golf.runtime import file_sha256, write_file_atomically
-from lab.prepare.caseops import encode_caseops
-from lab.prepare.corpus import check_val_fraction, document_digest, is_held_out
 from lab.prepare.encoding import EncodedChunk, chunk_documents, encode_chunks
 from lab.prepare.readers import iter_documents, source_identity
-from lab.prepare.shard_writer import GrowingShards, read_state, write_state
-from lab.prepare.spool import build_spool, open_spool
+from lab.prepare.text_tokenizer import (
+    TextTokenizer,
+    bytes_tokenizer_file,
+    chars_tokenizer_file,
+    encode_caseops,
+    gpt2_tokenizer_file,
+    load_text_tokenizer,
+)
 from lab.prepare.vocabulary import train_competition_tokenizer, train_tokenizer
+from lab.prepare.work_files import (
+    GrowingShards,
+    build_spool,
+    check_val_fraction,
+    document_digest,
+    is_held_out,
+    open_spool,
+    read_state,
+    write_state,
+)
 
 PREPARED_FORMAT = 1
 """Changes with anything that changes the prepared bytes."""
@@ -84,7 +97,7 @@ class Preparation:
             return f"{'caseops' if self.transform == 'caseops' else 'sp'}{trained[1]}"
         if self.tokenizer in PLAIN_KINDS:
             return self.tokenizer
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = load_text_tokenizer(self.tokenizer)
         return f"{'sp' if tokenizer.kind == 'sentencepiece' else tokenizer.kind}{tokenizer.vocab_size}"
 
     def tokenizer_identity(self) -> str:
@@ -93,7 +106,7 @@ class Preparation:
             return self.tokenizer
         if self.tokenizer == "gpt2":
             return hashlib.sha256(gpt2_file(self)).hexdigest()
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = load_text_tokenizer(self.tokenizer)
         check_transform(tokenizer, self.transform)
         return tokenizer.sha256
 
@@ -116,41 +129,11 @@ class Preparation:
         return recipe | {name: value for name, value in rarer.items() if value}
 
 
-def corpus_preparation(
-    source: str | Path, vocab_size: int, val_fraction: float, model: str | Path | None, seed: int = 0
-) -> Preparation:
-    tokenizer = f"train:{vocab_size}" if model is None else str(model)
-    return Preparation(str(source), tokenizer, val_fraction, seed=seed)
-
-
-def prepared_folder(
-    source: str | Path,
-    vocab_size: int,
-    root: str | Path = "data/cache",
-    val_fraction: float = VAL_FRACTION,
-    model: str | Path | None = None,
-) -> Path:
-    """The folder in `root` where prepare_corpus would put data made like this. Raises DataError."""
-    return preparation_folder(corpus_preparation(source, vocab_size, val_fraction, model), root)
-
-
-def preparation_folder(preparation: Preparation, root: str | Path) -> Path:
-    """A folder in `root` named after what is prepared. Raises DataError."""
+def preparation_folder(preparation: Preparation, root: str | Path = "data/cache") -> Path:
+    """Returns the folder in `root` named after what is prepared. Raises DataError."""
     recipe = preparation.recipe()
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     return Path(root) / f"{recipe['source']}-{preparation.label()}-{digest[:8]}"
-
-
-def prepare_corpus(
-    source: str | Path,
-    out: str | Path,
-    vocab_size: int = 1024,
-    val_fraction: float = VAL_FRACTION,
-    model: str | Path | None = None,
-    seed: int = 0,
-) -> PreparedData:
-    """`prepare_data` in one process, with a tokenizer trained on the training split, or the existing `model`."""
-    return prepare_data(corpus_preparation(source, vocab_size, val_fraction, model, seed), out)
 
 
 def prepare_data(
@@ -216,7 +199,7 @@ class PreparationWork:
             state = {"recipe": recipe, "tokenizer": path.name, "chunks": 0, "splits": splits}
             write_state(folder, state)
         self.state = state
-        self.tokenizer = load_tokenizer(folder / state["tokenizer"])
+        self.tokenizer = load_text_tokenizer(folder / state["tokenizer"])
         self.shards = {split: self.growing(split, split) for split in state["splits"]}
         self.sidecar = self.growing("val", "val_bytes") if self.tokenizer.kind == "caseops" else None
 
@@ -326,7 +309,7 @@ def check_transform(tokenizer: TextTokenizer, transform: str) -> None:
 def gpt2_file(preparation: Preparation) -> bytes:
     if preparation.merges is None:
         raise DataError("the gpt2 tokenizer takes its merges from a file (GPT-2's vocab.bpe): give --merges FILE")
-    return text_module("tokenizer_gpt2").gpt2_tokenizer_file(preparation.merges)
+    return gpt2_tokenizer_file(preparation.merges)
 
 
 def make_tokenizer(preparation: Preparation, texts: Iterator[str], folder: Path) -> Path:
@@ -344,5 +327,5 @@ def make_tokenizer(preparation: Preparation, texts: Iterator[str], folder: Path)
         data = gpt2_file(preparation) if wanted == "gpt2" else Path(wanted).read_bytes()
     path = folder / (PLAIN_TOKENIZER_NAME if data.startswith(b"{") else TOKENIZER_NAME)
     path.write_bytes(data)
-    check_transform(load_tokenizer(path), preparation.transform)
+    check_transform(load_text_tokenizer(path), preparation.transform)
     return path

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import CASE_OPERATORS, Tokenizer
-from lab.prepare.caseops import encode_caseops
-from lab.prepare.corpus import document_digest, is_held_out
+from golf.data.tokenizer import CASE_OPERATORS
 from lab.prepare.encoding import ChunkEncoder, DocumentChunk
 from lab.prepare.readers import iter_documents
+from lab.prepare.text_tokenizer import SentencePieceTokenizer, encode_caseops
 from lab.prepare.vocabulary import train_competition_tokenizer
+from lab.prepare.work_files import document_digest, is_held_out
 
 HELD_OUT_BYTES = 8 * 2**20
 """Most text that a tokenizer is measured on."""
@@ -92,7 +92,7 @@ def train_and_measure(
     symbols = CASE_OPERATORS if transform == "caseops" else ""
     model = train_competition_tokenizer(texts, vocab_size, symbols, 2 * train_bytes)  # operators are bytes too
     seconds = time.perf_counter() - started
-    tokenizer = Tokenizer(model, f"tokenizer of {vocab_size} pieces")
+    tokenizer = SentencePieceTokenizer(model, f"tokenizer of {vocab_size} pieces")
     encoded = ChunkEncoder(tokenizer).encode(DocumentChunk("val", list(measured)))
     return TokenizerFigures(
         asked=vocab_size,

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import BLANK, TextTokenizer, check_byte_counts
+from golf.data.tokenizer import BLANK
+from lab.prepare.text_tokenizer import TextTokenizer, check_byte_counts
 
 TABLE_ENTRIES = 400_000
 """Most words in the table, about 30 MB with its index. Later ones are encoded again whenever they come."""

@@ -12,8 +12,9 @@ import torch
 from golf.config.config import UserError
 from golf.data.shards import DataError, shard_token_count
 from golf.data.sidecar import StreamBytes
-from golf.data.tokenizer import ByteTable, TextTokenizer, check_byte_counts
+from golf.data.tokenizer import ByteTable
 from golf.score.scorer import count_target_bytes
+from lab.prepare.text_tokenizer import TextTokenizer, check_byte_counts
 from lab.probe.documents import find_shared_documents
 from lab.probe.probes import FAIL, NOT_EXERCISED, PASS, Probe
 
