@@ -29,7 +29,10 @@ from lab.cli import ToolOptions, run_command
 from lab.prepare.published import DownloadPlan, WantedFile, find_dataset_folder, plan_download, repository_of
 
 try:
-    from lab.prepare.hub import Hub, hush_hub, is_offline
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    from lab.prepare.hub import Hub
     from lab.prepare.transfer import Download, DownloadEvents, find_downloads
 except ModuleNotFoundError as missing:
     print(
@@ -70,7 +73,7 @@ class Options(ToolOptions):
 def make_plan(options: Options) -> tuple[Hub, DownloadPlan]:
     """Ask the hub what there is, and choose. Raises DownloadError."""
     repo_id = options.repo_id or repository_of(options.variant)
-    hub = Hub(repo_id, options.endpoint, options.cache_dir, is_offline(options.offline))
+    hub = Hub(repo_id, options.endpoint, options.cache_dir, options.offline or is_offline_mode())
     earlier = find_downloads(options.root, repo_id, options.variant)
     listing = hub.list_files(options.revision or earlier.get("revision", "main"), earlier)
     manifest = hub.read_manifest(listing, find_dataset_folder(listing, options.variant))
@@ -174,7 +177,7 @@ def report(download: Download, seconds: float, options: Options) -> int:
 
 
 def work(options: Options) -> int:
-    hush_hub()
+    set_verbosity_error()  # what huggingface_hub tries again is told by the download itself
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.perf_counter()
     hub, plan = make_plan(options)

@@ -240,8 +240,7 @@ def is_hub_source(source: str | Path) -> bool:
 
 def open_hub(source: str) -> Any:
     """Opens the repository of a data set on the hub, from the cache where huggingface_hub is offline."""
-    module = optional_package("lab.prepare.hub")
-    return module.Hub(HUB_ID.fullmatch(source)["repository"], offline=module.is_offline(False))
+    return optional_package("lab.prepare.hub").Hub(HUB_ID.fullmatch(source)["repository"])
 
 
 def hub_listing(source: str) -> tuple[str, list[str]]:
@@ -260,12 +259,9 @@ def hub_listing(source: str) -> tuple[str, list[str]]:
 
 def hub_documents(source: str) -> Iterator[str]:
     """Yields the documents of a data set on the hub; one file after the other is fetched into the hub's cache."""
-    module, hub = optional_package("lab.prepare.hub"), open_hub(source)
-    revision, names = hub_listing(source)
+    hub, (revision, names) = open_hub(source), hub_listing(source)
     for name in names:
-        with module.told_plainly(hub.repo_id, revision):
-            path = hub.patiently(functools.partial(hub.fetch, name, revision))
-        yield from file_documents(path)
+        yield from file_documents(hub.ask(functools.partial(hub.fetch, name, revision), revision))
 
 
 # ---- GPT-2 token shards ----

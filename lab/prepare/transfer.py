@@ -15,16 +15,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import httpx2
-from huggingface_hub.errors import XetDownloadError
 
 from golf.data.manifest import data_identity
 from golf.data.shards import shard_token_count
 from golf.runtime import write_file_atomically
-from lab.prepare.hub import Hub, first_line, forget, is_hopeless
+from lab.prepare.hub import MACHINE_ERRORS, TRANSFER_ERRORS, Hub, first_line, forget
 from lab.prepare.published import DownloadError, DownloadPlan, WantedFile
 from lab.prepare.verification import (
     DOWNLOADS_NAME,
@@ -42,8 +40,6 @@ from lab.prepare.verification import (
 
 MOST_FAILURES = 3
 """Files that may fail for good before no further ones are begun."""
-MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-TRANSFER_ERRORS = (OSError, httpx2.HTTPError, RuntimeError, XetDownloadError)
 
 
 class DownloadStopped(DownloadError):
@@ -61,7 +57,7 @@ def find_downloads(root: Path, repo_id: str, variant: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sole_downloader(folder: Path) -> Iterator[None]:
-    """Refuse a second download into the same folder. Raises DownloadError."""
+    """Refuses a second download into the same folder. Raises DownloadError."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".downloads.lock").open("w") as lock:
         try:
@@ -161,40 +157,40 @@ class Download:
             self.write_record(kept)
 
     def bring(self, wanted: WantedFile) -> None:
-        """Have one file in its place, or its failure noted."""
+        """Has one file in its place, or its failure noted."""
         if self.stop.is_set() or len(self.failures) >= MOST_FAILURES:
             with self.lock:
                 self.left_out += 1
             return
-        problem, hopeless, pause = self.problem_in_place(wanted), False, self.hub.longest_wait / 30
-        for attempt in range(self.hub.attempts):
-            if not problem or hopeless:
-                break
-            if attempt:
-                again = f"attempt {attempt + 1} of {self.hub.attempts} in {pause:.0f} s"
-                self.events.noted(f"{wanted.local.name}: {problem}; {again}")
-                if self.stop.wait(pause):
-                    raise DownloadStopped("stopped")
-                pause = min(2 * pause, self.hub.longest_wait)
-            problem, hopeless = self.attempt(wanted)
-        if problem:
-            with self.lock:
-                self.failures[self.name_in_record(wanted)] = problem
-        else:
+        try:
+            if not self.is_in_place(wanted):
+                self.hub.patiently(partial(self.attempt, wanted), partial(self.note, wanted), self.pause)
             self.events.finished(wanted)
+        except TRANSFER_ERRORS as error:
+            if getattr(error, "errno", None) in MACHINE_ERRORS:
+                raise
+            with self.lock:
+                self.failures[self.name_in_record(wanted)] = first_line(error)
 
-    def problem_in_place(self, wanted: WantedFile) -> str:
-        """What is wrong with the file that is there, which is deleted then; empty when nothing is."""
+    def note(self, wanted: WantedFile, line: str) -> None:
+        self.events.noted(f"{wanted.local.name}: {line}")
+
+    def pause(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise DownloadStopped("stopped")
+
+    def is_in_place(self, wanted: WantedFile) -> bool:
+        """Says whether the right file is there; deletes a wrong one."""
         if not wanted.local.is_file():
-            return "missing"
+            return False
         entry = self.record["files"].get(self.name_in_record(wanted), {})
         problem = quick_problem(wanted.local, FileFacts(wanted.facts.size, tokens=wanted.facts.tokens))
         if not problem and not self.is_unchanged(wanted, entry):
             problem = self.scanned_problem(wanted.local, wanted)
         if problem:
-            self.events.noted(f"{wanted.local.name}: {problem}; fetched again")
+            self.note(wanted, f"{problem}; fetched again")
             wanted.local.unlink()
-        return problem
+        return not problem
 
     def is_unchanged(self, wanted: WantedFile, entry: dict[str, Any]) -> bool:
         """Whether a file is as it was when it was found to be what is wanted now."""
@@ -209,8 +205,8 @@ class Download:
             return same and entry.get("revision") == self.plan.listing.revision
         return same and wanted_hash == known_hash and not quick_problem(wanted.local, known)
 
-    def attempt(self, wanted: WantedFile) -> tuple[str, bool]:
-        """Fetch, verify and place a file once. Returns what went wrong, empty for nothing, and whether it is final."""
+    def attempt(self, wanted: WantedFile) -> None:
+        """Fetches, verifies and places a file once. Raises one of TRANSFER_ERRORS where that fails."""
         received = 0
 
         def advance(count: int) -> None:
@@ -221,30 +217,26 @@ class Download:
             self.events.received(count)
 
         try:
-            source = self.hub.fetch(wanted.remote, self.plan.listing.revision, advance)
-            problem, hopeless = self.place(source, wanted), self.hub.offline
-        except TRANSFER_ERRORS as error:
-            if getattr(error, "errno", None) in MACHINE_ERRORS:
-                raise
-            problem, hopeless = first_line(error), self.hub.offline or is_hopeless(error)
-        with self.lock:
-            self.fetched_bytes += received
-            self.fetched_files += bool(received and not problem)
-        if problem:
+            self.place(self.hub.fetch(wanted.remote, self.plan.listing.revision, advance), wanted)
+        except TRANSFER_ERRORS:
             self.events.received(-received)
-        return problem, hopeless
+            raise
+        finally:
+            with self.lock:
+                self.fetched_bytes += received
+        with self.lock:
+            self.fetched_files += bool(received)
 
-    def place(self, source: Path, wanted: WantedFile) -> str:
-        """Verify a file of the cache and put it in its place, or forget it. Returns what is wrong with it."""
+    def place(self, source: Path, wanted: WantedFile) -> None:
+        """Verifies a file of the cache and puts it in its place. Raises OSError for a bad one, and forgets it."""
         part = self.parts_folder(wanted) / wanted.local.name  # a folder: a training run must not see the part
         part.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
         link_or_copy(source, part)
         if problem := self.scanned_problem(part, wanted):
             forget(source)
-        else:
-            os.replace(part, wanted.local)
-        return problem
+            raise OSError(problem)
+        os.replace(part, wanted.local)
 
     def scanned_problem(self, path: Path, wanted: WantedFile) -> str:
         """What is wrong with a file, all of it read; recorded when nothing is."""
