@@ -87,15 +87,13 @@ def test_real_text_with_a_full_table(encoders, monkeypatch):
     assert 20 < with_table.words.index.size <= 30
 
 
-def test_an_index_finds_what_was_put_in(monkeypatch):
-    monkeypatch.setattr("lab.prepare.word_table.SLOT_BITS", 6)
-    hashes = np.unique(np.random.default_rng(0).integers(1, 2**64, 60, dtype=np.uint64))
-    hashes[:30] |= np.uint64(63 << 58)  # all for the last slot: probing starts over at the first
-    hashes = np.unique(hashes)
-    index = WordIndex()
-    for part in np.array_split(hashes[5:], 4):
-        index.insert(part)
-    assert index.find(hashes).tolist() == [-1] * 5 + list(range(len(hashes) - 5))
+def test_an_index_finds_what_was_put_in():
+    hashes = np.unique(np.random.default_rng(0).integers(0, 2**64 - 1, 60, dtype=np.uint64))
+    index, parts = WordIndex(), np.array_split(np.random.default_rng(1).permutation(hashes[5:]), 4)
+    for part in parts:
+        index.insert(np.sort(part))
+    assert index.find(hashes[:5]).tolist() == [-1] * 5
+    assert index.find(np.concatenate([np.sort(part) for part in parts])).tolist() == list(range(len(hashes) - 5))
 
 
 def test_words_and_their_hashes(model):
