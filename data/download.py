@@ -33,7 +33,7 @@ try:
     from huggingface_hub.utils.logging import set_verbosity_error
 
     from lab.prepare.hub import Hub
-    from lab.prepare.transfer import Download, DownloadEvents, find_downloads
+    from lab.prepare.transfer import Download, find_downloads
 except ModuleNotFoundError as missing:
     print(
         f"download: {str(missing.name).split('.')[0]} is not installed: pip install -r requirements-data.txt",
@@ -120,7 +120,7 @@ class DownloadDisplay:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task(f"0/{self.of_files} files", total=self.total)
-        download.events = DownloadEvents(self.receive, self.finish, self.note)
+        download.on_received, download.on_finished, download.on_note = self.receive, self.finish, self.note
 
     def __enter__(self) -> "DownloadDisplay":
         if self.console.is_terminal:

@@ -24,7 +24,7 @@ from golf.data.shards import DataError
 from golf.runtime import write_file_atomically
 from lab.cli import ToolOptions, run_command
 from lab.prepare.prepare import VAL_FRACTION
-from lab.prepare.tokenizer_sweep import TokenizerFigures, sample_texts, train_and_measure
+from lab.prepare.vocabulary import TokenizerFigures, sample_texts, train_and_measure
 
 TOKENIZERS = Path(os.path.relpath(Path(__file__).resolve().parent / "tokenizers"))
 

@@ -15,8 +15,8 @@ from lab.prepare.readers import (
     is_hub_source,
     iter_documents,
     source_identity,
-    split_at_starts,
 )
+from lab.probe.documents import shard_documents
 
 TEXTS = ["one", "two é", "three\nlines\r\nhere"]
 
@@ -152,12 +152,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_documents_of_token_shards_run_over_their_borders(tmp_path, monkeypatch):
-    monkeypatch.setattr("lab.prepare.readers.DECODED_TOKENS", 3)
+    monkeypatch.setattr("lab.probe.documents.BLOCK_TOKENS", 3)
     start = 50256
     write_shard(tmp_path / "x_train_000001.bin", [start, 1, 2, 3, 4, start])
     write_shard(tmp_path / "x_train_000002.bin", [5, 6, start, start, 7])
     paths = sorted(tmp_path.iterdir())
-    assert [ids_N.tolist() for ids_N in split_at_starts(paths)] == [[1, 2, 3, 4], [5, 6], [7]]
+    assert [ids_N.tolist() for ids_N in shard_documents(paths, start)] == [[1, 2, 3, 4], [5, 6], [7]]
 
 
 def test_gpt2_shards_are_decoded(tmp_path):

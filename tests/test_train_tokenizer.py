@@ -10,8 +10,7 @@ import pytest
 from golf.data.shards import DataError
 from golf.data.tokenizer import CASE_OPERATORS, load_tokenizer
 from lab.prepare.text_tokenizer import SentencePieceTokenizer
-from lab.prepare.tokenizer_sweep import sample_texts, train_and_measure
-from lab.prepare.vocabulary import limit_characters, train_competition_tokenizer
+from lab.prepare.vocabulary import limit_characters, sample_texts, train_and_measure, train_competition_tokenizer
 
 GENERATOR = np.random.default_rng(0)
 WORDS = ["".join(GENERATOR.choice(list("etaoinshrdlu"), GENERATOR.integers(2, 9))) for _ in range(300)]

@@ -24,11 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zstandard
 
-from golf.data.shards import SHARD_NAME, DataError, read_shard
+from golf.data.shards import SHARD_NAME, DataError
 from lab.prepare.text_tokenizer import PlainTokenizer, gpt2_tokenizer_file, optional_package
+from lab.probe.documents import shard_documents
 
 EMBEDDED_CORPUS = "embedded"
 EMBEDDED_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -39,7 +39,6 @@ PASSAGE_CHARACTERS = 8192
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(?::(?P<folder>[\w./-]+))?")
 GPT2_DOCUMENT_START = 50256
 PARQUET_BATCH_ROWS = 256
-DECODED_TOKENS = 1 << 22
 
 
 def iter_documents(source: str | Path, merges: str | Path | None = None) -> Iterator[str]:
@@ -280,22 +279,4 @@ def gpt2_documents(shards: list[Path], source: str | Path, merges: str | Path | 
     if merges is None:
         raise DataError(f"{source}: GPT-2 token shards can only be decoded with the merges file: give --merges FILE")
     tokenizer = PlainTokenizer(gpt2_tokenizer_file(merges), str(merges))
-    for ids_N in split_at_starts(shards):
-        yield tokenizer.decode(ids_N.tolist())
-
-
-def split_at_starts(shards: list[Path]) -> Iterator[np.ndarray]:
-    """Yields the tokens (N,) between document starts, over the borders of shards; empty documents are left out."""
-    waiting: list[np.ndarray] = []
-    for path in shards:
-        shard = read_shard(path)
-        for begin in range(0, len(shard), DECODED_TOKENS):
-            block_N = np.array(shard[begin : begin + DECODED_TOKENS])
-            parts = np.split(block_N, np.flatnonzero(block_N == GPT2_DOCUMENT_START))
-            waiting.append(parts[0])
-            for part_N in parts[1:]:  # each begins with a start token, which closes the document before
-                if sum(map(len, waiting)):
-                    yield np.concatenate(waiting)
-                waiting = [part_N[1:]]
-    if sum(map(len, waiting)):
-        yield np.concatenate(waiting)
+    return (tokenizer.decode(ids_N.tolist()) for ids_N in shard_documents(shards, GPT2_DOCUMENT_START))

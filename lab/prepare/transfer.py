@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,25 +79,18 @@ def existing_parent(path: Path) -> Path:
 
 
 @dataclass
-class DownloadEvents:
-    """What the caller wants to hear; called from several threads."""
-
-    received: Callable[[int], None] = lambda count: None
-    """Bytes that came over the network; negative when they turned out to be bad."""
-    finished: Callable[[WantedFile], None] = lambda wanted: None
-    noted: Callable[[str], None] = lambda line: None
-
-
-@dataclass
 class Download:
     """One download of a plan: `run` it once."""
 
     hub: Hub
     plan: DownloadPlan
-    events: DownloadEvents = field(default_factory=DownloadEvents)
     workers: int = 4
     recheck: bool = False
     """Read files again that were verified before and have not been touched since."""
+    on_received: Callable[[int], None] = lambda count: None
+    """Hears of bytes that came over the network (negative when they turned out to be bad); as the others, in threads."""
+    on_finished: Callable[[WantedFile], None] = lambda wanted: None
+    on_note: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
         self.stop, self.lock = threading.Event(), threading.Lock()
@@ -165,7 +158,7 @@ class Download:
         try:
             if not self.is_in_place(wanted):
                 self.hub.patiently(partial(self.attempt, wanted), partial(self.note, wanted), self.pause)
-            self.events.finished(wanted)
+            self.on_finished(wanted)
         except TRANSFER_ERRORS as error:
             if getattr(error, "errno", None) in MACHINE_ERRORS:
                 raise
@@ -173,7 +166,7 @@ class Download:
                 self.failures[self.name_in_record(wanted)] = first_line(error)
 
     def note(self, wanted: WantedFile, line: str) -> None:
-        self.events.noted(f"{wanted.local.name}: {line}")
+        self.on_note(f"{wanted.local.name}: {line}")
 
     def pause(self, seconds: float) -> None:
         if self.stop.wait(seconds):
@@ -198,12 +191,10 @@ class Download:
             return False
         stat, known = wanted.local.stat(), facts_of_entry(entry)
         same = (stat.st_size, stat.st_mtime_ns) == (known.size, entry.get("mtime_ns"))
-        wanted_hash, known_hash = wanted.facts.sha256, known.sha256
-        if not wanted_hash and wanted.facts.git_sha1:
-            wanted_hash, known_hash = wanted.facts.git_sha1, known.git_sha1
-        if not wanted_hash:
+        if not wanted.facts.hashed:
             return same and entry.get("revision") == self.plan.listing.revision
-        return same and wanted_hash == known_hash and not quick_problem(wanted.local, known)
+        name = "sha256" if wanted.facts.sha256 else "git_sha1"
+        return same and getattr(wanted.facts, name) == getattr(known, name) and not quick_problem(wanted.local, known)
 
     def attempt(self, wanted: WantedFile) -> None:
         """Fetches, verifies and places a file once. Raises one of TRANSFER_ERRORS where that fails."""
@@ -214,12 +205,12 @@ class Download:
             if self.stop.is_set():
                 raise DownloadStopped("stopped")
             received += count
-            self.events.received(count)
+            self.on_received(count)
 
         try:
             self.place(self.hub.fetch(wanted.remote, self.plan.listing.revision, advance), wanted)
         except TRANSFER_ERRORS:
-            self.events.received(-received)
+            self.on_received(-received)
             raise
         finally:
             with self.lock:
@@ -246,9 +237,8 @@ class Download:
         if not facts.hashed:
             hash_from = entry.get("hash_from") or "first download"
             if entry.get("revision") == self.plan.listing.revision:
-                facts = FileFacts(facts.size, entry.get("sha256"), None, facts.tokens)
-        problem = quick_problem(path, facts)
-        if problem:
+                facts = replace(facts, sha256=entry.get("sha256"))
+        if problem := quick_problem(path, facts):
             return problem
         scan = scan_file(path)
         problem = scan_problem(scan, facts, self.plan.vocab_size or 2**16)
@@ -270,16 +260,14 @@ class Download:
         return ""
 
     def write_record(self, files: dict[str, Any]) -> None:
-        tokenizers = [name for name in files if name.endswith((".model", ".json"))]
-        asked = [self.name_in_record(wanted) for wanted in self.plan.files]
-        chosen = next((name for name in tokenizers if name in asked), None)
+        asked = {self.name_in_record(wanted) for wanted in self.plan.files}
+        tokenizers = [name for name in files if name.endswith((".model", ".json")) and name in asked]
+        described = [{"file": name, "sha256": files[name]["sha256"]} for name in tokenizers[:1]]
         self.record = {
             "repo_id": self.plan.listing.repo_id,
             "revision": self.plan.listing.revision,
             "variant": self.plan.variant,
-            "tokenizer": None
-            if chosen is None
-            else {"file": chosen, "sha256": files[chosen]["sha256"], "vocab_size": self.plan.vocab_size},
+            "tokenizer": described[0] | {"vocab_size": self.plan.vocab_size} if described else None,
             "files": dict(sorted(files.items())),
         }
         write_file_atomically(self.plan.folder / DOWNLOADS_NAME, json.dumps(self.record, indent=1) + "\n")

@@ -8,6 +8,7 @@ the ends of files, `full` reads everything.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -281,11 +282,11 @@ def folder_problems(report: FolderReport, facts: FolderFacts, names: Iterable[st
 
 
 def other_datasets(numbers: Mapping[tuple[str, str], set[int]]) -> list[str]:
-    """All data sets but the one with most shards."""
-    sizes: dict[str, int] = {}
+    """Lists all data sets but the one with most shards."""
+    sizes: Counter[str] = Counter()
     for (dataset, _), found in numbers.items():
-        sizes[dataset] = sizes.get(dataset, 0) + len(found)
-    return sorted(sizes, key=lambda dataset: -sizes[dataset])[1:]
+        sizes[dataset] += len(found)
+    return [dataset for dataset, _ in sizes.most_common()[1:]]
 
 
 def sidecar_problems(folder: Path, names: Iterable[str]) -> list[FileProblem]:

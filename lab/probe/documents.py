@@ -1,7 +1,8 @@
-"""Documents of token shards by their hash: whether a text is in both splits.
+"""Documents of token shards, and their hashes: whether a text is in both splits.
 
 A document is what stands between two document starts, over the borders of shards; its hash is the SHA-256 of its
-tokens as little-endian uint16. Memory is bounded: a block of tokens, and 32 bytes for each validation document.
+tokens as little-endian uint16. Memory holds a block of tokens or a longer document, and 32 bytes for each one of
+validation.
 """
 
 import hashlib
@@ -29,26 +30,34 @@ class SharedDocuments:
     """Number of the first of them in the validation stream."""
 
 
-def document_hashes(
+def shard_documents(
     paths: Sequence[str | Path], bos_id: int, advance: Callable[[int], None] = lambda tokens: None
-) -> Iterator[bytes]:
-    """SHA-256 of each document, in order; those without a token are left out. `advance` is told of tokens read."""
-    digest, length = hashlib.sha256(), 0
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of each document, uint16 (N,), in order; those without a token are left out.
+
+    `advance` is told of tokens read. Raises ShardError.
+    """
+    waiting: list[np.ndarray] = []
     for path in paths:
         shard = read_shard(path)
         for begin in range(0, len(shard), BLOCK_TOKENS):
-            block = np.asarray(shard[begin : begin + BLOCK_TOKENS], dtype="<u2")
-            advance(len(block))
-            starts = np.flatnonzero(block == bos_id)
-            for part_begin, part_end in zip([0, *(starts + 1)], [*starts, len(block)], strict=True):
-                digest.update(block[part_begin:part_end].tobytes())
-                length += part_end - part_begin
-                if part_end < len(block):  # a document start closes the one before
-                    if length:
-                        yield digest.digest()
-                    digest, length = hashlib.sha256(), 0
-    if length:
-        yield digest.digest()
+            block_N = np.array(shard[begin : begin + BLOCK_TOKENS])
+            advance(len(block_N))
+            first_N, *others = np.split(block_N, np.flatnonzero(block_N == bos_id))
+            waiting.append(first_N)
+            for part_N in others:  # each begins with a start token, which closes the document before
+                if any(map(len, waiting)):
+                    yield np.concatenate(waiting)
+                waiting = [part_N[1:]]
+    if any(map(len, waiting)):
+        yield np.concatenate(waiting)
+
+
+def document_hashes(
+    paths: Sequence[str | Path], bos_id: int, advance: Callable[[int], None] = lambda tokens: None
+) -> Iterator[bytes]:
+    """Yields the SHA-256 of each document, in order. Raises ShardError."""
+    return (hashlib.sha256(tokens_N).digest() for tokens_N in shard_documents(paths, bos_id, advance))
 
 
 def find_shared_documents(

@@ -76,13 +76,6 @@ class ProbePoints:
     """Targets whose whole distribution is looked at."""
 
 
-def uniform_points(targets: int, seed: int, cuts: int = 6, samples: int = 16) -> ProbePoints:
-    """Points all over a stream of `targets` targets."""
-    rng = np.random.default_rng(seed)
-    chosen = (np.sort(rng.choice(targets, min(count, targets), replace=False)) for count in (cuts, samples))
-    return ProbePoints(*(part.tolist() for part in chosen))
-
-
 def probe_scorer(scorer: ProbedScorer, tokens_N1: np.ndarray, points: ProbePoints, seed: int = 0) -> list[Probe]:
     """C1 to C4 and the isolation of documents, on one stream that starts with a document."""
     tokens_N1 = np.asarray(tokens_N1)
