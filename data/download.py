@@ -1,4 +1,4 @@
-"""Download a published token export from the Hugging Face hub, every file verified.
+"""Downloads a published token export from the Hugging Face hub and verifies every file.
 
 python data/download.py --variant sp1024 [--train-shards 80] [--dry-run]
 
@@ -71,7 +71,7 @@ class Options(ToolOptions):
 
 
 def make_plan(options: Options) -> tuple[Hub, DownloadPlan]:
-    """Ask the hub what there is, and choose. Raises DownloadError."""
+    """Asks the hub what there is, and chooses. Raises DownloadError."""
     repo_id = options.repo_id or repository_of(options.variant)
     hub = Hub(repo_id, options.endpoint, options.cache_dir, options.offline or is_offline_mode())
     earlier = find_downloads(options.root, repo_id, options.variant)
@@ -109,7 +109,7 @@ def plan_figures(download: Download) -> dict:
 
 
 class DownloadDisplay:
-    """A bar with rate and time left on a terminal; elsewhere a line for each file."""
+    """Shows a bar with rate and time left on a terminal; elsewhere a line for each file."""
 
     def __init__(self, download: Download):
         self.started, self.received, self.files = time.perf_counter(), 0, 0
@@ -149,7 +149,7 @@ class DownloadDisplay:
 
 
 def fetch(download: Download) -> None:
-    """Run the download with its display. Raises DownloadError or OSError."""
+    """Runs the download with its display. Raises DownloadError or OSError."""
     download.check_room()
     with DownloadDisplay(download):
         download.run()

@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer with the competition's settings, and say how far it compresses held-out text.
+"""Trains a SentencePiece BPE tokenizer with the competition's settings, and says how far it compresses held-out text.
 
 python data/train_tokenizer.py --input TEXT --vocab 1024 [--out FILE.model] [--transform caseops]
 python data/train_tokenizer.py --input TEXT --sweep [--sizes 512 1024 2048 4096 8192]

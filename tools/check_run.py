@@ -1,4 +1,4 @@
-"""Legality probes of a scored run: causality, normalisation, order and count of scoring, data, bytes, network.
+"""Probes the legality of a scored run: causality, normalisation, order and count of scoring, data, bytes, network.
 
     python tools/check_run.py runs/RUN_ID [--full] [--json] [--write]
 
@@ -53,7 +53,7 @@ class Options(ToolOptions):
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run's folder as the probes need it."""
+    """Holds a run's folder as the probes need it."""
 
     folder: Path
     config: Config
@@ -66,7 +66,7 @@ class ScoredRun:
 
 
 def load_run(path: Path) -> ScoredRun:
-    """Raises UserError or OSError for a folder that is not that of a scored run."""
+    """Loads a run's folder. Raises UserError or OSError for one that is not that of a scored run."""
     folder = RunFolder(path)
     if folder.config.exists():
         read_run_record(folder.config, ["config_hash", "run", "data", "score"])
@@ -89,7 +89,7 @@ def load_run(path: Path) -> ScoredRun:
 
 
 def load_figures(folder: RunFolder) -> dict[str, Any]:
-    """What the score says of itself, in the terms of result.json, which may not be there yet. Raises ProbeError."""
+    """Reads what the score says of itself, in the terms of result.json, which may be missing yet. Raises ProbeError."""
     records = [path for path in (folder.score, folder.result) if path.is_file()]
     if not records:
         raise ProbeError(f"{folder.path} has neither score.json nor result.json: score the run first")
@@ -103,7 +103,7 @@ def load_figures(folder: RunFolder) -> dict[str, Any]:
 
 
 def score_settings(run: ScoredRun) -> ScoreSettings:
-    """Those of the score: its stride is larger than the configured one where time was short."""
+    """Returns those of the score: its stride is larger than the configured one where time was short."""
     stride = run.figures.get("eval_stride", run.config.score.eval_stride)
     settings = sliding_settings(replace(run.config.score, eval_stride=stride), run.artifact.model)
     check_settings(settings)
@@ -111,7 +111,7 @@ def score_settings(run: ScoredRun) -> ScoreSettings:
 
 
 def single_runtime(config: RunConfig) -> Runtime:
-    """This process alone, set up as the scoring was, whatever a launcher's variables say."""
+    """Sets this process alone up as the scoring was, whatever a launcher's variables say."""
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -121,7 +121,7 @@ def single_runtime(config: RunConfig) -> Runtime:
 
 
 def probe_run(run: ScoredRun, full: bool) -> list[Probe]:
-    """All probes, on the artifact and the scorer that made the score."""
+    """Runs all probes, on the artifact and the scorer that made the score."""
     settings, runtime = score_settings(run), single_runtime(run.config.run)
     model = restore_model(run.artifact, runtime)
     forward = compiled_losses(model) if runtime.compiles_scoring else None

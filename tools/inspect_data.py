@@ -1,4 +1,4 @@
-"""What is in a folder of shards: documents, tokens, bytes, lengths with a picture, pieces, samples, duplicates.
+"""Shows what is in a folder of shards: documents, tokens, bytes, lengths with a picture, pieces, samples, duplicates.
 
 python tools/inspect_data.py DIR [--tokenizer FILE] [--full] [--samples 2] [--top 20] [--picture FILE.png] [--json]
 
@@ -122,7 +122,7 @@ def pieces_table(split: SplitContent, tokenizer: TextTokenizer, count: int) -> T
 
 
 def draw_lengths(content: DataContent, path: Path) -> None:
-    """Share of documents by length, both splits over each other, as a PNG file."""
+    """Draws the share of documents by length, both splits over each other, as a PNG file."""
     edges = length_edges(np.concatenate([split.lengths_D for split in content.splits]))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for split in content.splits:

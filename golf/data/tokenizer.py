@@ -1,4 +1,4 @@
-"""Tokenizers as training and scoring know them: an identity, and how many bytes of text each token stands for.
+"""Gives training and scoring what they need of a tokenizer: its identity, and how many bytes each token stands for.
 
 Bits per byte divides by bytes, so they must be exact: over a document, the counts add up to the UTF-8
 length of its decoded text. For a SentencePiece model they are not derived from the spelling of the pieces but asked of
@@ -29,7 +29,7 @@ MOST_CHARACTERS = 2**16 - 260
 
 
 class Tokenizer:
-    """What every kind of tokenizer is. A document starts where a token is `bos_id`."""
+    """Holds what every kind of tokenizer has. A document starts where a token is `bos_id`."""
 
     kind: str
     """sentencepiece, caseops, bytes, chars or gpt2."""
@@ -45,7 +45,7 @@ class Tokenizer:
 
 
 class SentencePieceModel(Tokenizer):
-    """A SentencePiece model; one with the operators of CaseOps as pieces is of that kind. Raises DataError."""
+    """Loads a SentencePiece model; one with the operators of CaseOps as pieces is of that kind. Raises DataError."""
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         super().__init__(model, name)
@@ -67,7 +67,7 @@ class SentencePieceModel(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> tuple[np.ndarray, ...]:
-        """unknown_V, boundary_V, inner_V and start_V of ByteTable. Raises DataError."""
+        """Returns unknown_V, boundary_V, inner_V and start_V of ByteTable. Raises DataError."""
         self.check_blank_pieces()
         processor, ids = self.processor, range(self.vocab_size)
         unknown_V = np.array([processor.is_unknown(i) for i in ids])
@@ -102,7 +102,7 @@ class SentencePieceModel(Tokenizer):
 
 
 class UnitVocabulary(Tokenizer):
-    """A tokenizer without a model: a byte string for each token (`units`), described by a JSON file.
+    """Loads a tokenizer without a model: a byte string for each token (`units`), described by a JSON file.
 
     Of the kinds bytes and chars, ids 0 to 3 are pad, BOS, EOS and unknown (which nothing becomes). Then come the
     characters, and 256 ids of single bytes close the vocabulary: they spell what is no character of it, so nothing is
@@ -124,7 +124,7 @@ class UnitVocabulary(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> tuple[np.ndarray, ...]:
-        """unknown_V, boundary_V, inner_V and start_V of ByteTable."""
+        """Returns unknown_V, boundary_V, inner_V and start_V of ByteTable."""
         bytes_V = np.array([len(unit) for unit in self.units])
         unknown_V = (bytes_V == 0) & (np.arange(self.vocab_size) == UNKNOWN_ID)
         return unknown_V, (bytes_V == 0) & ~unknown_V, bytes_V, bytes_V

@@ -1,4 +1,4 @@
-"""What is published on the hub, and its files in huggingface_hub's cache. Nothing here is verified yet.
+"""Lists what is published on the hub, and fetches its files into huggingface_hub's cache; nothing is verified yet.
 
 huggingface_hub 2.4 fetches single files into its cache and resumes a broken transfer. It does not try again after a
 server error, a file that came short or a list of files that failed: that is `Hub.patiently`.
@@ -44,7 +44,7 @@ HEX_SHA256, HEX_SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 
 
 class ByteMeter(tqdm):
-    """A bar of huggingface_hub's that draws nothing; `advance`, set in a subclass for each file, hears of bytes."""
+    """Draws nothing, unlike huggingface_hub's bars, and tells `advance`, set in a subclass for each file, of bytes."""
 
     advance: Callable[[int], None] = staticmethod(lambda count: None)
 
@@ -62,7 +62,7 @@ class ByteMeter(tqdm):
 
 @dataclass(frozen=True)
 class Hub:
-    """One dataset repository, through huggingface_hub and its cache."""
+    """Reaches one dataset repository through huggingface_hub and its cache."""
 
     repo_id: str
     endpoint: str | None = None

@@ -1,4 +1,4 @@
-"""From documents to verified shards: split, tokenize, write, describe.
+"""Makes verified shards of documents: splits, tokenizes, writes and describes them.
 
 A prepared folder holds the tokenizer, `text_train_%06d.bin`, `text_val_%06d.bin` and `manifest.json`. It appears
 under its name only when it is whole; what a killed preparation left beside it is gone on with.
@@ -56,7 +56,7 @@ TRAINED = re.compile(r"train:(\d+)")
 
 @dataclass(frozen=True)
 class Preparation:
-    """All that decides about the prepared bytes."""
+    """Holds all that decides about the prepared bytes."""
 
     source: str
     """See lab/prepare/readers.py."""
@@ -91,7 +91,7 @@ class Preparation:
         return self.order == "shuffled" or (self.order == "auto" and not self.val_docs)
 
     def label(self) -> str:
-        """What the tokenizer is called in a folder's name."""
+        """Returns what the tokenizer is called in a folder's name."""
         trained = TRAINED.fullmatch(self.tokenizer)
         if trained:
             return f"{'caseops' if self.transform == 'caseops' else 'sp'}{trained[1]}"
@@ -101,7 +101,7 @@ class Preparation:
         return f"{'sp' if tokenizer.kind == 'sentencepiece' else tokenizer.kind}{tokenizer.vocab_size}"
 
     def tokenizer_identity(self) -> str:
-        """What stands for the tokenizer: how it is made of the text, or the hash of its file. Raises DataError."""
+        """Says how the tokenizer is made of the text, or gives the hash of its file. Raises DataError."""
         if TRAINED.fullmatch(self.tokenizer) or self.tokenizer in ("bytes", "chars"):
             return self.tokenizer
         if self.tokenizer == "gpt2":
@@ -111,7 +111,7 @@ class Preparation:
         return tokenizer.sha256
 
     def recipe(self) -> dict[str, str | float | int | bool]:
-        """The settings with the identity of source and tokenizer in the place of their names; defaults are left out."""
+        """Returns the settings, with the identity of source and tokenizer for their names and without defaults."""
         recipe = {
             "format": PREPARED_FORMAT,
             "source": source_identity(self.source),
@@ -143,7 +143,7 @@ def prepare_data(
     word_cache: bool = True,
     advance: Callable[[int], None] = lambda text_bytes: None,
 ) -> PreparedData:
-    """Prepare data in the folder `out`, or return what is there already from the same recipe.
+    """Prepares data in the folder `out`, or returns what is there already from the same recipe.
 
     Processes that want the same folder wait for the first one. The bytes don't depend on `workers` and `word_cache`;
     `advance` is told of bytes of text as they are done. Raises DataError, also when `out` holds anything else.
@@ -173,14 +173,14 @@ def prepared_already(out: Path, recipe: dict) -> PreparedData:
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system lets go of it when the process ends, however it ends."""
+    """Holds an exclusive lock on `path`; the system lets go of it when the process ends, however it ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 class PreparationWork:
-    """One preparation in its unfinished folder: from the start, or from where a killed one was."""
+    """Runs one preparation in its unfinished folder: from the start, or from where a killed one was."""
 
     def __init__(self, preparation: Preparation, folder: Path, recipe: dict):
         self.preparation, self.folder = preparation, folder
@@ -213,7 +213,7 @@ class PreparationWork:
             yield self.sidecar
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """All (split, text) in the order that they are written in."""
+        """Yields all (split, text) in the order that they are written in."""
         if self.preparation.is_shuffled:
             spool = open_spool(self.folder)
             self.duplicates = spool.duplicates
@@ -221,7 +221,7 @@ class PreparationWork:
         return self.source_documents()
 
     def source_documents(self) -> Iterator[tuple[str, str]]:
-        """All (split, text) in the order of the source. Raises DataError for a document in both splits."""
+        """Yields all (split, text) in the order of the source. Raises DataError for a document in both splits."""
         wanted = self.preparation
         self.duplicates = 0
         held_out: set[bytes] = set()
@@ -243,7 +243,7 @@ class PreparationWork:
                 )
 
     def encode(self, workers: int, word_cache: bool, advance: Callable[[int], None]) -> None:
-        """Write the shards, from the noted chunk on."""
+        """Writes the shards, from the noted chunk on."""
         done = self.state["chunks"]
         chunks = itertools.islice(chunk_documents(self.documents()), done, None)
         path = self.folder / self.state["tokenizer"]
@@ -272,7 +272,7 @@ class PreparationWork:
         write_state(self.folder, self.state)
 
     def finish(self) -> None:
-        """Close the shards and write the manifest. Raises DataError when a split is empty."""
+        """Closes the shards and writes the manifest. Raises DataError when a split is empty."""
         for shards in self.files():
             shards.close()
         for split, shards in self.shards.items():
@@ -300,7 +300,7 @@ class PreparationWork:
 
 
 def check_transform(tokenizer: TextTokenizer, transform: str) -> None:
-    """Raise DataError unless the tokenizer is one for text that is transformed like this."""
+    """Raises DataError unless the tokenizer is one for text that is transformed like this."""
     asked = "caseops" if tokenizer.kind == "caseops" else "none"
     if transform not in ("auto", asked):
         raise DataError(f"{tokenizer.name}: is a tokenizer for --transform {asked}; leave --transform {transform} out")
@@ -313,7 +313,7 @@ def gpt2_file(preparation: Preparation) -> bytes:
 
 
 def make_tokenizer(preparation: Preparation, texts: Iterator[str], folder: Path) -> Path:
-    """Write the tokenizer that is asked for to `folder`, trained on `texts` where it is to be trained."""
+    """Writes the tokenizer that is asked for to `folder`, trained on `texts` where it is to be trained."""
     wanted, trained = preparation.tokenizer, TRAINED.fullmatch(preparation.tokenizer)
     if trained and preparation.transform == "caseops":
         data = train_competition_tokenizer(map(encode_caseops, texts), int(trained[1]), CASE_OPERATORS)

@@ -1,4 +1,4 @@
-"""Documents from every kind of source, one after the other, in bounded memory.
+"""Reads documents from every kind of source, one after the other, in bounded memory.
 
 A source is `embedded`, a file or a folder of files (.txt, .jsonl, .jsonl.xz, .jsonl.zst, .parquet), the id of a
 Hugging Face data set (owner/name, or owner/name:folder for a part of it), or a folder of GPT-2 token shards

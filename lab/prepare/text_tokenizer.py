@@ -1,4 +1,4 @@
-"""Tokenizers that encode and decode text, of every kind whose identity and bytes golf/data/tokenizer.py knows.
+"""Encodes and decodes text with every kind of tokenizer whose identity and bytes golf/data/tokenizer.py knows.
 
 CaseOps is a lossless way to write text without capital letters (parameter-golf PR #1729). Every maximal run of ASCII
 letters is written in lower case. Operators from the private use area say what it was: ALLCAPS in front of a run of two
@@ -50,7 +50,7 @@ def optional_package(name: str) -> ModuleType:
 
 
 class TextTokenizer(Tokenizer):
-    """A tokenizer of any kind that encodes and decodes text."""
+    """Encodes and decodes text, whatever the kind of tokenizer."""
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of one document, without BOS."""
@@ -76,7 +76,7 @@ class TextTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(SentencePieceModel, TextTokenizer):
-    """A SentencePiece model; one of the kind caseops writes and reads text in CaseOps."""
+    """Runs a SentencePiece model; one of the kind caseops writes and reads text in CaseOps."""
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
         super().__init__(model, name)
@@ -112,7 +112,7 @@ class SentencePieceTokenizer(SentencePieceModel, TextTokenizer):
 
 
 class PlainTokenizer(UnitVocabulary, TextTokenizer):
-    """Bytes, characters, or GPT-2's byte-pair encoding, whose pieces tiktoken joins."""
+    """Encodes as bytes, characters, or by GPT-2's byte pairs, which tiktoken joins."""
 
     @cached_property
     def character_ids(self) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""A download that ends with right files or says which ones are not: fetched in parallel, verified, placed, recorded.
+"""Downloads files in parallel, verifies, places and records them: all are right in the end, or it says which are not.
 
 huggingface_hub checks sizes only and starts a file over after a kill, so every file is verified here before it gets
 its name; what fails is deleted from the cache and fetched again. Files are linked from the cache where it lies on
@@ -43,11 +43,11 @@ MOST_FAILURES = 3
 
 
 class DownloadStopped(DownloadError):
-    """The download was interrupted; what is complete stays."""
+    """Says that the download was interrupted; what is complete stays."""
 
 
 def find_downloads(root: Path, repo_id: str, variant: str) -> dict[str, Any]:
-    """The record of an earlier download of the same thing below `root`; empty where there is none."""
+    """Finds the record of an earlier download of the same thing below `root`; empty where there is none."""
     for path in sorted(root.glob(f"datasets/*/{DOWNLOADS_NAME}")):
         record = read_data_record(path)
         if (record.get("repo_id"), record.get("variant")) == (repo_id, variant):
@@ -80,7 +80,7 @@ def existing_parent(path: Path) -> Path:
 
 @dataclass
 class Download:
-    """One download of a plan: `run` it once."""
+    """Downloads what a plan wants; `run` it once."""
 
     hub: Hub
     plan: DownloadPlan
@@ -88,7 +88,7 @@ class Download:
     recheck: bool = False
     """Read files again that were verified before and have not been touched since."""
     on_received: Callable[[int], None] = lambda count: None
-    """Hears of bytes that came over the network (negative when they turned out to be bad); as the others, in threads."""
+    """Hears, as the others in threads, of bytes that came over the network; negative when they turned out to be bad."""
     on_finished: Callable[[WantedFile], None] = lambda wanted: None
     on_note: Callable[[str], None] = lambda line: None
 
@@ -99,14 +99,14 @@ class Download:
         self.left_out = self.fetched_files = self.fetched_bytes = 0
 
     def state(self, wanted: WantedFile) -> str:
-        """ "in place", "in the cache" or "to fetch", at a quick look."""
+        """Says "in place", "in the cache" or "to fetch", at a quick look."""
         if not quick_problem(wanted.local, wanted.facts):
             return "in place"
         cached = self.hub.cached(wanted.remote, self.plan.listing.revision)
         return "in the cache" if cached and not quick_problem(cached, wanted.facts) else "to fetch"
 
     def check_room(self) -> None:
-        """Raise OSError where the volumes can't hold what is missing."""
+        """Raises OSError where the volumes can't hold what is missing."""
         sizes = {"in place": 0, "in the cache": 0, "to fetch": 0}
         for wanted in self.plan.files:
             sizes[self.state(wanted)] += wanted.facts.size or 0
@@ -121,7 +121,7 @@ class Download:
                 raise OSError(errno.ENOSPC, text + "--root and --cache-dir, or fewer --train-shards")
 
     def run(self) -> dict[str, str]:
-        """Make every file right. Returns what could not be had, problem by file.
+        """Makes every file right. Returns what could not be had, problem by file.
 
         Raises DownloadError, and OSError where the machine refuses (no room, no rights).
         """
@@ -141,7 +141,7 @@ class Download:
         return self.failures
 
     def sweep(self) -> None:
-        """Remove unfinished files, and from the record what was neither asked for nor is there."""
+        """Removes unfinished files, and from the record what was neither asked for nor is there."""
         for folder in {self.parts_folder(wanted) for wanted in self.plan.files}:
             shutil.rmtree(folder, ignore_errors=True)
         asked = {self.name_in_record(wanted) for wanted in self.plan.files}
@@ -186,7 +186,7 @@ class Download:
         return not problem
 
     def is_unchanged(self, wanted: WantedFile, entry: dict[str, Any]) -> bool:
-        """Whether a file is as it was when it was found to be what is wanted now."""
+        """Says whether a file is as it was when it was found to be what is wanted now."""
         if self.recheck or not entry:
             return False
         stat, known = wanted.local.stat(), facts_of_entry(entry)
@@ -230,7 +230,7 @@ class Download:
         os.replace(part, wanted.local)
 
     def scanned_problem(self, path: Path, wanted: WantedFile) -> str:
-        """What is wrong with a file, all of it read; recorded when nothing is."""
+        """Reads all of a file and returns what is wrong with it; records it when nothing is."""
         name, facts = self.name_in_record(wanted), wanted.facts
         entry = self.record["files"].get(name, {})
         hash_from = wanted.facts_from
@@ -245,7 +245,7 @@ class Download:
         return problem or self.remember(name, path, scan, wanted.remote, hash_from)
 
     def remember(self, name: str, path: Path, scan: FileScan, remote: str, hash_from: str) -> str:
-        """Record a sound file; one that no hash vouches for and that is another's double is a problem instead."""
+        """Records a sound file; returns a problem for one that no hash vouches for and that is another's double."""
         stat = path.stat()
         entry = {"bytes": stat.st_size, "sha256": scan.sha256, "git_sha1": scan.git_sha1, "hash_from": hash_from}
         entry |= {"ends": ends_fingerprint(path), "mtime_ns": stat.st_mtime_ns}
@@ -279,7 +279,7 @@ class Download:
         return Path(os.path.relpath(wanted.local, self.plan.folder)).as_posix()
 
     def data_id(self) -> str:
-        """The data id that runs on the folder record; empty without training shards or tokenizer."""
+        """Returns the data id that runs on the folder record; empty without training shards or tokenizer."""
         tokenizer = self.record.get("tokenizer")
         if not tokenizer or not any(wanted.kind == "train" for wanted in self.plan.files):
             return ""

@@ -1,4 +1,4 @@
-"""Whether token files are what they must be: sizes, headers, hashes, numbering, and no shard in another's place.
+"""Checks that token files are what they must be: sizes, headers, hashes, numbering, no shard in another's place.
 
 What must be true comes from the folder's own record: manifest.json (data/prepare.py) or downloads.json
 (data/download.py). Without either, only what the files say of themselves can be checked. `quick` reads headers and
@@ -30,7 +30,7 @@ ENDS_BYTES = 4096
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What is known of a file before it is looked at; None: not known."""
+    """Holds what is known of a file before it is looked at; None: not known."""
 
     size: int | None = None
     sha256: str | None = None
@@ -47,7 +47,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class FileScan:
-    """What reading a whole file tells."""
+    """Holds what reading a whole file tells."""
 
     sha256: str
     git_sha1: str
@@ -63,7 +63,7 @@ class FileProblem:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """The record of a folder."""
+    """Holds the record of a folder."""
 
     source: str
     """Name of the file that holds it; empty where there is none."""
@@ -76,7 +76,7 @@ class FolderFacts:
 
 @dataclass
 class FolderReport:
-    """What was found in a folder."""
+    """Holds what was found in a folder."""
 
     folder: Path
     facts_from: str
@@ -93,7 +93,7 @@ class FolderReport:
 
 @dataclass(frozen=True)
 class KnownTokenizer:
-    """What data_identity asks of a tokenizer, without loading it."""
+    """Holds what data_identity asks of a tokenizer, without loading it."""
 
     name: str
     sha256: str
@@ -104,13 +104,13 @@ def is_token_file(name: str) -> bool:
 
 
 def split_of(name: str) -> str:
-    """ "train", "val" or "val bytes"; empty for a file without tokens."""
+    """Returns "train", "val" or "val bytes"; empty for a file without tokens."""
     match = SHARD_NAME.fullmatch(name)
     return match["split"] if match else "val bytes" if BYTES_SHARD_NAME.fullmatch(name) else ""
 
 
 def ends_fingerprint(path: Path) -> str:
-    """16 hex digits of a file's size and its first and last 4 KiB."""
+    """Returns 16 hex digits of a file's size and its first and last 4 KiB."""
     size = path.stat().st_size
     with path.open("rb") as file:
         digest = hashlib.sha256(b"%d\n" % size + file.read(ENDS_BYTES))
@@ -120,7 +120,7 @@ def ends_fingerprint(path: Path) -> str:
 
 
 def scan_file(path: Path, advance: Callable[[int], None] = lambda count: None) -> FileScan:
-    """Read a whole file in bounded memory; `advance` is told of bytes read. Lets other threads run meanwhile."""
+    """Reads a whole file in bounded memory; `advance` is told of bytes read. Lets other threads run meanwhile."""
     sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     wants_tokens = SHARD_NAME.fullmatch(path.name) is not None
     largest, skipped = -1, SHARD_HEADER_BYTES
@@ -137,7 +137,7 @@ def scan_file(path: Path, advance: Callable[[int], None] = lambda count: None) -
 
 
 def quick_problem(path: Path, facts: FileFacts) -> str:
-    """What is wrong with a file, from its size, its header and its ends; empty when nothing is."""
+    """Returns what is wrong with a file, by its size, its header and its ends; empty when nothing is."""
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
@@ -158,7 +158,7 @@ def quick_problem(path: Path, facts: FileFacts) -> str:
 
 
 def scan_problem(scan: FileScan, facts: FileFacts, vocab_size: int = 2**16) -> str:
-    """What reading the whole file shows to be wrong; empty when nothing is."""
+    """Returns what reading the whole file shows to be wrong; empty when nothing is."""
     for name, found, expected in (("SHA-256", scan.sha256, facts.sha256), ("git SHA-1", scan.git_sha1, facts.git_sha1)):
         if expected and found != expected:
             return f"damaged, or another file: {name} {found[:12]}..., must be {expected[:12]}..."
@@ -168,7 +168,7 @@ def scan_problem(scan: FileScan, facts: FileFacts, vocab_size: int = 2**16) -> s
 
 
 def read_data_record(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty where there is no file. Raises DataError."""
+    """Reads the JSON object in `path`; empty where there is no file. Raises DataError."""
     if not path.is_file():
         return {}
     try:
@@ -182,13 +182,13 @@ def read_data_record(path: Path) -> dict[str, Any]:
 
 
 def facts_of_entry(entry: Mapping[str, Any]) -> FileFacts:
-    """From the entry of a file in a record or an export's manifest."""
+    """Returns the facts in the entry of a file in a record or an export's manifest."""
     size = entry.get("bytes", entry.get("size"))
     return FileFacts(size, entry.get("sha256"), entry.get("git_sha1"), entry.get("tokens"), entry.get("ends"))
 
 
 def read_folder_facts(folder: Path) -> FolderFacts:
-    """The record of `folder`, as far as there is one. Raises DataError."""
+    """Reads the record of `folder`, as far as there is one. Raises DataError."""
     for name in (MANIFEST_NAME, DOWNLOADS_NAME):
         if record := read_data_record(folder / name):
             break
@@ -206,7 +206,7 @@ def read_folder_facts(folder: Path) -> FolderFacts:
 def verify_folder(
     folder: Path, full: bool = False, workers: int = 4, advance: Callable[[int], None] = lambda count: None
 ) -> FolderReport:
-    """Check all that lies in a folder of shards and all that its record says of it. Raises DataError.
+    """Checks all that lies in a folder of shards and all that its record says of it. Raises DataError.
 
     `advance` is told of bytes read, from `workers` threads.
     """
@@ -220,7 +220,7 @@ def verify_folder(
     report = FolderReport(folder, facts.source, full, len(names))
 
     def check(name: str) -> tuple[str, str]:
-        """Problem and content identity of a file."""
+        """Returns problem and content identity of a file."""
         path, known = folder / name, facts.files.get(name, FileFacts())
         problem = quick_problem(path, known)
         if problem:
@@ -257,7 +257,7 @@ def count_splits(report: FolderReport, token_files: Iterable[str]) -> None:
 
 
 def folder_problems(report: FolderReport, facts: FolderFacts, names: Iterable[str]) -> list[FileProblem]:
-    """What is wrong with the set of files, rather than with one of them."""
+    """Returns what is wrong with the set of files, rather than with one of them."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for name in names:
         if match := SHARD_NAME.fullmatch(name) or BYTES_SHARD_NAME.fullmatch(name):
@@ -290,7 +290,7 @@ def other_datasets(numbers: Mapping[tuple[str, str], set[int]]) -> list[str]:
 
 
 def sidecar_problems(folder: Path, names: Iterable[str]) -> list[FileProblem]:
-    """Where byte counts do not belong to the validation shard beside them."""
+    """Finds byte counts that do not belong to the validation shard beside them."""
     problems, whole = [], [name for name in names if not quick_problem(folder / name, FileFacts())]
     for name in whole:
         match = SHARD_NAME.fullmatch(name)
@@ -305,7 +305,7 @@ def sidecar_problems(folder: Path, names: Iterable[str]) -> list[FileProblem]:
 
 
 def repeated_problems(identities: Iterable[tuple[str, str]]) -> list[FileProblem]:
-    """Files with the content of an earlier one: a shard in another's place."""
+    """Finds files with the content of an earlier one: a shard in another's place."""
     first: dict[str, str] = {}
     return [
         FileProblem(name, f"has the content of {first[identity]}")
@@ -315,7 +315,7 @@ def repeated_problems(identities: Iterable[tuple[str, str]]) -> list[FileProblem
 
 
 def tokenizer_problems(folder: Path, facts: FolderFacts) -> list[FileProblem]:
-    """A record whose tokenizer file is not the one that it names."""
+    """Finds a record whose tokenizer file is not the one that it names."""
     files = {name: known for name, known in facts.files.items() if not is_token_file(name)}
     hashes = {known.sha256 for name, known in files.items() if name.endswith((".model", ".json"))}
     if facts.tokenizer_sha256 and hashes and facts.tokenizer_sha256 not in hashes:

@@ -42,7 +42,7 @@ MERGE_SPAN = re.compile(r"[^\n]{0,1000}\n *|[^\n]{1,1000}")
 
 
 def training_sentences(documents: Iterable[str]) -> Iterator[str]:
-    """Pieces of text for the trainer, from the first documents that fit TRAINING_TEXT_BYTES."""
+    """Yields pieces of text for the trainer, from the first documents that fit TRAINING_TEXT_BYTES."""
     room = TRAINING_TEXT_BYTES
     for text in documents:
         spans = MERGE_SPAN.findall(text)
@@ -55,7 +55,7 @@ def training_sentences(documents: Iterable[str]) -> Iterator[str]:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
-    """A BPE model of `vocab_size` pieces in SentencePiece's file format; ids 0 to 3 are pad, BOS, EOS, unknown.
+    """Trains a BPE model of `vocab_size` pieces in SentencePiece's format; ids 0 to 3 are pad, BOS, EOS, unknown.
 
     The same documents give the same bytes. Small texts may give fewer pieces. Raises DataError.
     """
@@ -79,7 +79,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
 def train_competition_tokenizer(
     documents: Iterable[str], vocab_size: int, symbols: Sequence[str] = (), text_bytes: int = TRAINING_TEXT_BYTES
 ) -> bytes:
-    """A BPE model with the competition's settings, trained on the first `text_bytes` of the documents.
+    """Trains a BPE model with the competition's settings on the first `text_bytes` of the documents.
 
     `symbols` are pieces of their own (the operators of CaseOps). In a small vocabulary, rarer characters are left to
     the byte pieces than the coverage of 0.999 asks for, so that half of the room is for merges. Raises DataError.
@@ -110,7 +110,7 @@ def competition_sentences(documents: Iterable[str], text_bytes: int) -> Iterator
 
 
 def limit_characters(sentences: list[str], most: int) -> tuple[list[str], float]:
-    """The sentences and the share of their characters that are to be pieces: 0.999.
+    """Returns the sentences and the share of their characters that are to be pieces: 0.999.
 
     Where these are more than `most` characters, the rarer ones become blanks, and the share is that of all others.
     """
@@ -129,7 +129,7 @@ def limit_characters(sentences: list[str], most: int) -> tuple[list[str], float]
 
 
 def train_pieces(sentences: Iterator[str], vocab_size: int, **settings: object) -> bytes:
-    """A BPE model in SentencePiece's file format. Raises DataError."""
+    """Trains a BPE model in SentencePiece's file format. Raises DataError."""
     if not len(CONTROL_PIECES) + BYTE_PIECES < vocab_size <= 2**16:
         raise DataError(f"vocab_size={vocab_size} must be above 260 (4 control and 256 byte pieces) and at most 65,536")
     model = io.BytesIO()
@@ -157,7 +157,7 @@ def train_pieces(sentences: Iterator[str], vocab_size: int, **settings: object) 
 
 @dataclass(frozen=True)
 class TokenizerFigures:
-    """A trained tokenizer and its figures on held-out text."""
+    """Holds a trained tokenizer and its figures on held-out text."""
 
     asked: int
     """Pieces that were asked for."""
@@ -186,7 +186,7 @@ class TokenizerFigures:
 def sample_texts(
     source: str, train_bytes: int, val_fraction: float, held_out: str | None = None, merges: Path | None = None
 ) -> tuple[list[str], list[str]]:
-    """Documents to train on (at most `train_bytes` of text) and to measure on, from `held_out` or by hash.
+    """Reads documents to train on (at most `train_bytes` of text) and to measure on, from `held_out` or by hash.
 
     Raises DataError when one of them is empty.
     """
@@ -216,7 +216,7 @@ def sample_texts(
 def train_and_measure(
     train: Sequence[str], measured: Sequence[str], vocab_size: int, transform: str, train_bytes: int
 ) -> TokenizerFigures:
-    """A tokenizer with the competition's settings, trained and measured. Raises DataError."""
+    """Trains a tokenizer with the competition's settings and measures it. Raises DataError."""
     started = time.perf_counter()
     texts = map(encode_caseops, train) if transform == "caseops" else train
     symbols = CASE_OPERATORS if transform == "caseops" else ""

@@ -1,4 +1,4 @@
-"""A table of encoded words, for tokenizers whose pieces never cross a blank.
+"""Keeps a table of encoded words, for tokenizers whose pieces never cross a blank.
 
 There a word's ids don't depend on its neighbours, so each distinct word is encoded once and looked up from then on,
 all words of a chunk of text at once: words are found by their polynomial hashes of 64 bits (over bytes, from sums over
@@ -35,7 +35,7 @@ IS_WORD_BYTE[[9, 10, 13, 32]] = False
 
 
 def words_are_independent(tokenizer: TextTokenizer) -> bool:
-    """Whether a text's ids are those of its words one after the other, words being what stands between blanks.
+    """Says whether a text's ids are those of its words one after the other, words being what stands between blanks.
 
     True of a BPE model (its scores are ranks) that makes one blank of each run of blanks, tabs and line ends and
     none of those at the edges, and in whose pieces a blank is nowhere but in front.
@@ -103,7 +103,7 @@ class WordTable:
         return id_bytes([self.tokenizer.bos_id, *ids])
 
     def encode(self, texts: Sequence[str]) -> bytes:
-        """The ids of all texts with BOS before each, little-endian uint16. Raises DataError."""
+        """Returns the ids of all texts with BOS before each, little-endian uint16. Raises DataError."""
         parts = [text.encode() for text in texts]
         data = b"\n".join(parts)
         if len(data) > MOST_CHUNK_BYTES:
@@ -129,7 +129,7 @@ class WordTable:
         return self.splice(texts, tokens_T, stop_W[first_D], sorted(whole))
 
     def hash_words(self, bytes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Begin, end and hash of what stands between blanks, tabs and line ends."""
+        """Returns begin, end and hash of what stands between blanks, tabs and line ends."""
         edges_N = np.diff(IS_WORD_BYTE[bytes_N].view(np.int8), prepend=0, append=0)
         begin_W, end_W = np.flatnonzero(edges_N == 1), np.flatnonzero(edges_N == -1)
         if len(self.power_N) < len(bytes_N):
@@ -142,7 +142,7 @@ class WordTable:
         return begin_W, end_W, (hash_W ^ (hash_W >> np.uint64(32))) * np.uint64(HASH_MIX)
 
     def learn(self, words: list[str], is_first: list[bool]) -> list[bytes | None]:
-        """The ids of new words: at the start of a document with BOS, else behind a blank.
+        """Returns the ids of new words: at the start of a document with BOS, else behind a blank.
 
         None for those whose document is to be encoded in one piece: they could join with what stands before the
         blank, hold SentencePiece's blank, or leave nothing at the start. Raises DataError where the ids of a text of
@@ -162,7 +162,7 @@ class WordTable:
         return [(at_start if first else learned).get(word) for word, first in zip(words, is_first, strict=True)]
 
     def learn_behind(self, words: list[str], stream: list[int]) -> dict[str, bytes]:
-        """The ids of words behind a blank; adds documents of all of them to `stream`."""
+        """Returns the ids of words behind a blank; adds documents of all of them to `stream`."""
         plain = [word for word in words if word.isascii() and word.isprintable()]
         odd = [word for word in set(words).difference(plain) if not unicodedata.combining(word[0])]
         encoded = self.tokenizer.encode_documents([f"{ANCHOR} {word}" for word in odd])
@@ -180,13 +180,13 @@ class WordTable:
         return learned
 
     def encode_groups(self, words: list[str]) -> list[tuple[list[str], list[int]]]:
-        """Words in groups, and the ids of a text of the anchor and each group."""
+        """Returns words in groups, and the ids of a text of the anchor and each group."""
         groups = [words[start : start + GROUP_WORDS] for start in range(0, len(words), GROUP_WORDS)]
         encoded = self.tokenizer.encode_documents([" ".join([ANCHOR, *group]) for group in groups])
         return list(zip(groups, encoded, strict=True))
 
     def gather(self, number_W: np.ndarray, ids_X: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of words, put together, and where each word's begin (and the last one's end)."""
+        """Returns the ids of words, put together, and where each word's begin (and the last one's end)."""
         ids_T = np.concatenate([self.ids_T, np.frombuffer(b"".join(ids or b"" for ids in ids_X), dtype="<u2")])
         lengths_X = [len(ids or b"") // 2 for ids in ids_X]
         end_E = np.concatenate([self.end_E, self.end_E[-1] + np.cumsum(lengths_X, dtype=np.int64)])
@@ -196,7 +196,7 @@ class WordTable:
         return ids_T[np.repeat(begin_W - stop_W[:-1], length_W) + np.arange(stop_W[-1])], stop_W
 
     def keep(self, hash_X: np.ndarray, words: list[str], ids_X: list[bytes | None]) -> None:
-        """Take new words in while there is room."""
+        """Takes new words in while there is room."""
         room = max(0, TABLE_ENTRIES - self.index.size)
         kept = [n for n, word in enumerate(words) if ids_X[n] is not None and len(word) <= LONGEST_CACHED_WORD][:room]
         if kept:
@@ -207,7 +207,7 @@ class WordTable:
             self.end_E = np.concatenate([self.end_E, ends])
 
     def splice(self, texts: Sequence[str], tokens_T: np.ndarray, stop_D: np.ndarray, whole: list[int]) -> bytes:
-        """The tokens with those of the documents `whole` encoded in one piece."""
+        """Returns the tokens with those of the documents `whole` encoded in one piece."""
         pieces, done = [], 0
         for number, ids in zip(whole, self.tokenizer.encode_documents([texts[n] for n in whole]), strict=True):
             pieces += [tokens_T[done : stop_D[number]].tobytes(), self.with_bos(ids)]

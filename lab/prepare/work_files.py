@@ -1,4 +1,4 @@
-"""Files of a preparation in progress, which let it go on after a kill: spooled documents, growing shards, its notes.
+"""Writes the files that let a preparation go on after a kill: spooled documents, growing shards, its notes.
 
 The documents of a source are spooled to disk, so that they can be taken in another order than they came in; memory
 holds a hash and a position of each (about 200 bytes), never the text. Shards grow in place in a folder that nobody
@@ -66,7 +66,7 @@ def split_digests(digests: Sequence[bytes], val_fraction: float, seed: int = 0) 
 
 @dataclass(frozen=True)
 class DocumentSpool:
-    """Distinct documents in a file, and the two orders to read them in."""
+    """Holds distinct documents in a file, and the two orders to read them in."""
 
     folder: Path
     duplicates: int
@@ -117,7 +117,7 @@ def shard_header(tokens: int) -> bytes:
 
 
 class GrowingShards:
-    """A stream of tokens as the shards `<stem>_%06d.bin` of `shard_tokens` tokens, the last one shorter.
+    """Writes a stream of tokens as the shards `<stem>_%06d.bin` of `shard_tokens` tokens, the last one shorter.
 
     With `tokens` it goes on behind that many tokens and removes what lies beyond them. Raises DataError where fewer
     are there. Nothing is in order before `close`.

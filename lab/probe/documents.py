@@ -1,4 +1,4 @@
-"""Documents of token shards, and their hashes: whether a text is in both splits.
+"""Reads the documents of token shards, and finds by their hashes those that are in both splits.
 
 A document is what stands between two document starts, over the borders of shards; its hash is the SHA-256 of its
 tokens as little-endian uint16. Memory holds a block of tokens or a longer document, and 32 bytes for each one of
@@ -20,7 +20,7 @@ BLOCK_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class SharedDocuments:
-    """What two sets of shards have in common."""
+    """Holds what two sets of shards have in common."""
 
     train_documents: int
     val_documents: int
@@ -66,7 +66,7 @@ def find_shared_documents(
     bos_id: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> SharedDocuments:
-    """Which validation documents are training documents too, word by word. Raises ShardError."""
+    """Finds the validation documents that are training documents too, token by token. Raises ShardError."""
     numbers: dict[bytes, list[int]] = {}
     val_documents = train_documents = 0
     for digest in document_hashes(val_paths, bos_id):
