@@ -1,7 +1,9 @@
 """Lists what is published on the hub, and fetches its files into huggingface_hub's cache; nothing is verified yet.
 
 huggingface_hub 2.4 fetches single files into its cache and resumes a broken transfer. It does not try again after a
-server error, a file that came short or a list of files that failed: that is `Hub.patiently`.
+server error, a file that came short or a list of files that failed: that is `Hub.patiently`. Its snapshot_download
+fetches many at once, but stops at the first that fails, does not say which, and hands over none before all are there;
+its verify_repo_checksums takes a hub that gives no hashes for one whose files are all wrong.
 """
 
 import contextlib

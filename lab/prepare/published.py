@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from golf.data.shards import SHARD_NAME, DataError
-from lab.prepare.verification import BYTES_SHARD_NAME, FileFacts, facts_of_entry, split_of
+from lab.prepare.verification import TOKEN_FILE_NAME, FileFacts, facts_of_entry, split_of
 
 DEFAULT_REPOSITORY = "willdepueoai/parameter-golf"
 VARIANT_REPOSITORIES = {
@@ -145,7 +145,7 @@ def choose_shards(
     by_split: dict[str, dict[int, str]] = {"val": {}, "val bytes": {}, "train": {}}
     for path in listing.files:
         pure = PurePosixPath(path)
-        match = SHARD_NAME.fullmatch(pure.name) or BYTES_SHARD_NAME.fullmatch(pure.name)
+        match = TOKEN_FILE_NAME.fullmatch(pure.name)
         if match and str(pure.parent) == dataset_folder:
             by_split[split_of(pure.name)][int(match["index"])] = path
     published = {split: len(paths) for split, paths in by_split.items()}

@@ -21,6 +21,7 @@ from typing import Any
 
 from golf.data.manifest import data_identity
 from golf.data.shards import shard_token_count
+from golf.run.machine import nearest_folder
 from golf.runtime import write_file_atomically
 from lab.prepare.hub import MACHINE_ERRORS, TRANSFER_ERRORS, Hub, first_line, forget
 from lab.prepare.published import DownloadError, DownloadPlan, WantedFile
@@ -74,10 +75,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def existing_parent(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
 @dataclass
 class Download:
     """Downloads what a plan wants; `run` it once."""
@@ -110,7 +107,7 @@ class Download:
         sizes = {"in place": 0, "in the cache": 0, "to fetch": 0}
         for wanted in self.plan.files:
             sizes[self.state(wanted)] += wanted.facts.size or 0
-        cache, folder = existing_parent(self.hub.cache_folder), existing_parent(self.plan.folder)
+        cache, folder = nearest_folder(self.hub.cache_folder), nearest_folder(self.plan.folder)
         needs = [(cache, sizes["to fetch"])]
         if cache.stat().st_dev != folder.stat().st_dev:
             needs.append((folder, sizes["to fetch"] + sizes["in the cache"]))

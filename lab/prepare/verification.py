@@ -19,10 +19,11 @@ import numpy as np
 
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, data_identity
 from golf.data.shards import SHARD_HEADER_BYTES, SHARD_NAME, DataError, ShardError, shard_token_count
+from golf.data.sidecar import sidecar_path
 
 DOWNLOADS_NAME = "downloads.json"
-BYTES_SHARD_NAME = re.compile(r"(?P<dataset>.+)_val_bytes_(?P<index>\d{6})\.bin")
-"""Sidecar of a validation shard: the bytes of text that each of its tokens stands for."""
+TOKEN_FILE_NAME = re.compile(r"(?P<dataset>.+)_(?P<split>train|val|val_bytes)_(?P<index>\d{6})\.bin")
+"""A shard, or the sidecar of a validation shard: the bytes of text that each of its tokens stands for."""
 SCAN_BLOCK_BYTES = 1 << 22
 ENDS_BYTES = 4096
 """Bytes at either end of a file that stand for its content in a quick check."""
@@ -100,13 +101,13 @@ class KnownTokenizer:
 
 
 def is_token_file(name: str) -> bool:
-    return bool(SHARD_NAME.fullmatch(name) or BYTES_SHARD_NAME.fullmatch(name))
+    return TOKEN_FILE_NAME.fullmatch(name) is not None
 
 
 def split_of(name: str) -> str:
     """Returns "train", "val" or "val bytes"; empty for a file without tokens."""
-    match = SHARD_NAME.fullmatch(name)
-    return match["split"] if match else "val bytes" if BYTES_SHARD_NAME.fullmatch(name) else ""
+    match = TOKEN_FILE_NAME.fullmatch(name)
+    return match["split"].replace("_", " ") if match else ""
 
 
 def ends_fingerprint(path: Path) -> str:
@@ -222,8 +223,7 @@ def verify_folder(
     def check(name: str) -> tuple[str, str]:
         """Returns problem and content identity of a file."""
         path, known = folder / name, facts.files.get(name, FileFacts())
-        problem = quick_problem(path, known)
-        if problem:
+        if problem := quick_problem(path, known):
             return problem, ""
         if not full and is_token_file(name):
             return "", ends_fingerprint(path)
@@ -260,18 +260,20 @@ def folder_problems(report: FolderReport, facts: FolderFacts, names: Iterable[st
     """Returns what is wrong with the set of files, rather than with one of them."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for name in names:
-        if match := SHARD_NAME.fullmatch(name) or BYTES_SHARD_NAME.fullmatch(name):
+        if match := TOKEN_FILE_NAME.fullmatch(name):
             numbers.setdefault((match["dataset"], split_of(name)), set()).add(int(match["index"]))
-    problems = [FileProblem(f"{dataset}_*", "shards of another data set") for dataset in other_datasets(numbers)]
+    sizes: Counter[str] = Counter()
+    for (dataset, _), found in numbers.items():
+        sizes[dataset] += len(found)
+    others = [dataset for dataset, _ in sizes.most_common()[1:]]  # the one with most shards is the folder's
+    problems = [FileProblem(f"{dataset}_*", "shards of another data set") for dataset in others]
     for (dataset, split), found in numbers.items():
         first = min(1, min(found))  # some exports count from 1
         if gaps := sorted(set(range(first, max(found))) - found):
             label = f"{dataset}_{split.replace(' ', '_')}_{gaps[0]:06d}.bin"
             problems.append(FileProblem(label, f"missing: {len(gaps)} gap(s) in the numbering up to {max(found)}"))
     splits = {split for _, split in numbers}
-    problems += [
-        FileProblem(f"*_{split}_*", "no shards of this split") for split in ("train", "val") if split not in splits
-    ]
+    problems += [FileProblem(f"*_{s}_*", "no shards of this split") for s in ("train", "val") if s not in splits]
     for split, expected in facts.split_tokens.items():
         found_tokens = report.splits.get(split, {"tokens": 0})["tokens"]
         if found_tokens != expected and not report.problems:
@@ -281,22 +283,11 @@ def folder_problems(report: FolderReport, facts: FolderFacts, names: Iterable[st
     return problems
 
 
-def other_datasets(numbers: Mapping[tuple[str, str], set[int]]) -> list[str]:
-    """Lists all data sets but the one with most shards."""
-    sizes: Counter[str] = Counter()
-    for (dataset, _), found in numbers.items():
-        sizes[dataset] += len(found)
-    return [dataset for dataset, _ in sizes.most_common()[1:]]
-
-
 def sidecar_problems(folder: Path, names: Iterable[str]) -> list[FileProblem]:
     """Finds byte counts that do not belong to the validation shard beside them."""
     problems, whole = [], [name for name in names if not quick_problem(folder / name, FileFacts())]
-    for name in whole:
-        match = SHARD_NAME.fullmatch(name)
-        if match is None or match["split"] != "val":
-            continue
-        sidecar, tokens = f"{match['dataset']}_val_bytes_{match['index']}.bin", shard_token_count(folder / name)
+    for name in (name for name in whole if split_of(name) == "val"):
+        sidecar, tokens = sidecar_path(name).name, shard_token_count(folder / name)
         if not (folder / sidecar).is_file():
             problems.append(FileProblem(sidecar, f"missing: the byte counts of {name}"))
         elif sidecar in whole and (counts := shard_token_count(folder / sidecar)) != tokens:
