@@ -200,17 +200,10 @@ class PreparationWork:
             write_state(folder, state)
         self.state = state
         self.tokenizer = load_text_tokenizer(folder / state["tokenizer"])
-        self.shards = {split: self.growing(split, split) for split in state["splits"]}
-        self.sidecar = self.growing("val", "val_bytes") if self.tokenizer.kind == "caseops" else None
-
-    def growing(self, split: str, name: str) -> GrowingShards:
-        tokens = self.state["splits"][split]["tokens"]
-        return GrowingShards(self.folder, f"{DATASET}_{name}", self.preparation.shard_tokens, tokens)
-
-    def files(self) -> Iterator[GrowingShards]:
-        yield from self.shards.values()
-        if self.sidecar:
-            yield self.sidecar
+        self.shards = {}
+        for name in ("train", "val", "val_bytes") if self.tokenizer.kind == "caseops" else ("train", "val"):
+            tokens = state["splits"][name.removesuffix("_bytes")]["tokens"]
+            self.shards[name] = GrowingShards(folder, f"{DATASET}_{name}", preparation.shard_tokens, tokens)
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Yields all (split, text) in the order that they are written in."""
@@ -247,7 +240,7 @@ class PreparationWork:
         done = self.state["chunks"]
         chunks = itertools.islice(chunk_documents(self.documents()), done, None)
         path = self.folder / self.state["tokenizer"]
-        sidecar_splits = ("val",) if self.sidecar else ()
+        sidecar_splits = ("val",) if "val_bytes" in self.shards else ()
         for chunk in encode_chunks(chunks, path, workers, word_cache, sidecar_splits):
             self.add(chunk)
             advance(chunk.text_bytes)
@@ -258,7 +251,7 @@ class PreparationWork:
     def add(self, chunk: EncodedChunk) -> None:
         self.shards[chunk.split].append(chunk.tokens)
         if chunk.token_bytes:
-            self.sidecar.append(chunk.token_bytes)
+            self.shards["val_bytes"].append(chunk.token_bytes)
         counts = self.state["splits"][chunk.split]
         counts["documents"] += chunk.documents
         counts["tokens"] += len(chunk.tokens) // 2
@@ -266,20 +259,20 @@ class PreparationWork:
         counts["text_bytes"] += chunk.text_bytes
 
     def note(self, chunks: int) -> None:
-        for shards in self.files():
+        for shards in self.shards.values():
             shards.sync()
         self.state["chunks"] = chunks
         write_state(self.folder, self.state)
 
     def finish(self) -> None:
         """Closes the shards and writes the manifest. Raises DataError when a split is empty."""
-        for shards in self.files():
+        for shards in self.shards.values():
             shards.close()
-        for split, shards in self.shards.items():
-            self.state["splits"][split]["shards"] = shards.shards
-            if not shards.tokens:
+        for split, counts in self.state["splits"].items():
+            counts["shards"] = self.shards[split].shards
+            if not counts["tokens"]:
                 raise DataError(f"{self.preparation.source}: no document is left for {split}; hold out another share")
-        paths = [path for shards in self.files() for path in map(shards.path, range(shards.shards))]
+        paths = [path for shards in self.shards.values() for path in map(shards.path, range(shards.shards))]
         paths = sorted([*paths, self.folder / self.state["tokenizer"]])
         files = {path.name: file_sha256(path) for path in paths}
         tokenizer = self.tokenizer
