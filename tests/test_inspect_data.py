@@ -11,7 +11,6 @@ import pytest
 from golf.data.shards import DataError, write_shard
 from lab.prepare import data_report
 from lab.prepare.data_report import (
-    blocks_of_documents,
     frequent_pieces,
     inspect_folder,
     length_counts,
@@ -21,6 +20,8 @@ from lab.prepare.data_report import (
     sample_documents,
 )
 from lab.prepare.text_tokenizer import bytes_tokenizer_file, load_text_tokenizer
+from lab.probe import documents
+from lab.probe.documents import document_blocks
 
 TRAIN = ["a short one", "ein längerer Text mit Umlauten: äöü", "€" * 40, "eee eee", "x" * 300]
 VAL = ["held out", "and another, eee"]
@@ -49,7 +50,7 @@ def inspected(folder: Path, **options) -> data_report.DataContent:
 
 @pytest.mark.parametrize("block", [3, 50, 1 << 22])
 def test_counts_are_those_of_the_texts(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(data_report, "BLOCK_OF_DOCUMENTS", block)
+    monkeypatch.setattr(documents, "BLOCK_TOKENS", block)
     seen: list[int] = []
     content = inspected(write_folder(tmp_path), advance=seen.append)
     for split, texts in zip(content.splits, (TRAIN, VAL), strict=True):
@@ -62,9 +63,9 @@ def test_counts_are_those_of_the_texts(tmp_path, monkeypatch, block):
 
 
 def test_blocks_are_whole_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_report, "BLOCK_OF_DOCUMENTS", 7)
+    monkeypatch.setattr(documents, "BLOCK_TOKENS", 7)
     paths = sorted(write_folder(tmp_path).glob("*_train_*.bin"))
-    blocks = list(blocks_of_documents(paths, BOS, lambda tokens: None))
+    blocks = list(document_blocks(paths, BOS, lambda tokens: None))
     assert len(blocks) == len(TRAIN) and all(block[0] == BOS and BOS not in block[1:] for block in blocks)
 
 

@@ -62,6 +62,13 @@ def read_shard(path: str | Path) -> np.memmap:
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
+def shard_header(tokens: int) -> bytes:
+    """Returns the header of a shard of so many tokens."""
+    header = np.zeros(SHARD_HEADER_WORDS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
+    return header.tobytes()
+
+
 def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
     """Writes tokens (N,), each 0 to 65535, as a shard; the name appears only when the file is whole."""
     path, tokens_N = Path(path), np.asarray(tokens)
@@ -69,9 +76,7 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
         raise ShardError(f"{path}: a shard holds 1 to 2^31 - 1 tokens, not {tokens_N.size}")
     if tokens_N.min() < 0 or tokens_N.max() >= 2**16:
         raise ShardError(f"{path}: token ids must be 0 to 65535; use a tokenizer of at most 65,536 pieces")
-    header = np.zeros(SHARD_HEADER_WORDS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens_N.size
-    write_file_atomically(path, header.tobytes() + tokens_N.astype("<u2").tobytes())
+    write_file_atomically(path, shard_header(tokens_N.size) + tokens_N.astype("<u2").tobytes())
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:

@@ -3,7 +3,7 @@
 Shape letters: N tokens, D documents, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from golf.data.loader import TokenStream
-from golf.data.shards import DataError, find_shards, read_shard, shard_token_count
+from golf.data.shards import DataError, find_shards, shard_token_count
 from golf.data.sidecar import read_sidecar
 from lab.prepare.text_tokenizer import TextTokenizer
-from lab.probe.documents import SharedDocuments, find_shared_documents
+from lab.probe.documents import SharedDocuments, document_blocks, find_shared_documents
 
-BLOCK_OF_DOCUMENTS = 1 << 22
-"""Tokens that are looked at together; more where a document is longer."""
 QUICK_TRAIN_TOKENS = 200_000_000
 """Training tokens that are read without being asked to, in whole shards: some tens of seconds."""
 SAMPLE_TOKENS = 120
@@ -66,30 +64,13 @@ class DataContent:
     findings: list[str]
 
 
-def blocks_of_documents(paths: Sequence[Path], bos_id: int, advance: Advance) -> Iterator[np.ndarray]:
-    """Yields the tokens of the shards in blocks of whole documents, uint16 (N,)."""
-    rest = np.empty(0, dtype="<u2")
-    for path in paths:
-        shard = read_shard(path)
-        for begin in range(0, len(shard), BLOCK_OF_DOCUMENTS):
-            part = shard[begin : begin + BLOCK_OF_DOCUMENTS]
-            advance(len(part))
-            rest = np.concatenate([rest, part])
-            starts = np.flatnonzero(rest == bos_id)
-            if len(starts) and starts[-1] > 0:
-                yield rest[: starts[-1]]
-                rest = rest[starts[-1] :]
-    if len(rest):
-        yield rest
-
-
 def read_split(
     split: str, paths: Sequence[Path], shards: int, tokenizer: TextTokenizer, advance: Advance = lambda tokens: None
 ) -> SplitContent:
     """Reads `paths` of a split that has `shards` shards. Raises DataError for tokens of another tokenizer."""
     sidecar = read_sidecar(paths) if split == "val" else None
     counts_V, lengths, byte_count = np.zeros(tokenizer.vocab_size, dtype=np.int64), [], 0
-    for block_N in blocks_of_documents(paths, tokenizer.bos_id, advance):
+    for block_N in document_blocks(paths, tokenizer.bos_id, advance):
         counted = np.bincount(block_N, minlength=tokenizer.vocab_size)
         if len(counted) > tokenizer.vocab_size:
             raise DataError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.data.shards import SHARD_HEADER_BYTES, SHARD_HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, DataError
+from golf.data.shards import SHARD_HEADER_BYTES, DataError, shard_header
 from golf.runtime import write_file_atomically
 
 SPOOL_TEXT, SPOOL_INDEX = "spool.text", "spool.json"
@@ -108,12 +108,6 @@ def open_spool(folder: Path) -> DocumentSpool:
 
 
 # ---- shards and notes ----
-
-
-def shard_header(tokens: int) -> bytes:
-    header = np.zeros(SHARD_HEADER_WORDS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
-    return header.tobytes()
 
 
 class GrowingShards:

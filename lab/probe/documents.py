@@ -15,7 +15,7 @@ import numpy as np
 from golf.data.shards import read_shard
 
 BLOCK_TOKENS = 1 << 22
-"""Tokens that are read at once."""
+"""Tokens that are looked at together; more where a document is longer."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,37 @@ class SharedDocuments:
     """Number of the first of them in the validation stream."""
 
 
-def shard_documents(
+def document_blocks(
     paths: Sequence[str | Path], bos_id: int, advance: Callable[[int], None] = lambda tokens: None
 ) -> Iterator[np.ndarray]:
-    """Yields the tokens of each document, uint16 (N,), in order; those without a token are left out.
+    """Yields the tokens of the shards in blocks of whole documents, uint16 (N,); `advance` is told of tokens read.
 
-    `advance` is told of tokens read. Raises ShardError.
+    Raises ShardError.
     """
-    waiting: list[np.ndarray] = []
+    rest_N = np.empty(0, dtype="<u2")
     for path in paths:
         shard = read_shard(path)
         for begin in range(0, len(shard), BLOCK_TOKENS):
-            block_N = np.array(shard[begin : begin + BLOCK_TOKENS])
-            advance(len(block_N))
-            first_N, *others = np.split(block_N, np.flatnonzero(block_N == bos_id))
-            waiting.append(first_N)
-            for part_N in others:  # each begins with a start token, which closes the document before
-                if any(map(len, waiting)):
-                    yield np.concatenate(waiting)
-                waiting = [part_N[1:]]
-    if any(map(len, waiting)):
-        yield np.concatenate(waiting)
+            part_N = shard[begin : begin + BLOCK_TOKENS]
+            advance(len(part_N))
+            rest_N = np.concatenate([rest_N, part_N])
+            starts = np.flatnonzero(rest_N == bos_id)
+            if len(starts) and starts[-1] > 0:
+                yield rest_N[: starts[-1]]
+                rest_N = rest_N[starts[-1] :]
+    if len(rest_N):
+        yield rest_N
+
+
+def shard_documents(
+    paths: Sequence[str | Path], bos_id: int, advance: Callable[[int], None] = lambda tokens: None
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of each document without its start, in order; those without a token are left out."""
+    for block_N in document_blocks(paths, bos_id, advance):
+        for part_N in np.split(block_N, np.flatnonzero(block_N == bos_id)):
+            tokens_N = part_N[1:] if len(part_N) and part_N[0] == bos_id else part_N
+            if len(tokens_N):
+                yield tokens_N
 
 
 def document_hashes(
