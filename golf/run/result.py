@@ -11,7 +11,7 @@ import torch
 from golf.artifact.container import read_artifact
 from golf.artifact.fill_limit import FittedArtifact
 from golf.config.config import Config, config_hash
-from golf.data.tokenizer import TextTokenizer
+from golf.data.tokenizer import Tokenizer
 from golf.run.feature_audit import FeatureAudit
 from golf.run.log_lines import machine_description
 from golf.run.session import Session
@@ -44,7 +44,7 @@ def run_findings(figures: Mapping[str, Any]) -> list[str]:
     return findings
 
 
-def training_record(trainer: Trainer, data_id: str, tokenizer: TextTokenizer) -> dict[str, Any]:
+def training_record(trainer: Trainer, data_id: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """training.json: what the training measured."""
     return {
         "params": sum(parameter.numel() for parameter in trainer.model.parameters()),
