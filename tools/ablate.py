@@ -23,12 +23,11 @@ import tyro
 from golf.config.config import EXIT_FINDINGS
 from golf.run.session import take_lock
 from lab.cli import ToolOptions, run_command
-from lab.study.forecast import CostForecast, forecast
-from lab.study.launch import StudyLauncher, finished_runs
+from lab.study.launch import Launcher, finished_runs
 from lab.study.matrix import read_matrix
-from lab.study.plan import AblationPlan, plan_study, save_plan
+from lab.study.plan import CostForecast, StudyPlan, forecast, plan_study, save_plan
 from lab.study.report import write_report
-from lab.study.spec import FINISHED, AblationError, AblationSpec, study_code_sha256
+from lab.study.spec import FINISHED, RunSpec, StudyError, study_code_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +61,7 @@ class Options(ToolOptions):
 def parse_knobs(words: tuple[str, ...]) -> dict[str, str]:
     for word in words:
         if "=" not in word:
-            raise AblationError(f"{word!r} is no knob: write key=value")
+            raise StudyError(f"{word!r} is no knob: write key=value")
     return dict(word.split("=", 1) for word in words)
 
 
@@ -74,7 +73,7 @@ def work(options: Options) -> int:
         return tell_results(write_report(out), out, options)
     held = (out / "plan.json").exists() or (out / "runs").exists()
     if held and not (options.resume or options.dry_run):
-        raise AblationError(f"{out} holds runs: go on with them by --resume, or give another --out")
+        raise StudyError(f"{out} holds runs: go on with them by --resume, or give another --out")
     code_sha256 = study_code_sha256(ROOT)
     plan = plan_study(
         matrix, profile, options.groups, options.seeds, knobs, options.threads, ROOT, out.absolute(), code_sha256
@@ -90,16 +89,16 @@ def work(options: Options) -> int:
 
 
 def run_study(
-    plan: AblationPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, out: Path, jobs: int
+    plan: StudyPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, out: Path, jobs: int
 ) -> None:
-    """Do what is left. Raises AblationError."""
+    """Do what is left. Raises StudyError."""
     save_plan(plan, out)
     left = [key for key in plan.runs if key not in finished]
     cost = f"about {expected.wall_seconds:,.0f} s by {expected.basis}"
     print(f"{len(left)} of {len(plan.runs)} runs to do, {cost}", file=sys.stderr, flush=True)
     done, started = 0, time.perf_counter()
 
-    def report(spec: AblationSpec, result: Mapping[str, Any]) -> None:
+    def report(spec: RunSpec, result: Mapping[str, Any]) -> None:
         nonlocal done
         done += 1
         told = f"{result['status'].upper()}: {result['error']}"
@@ -108,11 +107,11 @@ def run_study(
         place = f"[{done}/{len(left)}, {time.perf_counter() - started:,.0f} s]"
         print(f"{place} {spec.name}, seed {spec.config.run.seed}: {told}", file=sys.stderr, flush=True)
 
-    StudyLauncher(plan, out.absolute(), ROOT / "tools" / "ablation_run.py", jobs, report).run_all(left)
+    Launcher(plan, out.absolute(), ROOT / "tools" / "ablation_run.py", jobs, report).run_all(left)
 
 
 def tell_plan(
-    plan: AblationPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, options: Options
+    plan: StudyPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, options: Options
 ) -> int:
     """The runs that there are to do; nothing was run."""
     names: dict[str, list[str]] = {}

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golf.config.config import EXIT_BAD_INPUT, UserError
 from lab.cli import ToolOptions, run_command
 from lab.study.running import run_ablation
-from lab.study.spec import AblationError, study_code_sha256
+from lab.study.spec import StudyError, study_code_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05
@@ -44,7 +44,7 @@ def work(options: Options) -> int:
     if options.serve:
         return serve(code_sha256)
     if not options.spec or not options.out:
-        raise AblationError("--spec and --out are both needed, or --serve")
+        raise StudyError("--spec and --out are both needed, or --serve")
     return run_ablation(options.spec, options.out, code_sha256)
 
 

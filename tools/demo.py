@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golf.config.config import Config, RunConfig, check_config
 from golf.runtime import Log, start_runtime
 from lab.cli import ToolOptions, run_command
-from lab.demo.answers import DemoColumn, DemoError, DemoPicture, find_pictures, open_columns
-from lab.demo.page import DemoDefaults, build_page, choose_port, close_page, import_gradio, launch_page
+from lab.demo.answers import Column, DemoError, Picture, find_pictures, open_columns
+from lab.demo.page import Defaults, build_page, choose_port, close_page, import_gradio, launch_page
 from lab.generate.sampling import SamplingOptions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ class Options(ToolOptions):
     """CPU threads; 0: torch's own choice."""
 
 
-def announce(address: str, columns: Sequence[DemoColumn], pictures: Sequence[DemoPicture], as_json: bool) -> None:
+def announce(address: str, columns: Sequence[Column], pictures: Sequence[Picture], as_json: bool) -> None:
     if as_json:
         models = [{"title": c.title, "artifact": c.source, "problem": c.problem} for c in columns]
         record = {"address": address, "models": models, "pictures": [str(picture.path) for picture in pictures]}
@@ -78,7 +78,7 @@ def wait_for_interrupt() -> None:
 def work(options: Options) -> int:
     if not options.artifacts:
         raise DemoError("no artifact is named: give one or more, a run's is model.golf in its folder")
-    defaults = DemoDefaults(
+    defaults = Defaults(
         options.prompt,
         SamplingOptions(
             tokens=options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,

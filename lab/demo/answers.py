@@ -21,7 +21,7 @@ class DemoError(UserError):
 
 
 @dataclass(frozen=True, eq=False)
-class DemoColumn:
+class Column:
     """One artifact; `model` is None where it could not be opened, and `problem` says why."""
 
     title: str
@@ -32,7 +32,7 @@ class DemoColumn:
 
 
 @dataclass(frozen=True)
-class ColumnAnswer:
+class Answer:
     """What one model has written so far."""
 
     text: str = ""
@@ -49,19 +49,19 @@ class ColumnAnswer:
 
 
 @dataclass(frozen=True)
-class DemoPicture:
+class Picture:
     path: Path
     caption: str
 
 
-def open_columns(paths: Sequence[Path], tokenizer: Path | None, runtime: Runtime) -> list[DemoColumn]:
+def open_columns(paths: Sequence[Path], tokenizer: Path | None, runtime: Runtime) -> list[Column]:
     """A column for each artifact, with a message where one can't be opened. Raises DemoError where none can."""
     columns = []
     for path, title in zip(paths, column_titles(paths), strict=True):
         try:
-            columns.append(DemoColumn(title, str(path), open_text_model(path, tokenizer, runtime=runtime)))
+            columns.append(Column(title, str(path), open_text_model(path, tokenizer, runtime=runtime)))
         except (UserError, OSError) as error:
-            columns.append(DemoColumn(title, str(path), None, str(error)))
+            columns.append(Column(title, str(path), None, str(error)))
     if not any(column.model for column in columns):
         raise DemoError("no artifact can be opened: " + "; ".join(column.problem for column in columns))
     return columns
@@ -84,9 +84,7 @@ def title_parts(path: Path) -> list[str]:
     return [*named.parts[1:-1], named.name.removesuffix(".golf")]
 
 
-def answer_together(
-    columns: Sequence[DemoColumn], prompt: str, options: SamplingOptions
-) -> Iterator[list[ColumnAnswer]]:
+def answer_together(columns: Sequence[Column], prompt: str, options: SamplingOptions) -> Iterator[list[Answer]]:
     """All answers, again after each round in which every model that has not ended writes one token.
 
     Every model starts from the same seed; one that fails keeps what it has written, and the others go on.
@@ -103,13 +101,11 @@ def answer_together(
         yield list(answers)
 
 
-def begin_answer(
-    column: DemoColumn, prompt: str, options: SamplingOptions
-) -> tuple[ColumnAnswer, TextGeneration | None]:
+def begin_answer(column: Column, prompt: str, options: SamplingOptions) -> tuple[Answer, TextGeneration | None]:
     """An answer without text, and what writes it where anything can."""
     if column.model is None:
-        return ColumnAnswer(ended="problem", problem=column.problem), None
-    answer = ColumnAnswer()
+        return Answer(ended="problem", problem=column.problem), None
+    answer = Answer()
     try:
         answer = replace(answer, prompt_bpb=column.model.bits_per_byte(prompt) if prompt else None)
     except UserError as error:
@@ -120,7 +116,7 @@ def begin_answer(
         return failed_answer(answer, error), None
 
 
-def continue_answer(answer: ColumnAnswer, stream: TextGeneration) -> ColumnAnswer:
+def continue_answer(answer: Answer, stream: TextGeneration) -> Answer:
     try:
         [new] = next(stream)
     except UserError as error:
@@ -136,7 +132,7 @@ def continue_answer(answer: ColumnAnswer, stream: TextGeneration) -> ColumnAnswe
     )
 
 
-def failed_answer(answer: ColumnAnswer, error: UserError) -> ColumnAnswer:
+def failed_answer(answer: Answer, error: UserError) -> Answer:
     return replace(answer, ended="problem", problem=str(error))
 
 
@@ -148,7 +144,7 @@ def departure(reference: str, text: str) -> int:
     return len(text)
 
 
-def find_pictures(artifacts: Sequence[Path], folders: Sequence[Path], repository: Path) -> list[DemoPicture]:
+def find_pictures(artifacts: Sequence[Path], folders: Sequence[Path], repository: Path) -> list[Picture]:
     """The curves of the artifacts' runs (the project's own where no run has one), those of the records and `folders`.
 
     Raises DemoError for a folder that is none or holds no picture.
@@ -164,7 +160,7 @@ def find_pictures(artifacts: Sequence[Path], folders: Sequence[Path], repository
             raise DemoError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}): name another folder")
         found += pictures
     paths = dict.fromkeys(map(Path.absolute, found))
-    return [DemoPicture(path, picture_caption(path, repository.absolute())) for path in paths]
+    return [Picture(path, picture_caption(path, repository.absolute())) for path in paths]
 
 
 def pictures_below(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from golf.config.config import UserError
-from lab.demo.answers import ColumnAnswer, DemoColumn, DemoError, DemoPicture, answer_together, departure
+from lab.demo.answers import Answer, Column, DemoError, Picture, answer_together, departure
 from lab.demo.style import COLUMN_MARKS, DEMO_STYLE
 from lab.generate.sampling import SamplingOptions
 
@@ -38,7 +38,7 @@ STOP_WRITING = """() => {
 
 
 @dataclass(frozen=True)
-class DemoDefaults:
+class Defaults:
     """What the controls show at first."""
 
     prompt: str
@@ -74,7 +74,7 @@ def plain(text: str) -> str:
     return escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;")
 
 
-def column_card(number: int, column: DemoColumn, prompt: str, answer: ColumnAnswer | None, reference: str) -> str:
+def column_card(number: int, column: Column, prompt: str, answer: Answer | None, reference: str) -> str:
     """One model's card; `reference` is the first column's text, from which this one's is told apart."""
     writing = " golf-writing" if answer and not answer.ended else ""
     return (
@@ -84,7 +84,7 @@ def column_card(number: int, column: DemoColumn, prompt: str, answer: ColumnAnsw
     )
 
 
-def card_text(column: DemoColumn, prompt: str, answer: ColumnAnswer | None, reference: str) -> str:
+def card_text(column: Column, prompt: str, answer: Answer | None, reference: str) -> str:
     problem = answer.problem if answer else column.problem
     message = f'<p class="golf-problem" role="alert">{plain(problem)}</p>' if problem else ""
     if column.model is None:
@@ -101,11 +101,11 @@ def card_text(column: DemoColumn, prompt: str, answer: ColumnAnswer | None, refe
     )
 
 
-def card_figures(column: DemoColumn, answer: ColumnAnswer | None) -> str:
+def card_figures(column: Column, answer: Answer | None) -> str:
     """What is known of the model and of its answer; a dash where a figure is not."""
     if column.model is None:
         return ""
-    model, answer = column.model, answer or ColumnAnswer()
+    model, answer = column.model, answer or Answer()
     figures = (
         ("bytes", model.artifact_bytes, "{:,}", "of the artifact"),
         ("bits per weight", model.bits_per_weight, "{:.3f}", "8 x bytes of the artifact / weights"),
@@ -120,7 +120,7 @@ def card_figures(column: DemoColumn, answer: ColumnAnswer | None) -> str:
     return f'<dl class="golf-figures">{"".join(cells)}</dl>'
 
 
-def all_cards(columns: Sequence[DemoColumn], prompt: str, answers: Sequence[ColumnAnswer] | None) -> list[str]:
+def all_cards(columns: Sequence[Column], prompt: str, answers: Sequence[Answer] | None) -> list[str]:
     if answers is None:
         return [column_card(number, column, "", None, "") for number, column in enumerate(columns)]
     reference = next(answer.text for column, answer in zip(columns, answers, strict=True) if column.model)
@@ -130,7 +130,7 @@ def all_cards(columns: Sequence[DemoColumn], prompt: str, answers: Sequence[Colu
     ]
 
 
-def picture_list(pictures: Sequence[DemoPicture]) -> str:
+def picture_list(pictures: Sequence[Picture]) -> str:
     if not pictures:
         return '<p class="golf-idle">No pictures: tools/rate_curve.py and tools/compare_quant.py make some.</p>'
     figures = []
@@ -146,7 +146,7 @@ def picture_list(pictures: Sequence[DemoPicture]) -> str:
 # ---- the page ----
 
 
-def page_head(columns: Sequence[DemoColumn]) -> str:
+def page_head(columns: Sequence[Column]) -> str:
     opened = sum(column.model is not None for column in columns)
     models = "one model" if opened == 1 else f"{opened} models"
     lead = "Every model is rebuilt from the bytes of its artifact and answers with the same seed and settings."
@@ -156,7 +156,7 @@ def page_head(columns: Sequence[DemoColumn]) -> str:
 
 
 def responder(
-    gradio: ModuleType, columns: Sequence[DemoColumn], now: Callable[[], float] = time.perf_counter
+    gradio: ModuleType, columns: Sequence[Column], now: Callable[[], float] = time.perf_counter
 ) -> Callable[..., Iterator[list[str]]]:
     """What answers a press of the button: the cards, again and again until all models have finished."""
 
@@ -180,9 +180,7 @@ def responder(
     return respond
 
 
-def build_page(
-    gradio: ModuleType, columns: Sequence[DemoColumn], pictures: Sequence[DemoPicture], defaults: DemoDefaults
-) -> Any:
+def build_page(gradio: ModuleType, columns: Sequence[Column], pictures: Sequence[Picture], defaults: Defaults) -> Any:
     """The page as Gradio's Blocks."""
     with gradio.Blocks(title="One prompt, many models", analytics_enabled=False, fill_width=True) as page:
         gradio.HTML(page_head(columns))
@@ -194,7 +192,7 @@ def build_page(
     return page
 
 
-def add_answers(gradio: ModuleType, columns: Sequence[DemoColumn], defaults: DemoDefaults) -> None:
+def add_answers(gradio: ModuleType, columns: Sequence[Column], defaults: Defaults) -> None:
     """The prompt, its buttons, the controls, and a card for each column."""
     with gradio.Row(equal_height=True):
         prompt = gradio.Textbox(
@@ -243,7 +241,7 @@ def page_theme(gradio: ModuleType) -> Any:
     )  # fmt: skip
 
 
-def launch_page(gradio: ModuleType, page: Any, pictures: Sequence[DemoPicture], port: int, opens: bool) -> str:
+def launch_page(gradio: ModuleType, page: Any, pictures: Sequence[Picture], port: int, opens: bool) -> str:
     """Serve the page to this machine alone, in threads of its own; returns its address."""
     _, address, _ = page.launch(
         server_name=LOCALHOST, server_port=port, share=False, inbrowser=opens, prevent_thread_lock=True, quiet=True,

@@ -45,7 +45,7 @@ LINEAR_8_BIT, UNSIGNED_8_BIT, TANH_TERNARY = "twosided8-fork-attached", "unsigne
 FULL_PRECISION = {"mlp_bits": "16", "attn_bits": "16", "bigram_bits": "16", "embed_bits": "16"}
 
 
-class StudyError(UserError):
+class FlagError(UserError):
     """A flag file that does not exist, or that says something this study does not know."""
 
 
@@ -83,26 +83,26 @@ class LegacyStudy:
 def load_study(name_or_path: str | Path) -> dict[str, str]:
     """Knobs (knob -> text) of a study in configs/, by name, or of a file, by a path or anything that ends in .json.
 
-    Raises StudyError, OSError.
+    Raises FlagError, OSError.
     """
     return read_study(name_or_path).knobs
 
 
 def read_study(name_or_path: str | Path) -> LegacyStudy:
-    """The study's name and flags. Raises StudyError, OSError."""
+    """The study's name and flags. Raises FlagError, OSError."""
     path = study_path(name_or_path)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_entries)
-    except StudyError as error:
-        raise StudyError(f"{path}: {error}") from None
+    except FlagError as error:
+        raise FlagError(f"{path}: {error}") from None
     except ValueError as error:
-        raise StudyError(f"{path}: no JSON: {error}") from None
+        raise FlagError(f"{path}: no JSON: {error}") from None
     if not isinstance(entries, dict):
-        raise StudyError(f"{path}: must be one JSON object of flags")
+        raise FlagError(f"{path}: must be one JSON object of flags")
     try:
         return LegacyStudy(study_name(entries.pop("experiment_name", path.stem)), checked_flags(entries))
-    except StudyError as error:
-        raise StudyError(f"{path}: {error}") from None
+    except FlagError as error:
+        raise FlagError(f"{path}: {error}") from None
 
 
 def study_path(name_or_path: str | Path) -> Path:
@@ -112,7 +112,7 @@ def study_path(name_or_path: str | Path) -> Path:
     folder = Path(str(files("golf"))).parent / "configs"
     known = sorted(file.stem for file in folder.glob("*.json"))
     if path.name not in known:
-        raise StudyError(f"no study {path.name!r} in {folder.name}/: there are {', '.join(known)}")
+        raise FlagError(f"no study {path.name!r} in {folder.name}/: there are {', '.join(known)}")
     return folder / f"{path.name}.json"
 
 
@@ -120,27 +120,27 @@ def unique_entries(pairs: list[tuple[str, object]]) -> dict[str, object]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
-        raise StudyError(f"{max(names, key=names.count)} is there twice: leave one of them out")
+        raise FlagError(f"{max(names, key=names.count)} is there twice: leave one of them out")
     return entries
 
 
 def study_name(name: object) -> str:
     if not isinstance(name, str) or not name.strip():
-        raise StudyError("experiment_name must be a text: it names the study and sets nothing")
+        raise FlagError("experiment_name must be a text: it names the study and sets nothing")
     return name
 
 
 def checked_flags(entries: Mapping[str, object]) -> dict[str, bool]:
-    """All flags, those left out as false. Raises StudyError for one that is unknown, no boolean, or without effect."""
+    """All flags, those left out as false. Raises FlagError for one that is unknown, no boolean, or without effect."""
     for name, value in entries.items():
         if name not in (*STUDY_FLAGS, SHARED_SCALE):
-            raise StudyError(
+            raise FlagError(
                 f"unknown flag {name!r}: there are experiment_name, {', '.join((*STUDY_FLAGS, SHARED_SCALE))}"
             )
         if not isinstance(value, bool):
-            raise StudyError(f"{name} must be true or false, not {json.dumps(value)}")
+            raise FlagError(f"{name} must be true or false, not {json.dumps(value)}")
     flags = {name: bool(entries.get(name, False)) for name in (*STUDY_FLAGS, SHARED_SCALE)}
     for name, needed in NEEDED_FLAGS.items():
         if flags[name] and not flags[needed]:
-            raise StudyError(f"{name} does nothing without {needed}: set both, or neither")
+            raise FlagError(f"{name} does nothing without {needed}: set both, or neither")
     return flags

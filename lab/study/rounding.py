@@ -20,12 +20,12 @@ from golf.run.datasets import open_training_data
 from golf.runtime import Runtime
 from lab.rates.quant_comparison import QuantVariant, gptq_moments, parse_variant, quantize_variant
 from lab.study.measures import measure_artifact, open_validation, pack_for
-from lab.study.spec import FINISHED, AblationError, AblationSpec, load_result
+from lab.study.spec import FINISHED, RunSpec, StudyError, load_result
 from lab.study.training import check_training_data
 
 
 def moments_of_inputs(
-    state: Mapping[str, Tensor], spec: AblationSpec, variant: QuantVariant, rows_NT: Tensor, runtime: Runtime
+    state: Mapping[str, Tensor], spec: RunSpec, variant: QuantVariant, rows_NT: Tensor, runtime: Runtime
 ) -> dict[str, Tensor]:
     """hessian_CC of each matrix; of a tied table, by both of its uses."""
     model = quantized_gpt(spec.config.model, runtime.compute_dtype)
@@ -33,20 +33,20 @@ def moments_of_inputs(
     return gptq_moments(model.to(runtime.device), rows_NT, runtime, table=not variant.keeps_embedding)
 
 
-def source_state(spec: AblationSpec) -> tuple[dict[str, Tensor], str]:
-    """(weights, tokenizer_sha256) of the run that is quantized. Raises AblationError."""
+def source_state(spec: RunSpec) -> tuple[dict[str, Tensor], str]:
+    """(weights, tokenizer_sha256) of the run that is quantized. Raises StudyError."""
     folder = Path(spec.source)
     result = load_result(folder, spec.source_key)
     if result is None or result["status"] != FINISHED:
         state = f"{result['status']}: {result.get('error', '')}" if result else "not run yet"
-        raise AblationError(f"{folder}: the run whose weights are to be quantized is {state}")
+        raise StudyError(f"{folder}: the run whose weights are to be quantized is {state}")
     saved = load_weights(folder / "weights.safetensors")
     if saved.model != spec.config.model:
-        raise AblationError(f"{folder}: its weights are of another model than the one to quantize")
+        raise StudyError(f"{folder}: its weights are of another model than the one to quantize")
     return saved.state, saved.tokenizer_sha256
 
 
-def run_rounding(spec: AblationSpec, runtime: Runtime, folder: Path) -> tuple[dict[str, Any], list, list[float], bytes]:
+def run_rounding(spec: RunSpec, runtime: Runtime, folder: Path) -> tuple[dict[str, Any], list, list[float], bytes]:
     """(figures, no curve, nats of the blocks, artifact) of quantized weights. Raises UserError."""
     clock = [time.perf_counter()]
     data = open_training_data(spec.config)
