@@ -105,6 +105,12 @@ LATEX_SPECIALS = str.maketrans({
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "Δ": r"$\Delta$", "µ": r"$\mu$",
     ">": r"$>$", "<": r"$<$", "|": r"$|$",
 })  # fmt: skip
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), undefined=jinja2.StrictUndefined,
+    autoescape=lambda name: ".html" in name, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
+TEMPLATES.filters["latex"] = lambda text: text.translate(LATEX_SPECIALS)
+TEMPLATES.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -125,16 +131,10 @@ def render_study(
     kind: str, title: str, rows: Sequence[CsvRow], notes: Sequence[str], pictures: Sequence[Picture] = ()
 ) -> str:
     """Returns the tables as `kind`: md, tex or html. A column in which no row has anything is left out."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), undefined=jinja2.StrictUndefined,
-        autoescape=kind == "html", trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["latex"] = lambda text: text.translate(LATEX_SPECIALS)
-    environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     tables = [
         (heading, [column for column in columns if any(map(column.cell, rows))]) for heading, columns in TABLES.items()
     ]
-    template = environment.get_template(f"study.{kind}.j2")
+    template = TEMPLATES.get_template(f"study.{kind}.j2")
     return template.render(title=title, rows=rows, tables=tables, notes=notes, pictures=pictures)
 
 
