@@ -6,7 +6,7 @@ The CSV holds every figure in full; Markdown, LaTeX and HTML are made from it by
 import base64
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,45 +145,12 @@ def study_title(study: Study) -> str:
 
 def study_notes(study: Study) -> list[str]:
     """Returns what a reader of tables and pictures has to know beside them, a sentence for each item."""
-    plan, machine = study.plan, study.environment
-    done = [result for row in study.rows for result in row.results if "val_tokens" in result]
-    device = "of the process, Python and its libraries included" if not machine.get("cuda") else "of the allocator"
-    return [
-        *(f"group {letter}: {title}" for letter, title in plan.groups.items()),
-        *subject_notes(done),
-        f"seeds {', '.join(map(str, plan.seeds))} (initial weights); ± and [ ]: {100 * (1 - ALPHA):g} % of Student's t "
-        "over seeds, differences paired by seed",
-        f"not resolved: under {FEWEST_ERRORS:g} standard errors, or an interval that holds 0; a single seed resolves "
-        "nothing but a rounding of the baseline's own weights, over blocks of text",
-        "bytes: the artifact as it is, without optimizer state; of matrices: the blocks' alone, packed the same way",
-        "energy: an estimate by operations, 7 nm, products with weights only (lab/cost/energy.py has its "
-        "assumptions); nothing was measured",
-        f"peak MiB: {device}",
-        *machine_notes(machine),
-    ]
-
-
-def subject_notes(done: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields what was trained on, and what was scored."""
-    if done:
-        tokens, size = done[0]["val_tokens"], done[0]["val_bytes"]
-        yield (
-            f"the same {tokens:,} validation tokens ({size:,} bytes) for all rows, scored from the bytes of the "
-            "artifact; NLL in nats per token, bpb in bits per byte of text"
-        )
-    trained = [result for result in done if "train_tokens" in result]
-    if trained:
-        steps, tokens = (max(result[name] for result in trained) for name in ("steps", "train_tokens"))
-        yield f"{steps:,} steps of training, {tokens:,} tokens, in the same order for all rows of a seed"
-
-
-def machine_notes(machine: Mapping[str, Any]) -> Iterator[str]:
-    if machine:
-        compiled = "compiled" if machine["compile"] else "not compiled"
-        cuda = f", CUDA {machine['cuda']}" if machine["cuda"] else ""
-        threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)} a run"
-        libraries = f"torch {machine['torch']}{cuda}, numpy {machine['numpy']}, Python {machine['python']}"
-        yield f"{machine['device']}, {threads}, {compiled}; {libraries}"
+    results = [result for row in study.rows for result in row.results if "val_tokens" in result]
+    text = TEMPLATES.get_template("notes.j2").render(
+        plan=study.plan, machine=study.environment, alpha=ALPHA, fewest_errors=FEWEST_ERRORS, scored=results,
+        trained=[result for result in results if "train_tokens" in result],
+    )  # fmt: skip
+    return text.strip("\n").split("\n")
 
 
 def write_report(out: Path) -> list[dict[str, Any]]:
