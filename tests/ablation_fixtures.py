@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from golf.config.config import Config, build_config
-from lab.study.plan import SavedPlan
+from lab.study.plan import StudyPlan
 from lab.study.spec import RunSpec
 from lab.study.table import RunCurve, Study, StudyRow
 
@@ -113,7 +113,7 @@ def a_row(name: str, losses: list[float | None], group: str = "A", method: str =
 
 def a_study(*rows: StudyRow) -> Study:
     """A study of these rows, the first of which is the baseline."""
-    plan = SavedPlan("small", "tiny", rows[0].names[0], {"A": "trained"}, tuple(range(len(rows[0].results))), [])
+    plan = StudyPlan("small", "tiny", rows[0].names[0], {"A": "trained"}, tuple(range(len(rows[0].results))), [])
     return Study(plan, rows, ENVIRONMENT)
 
 

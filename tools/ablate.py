@@ -1,4 +1,4 @@
-"""A matrix of configurations, trained or quantized, compared on the same tokens with what is noise told apart.
+"""Compares a matrix of configurations, trained or quantized, on the same tokens, and tells what is noise.
 
     python tools/ablate.py --matrix configs/studies/lowbit.toml --profile cpu-smoke|screen|full --seeds N
         [--groups A,B] [--out DIR] [--resume] [--dry-run] [--tables] [--jobs N] [--threads N] [KNOB=VALUE ...]
@@ -37,7 +37,7 @@ class Options(ToolOptions):
     matrix: Path
     """File of the study: base configuration, profiles, groups of rows (lab/study/matrix.py)."""
     profile: str = "cpu-smoke"
-    """How large it is run; the file names its profiles."""
+    """Size of the study: the name of one of the file's profiles."""
     seeds: int = 1
     """Runs of each configuration, with the base configuration's seed and those after it."""
     groups: str = ""
@@ -70,7 +70,7 @@ def work(options: Options) -> int:
     profile, knobs = matrix.profile(options.profile), parse_knobs(options.knobs)
     out = options.out or Path("runs") / "studies" / f"{matrix.name}-{profile.name}"
     if options.tables:
-        return tell_results(write_report(out), out, options)
+        return print_results(write_report(out), out, options)
     held = (out / "plan.json").exists() or (out / "runs").exists()
     if held and not (options.resume or options.dry_run):
         raise StudyError(f"{out} holds runs: go on with them by --resume, or give another --out")
@@ -81,17 +81,17 @@ def work(options: Options) -> int:
     finished = finished_runs(plan, out)
     expected = forecast(plan, finished, options.jobs)
     if options.dry_run:
-        return tell_plan(plan, finished, expected, options)
+        return print_plan(plan, finished, expected, options)
     out.mkdir(parents=True, exist_ok=True)
     with take_lock(out / ".lock"):
         run_study(plan, finished, expected, out, options.jobs)
-        return tell_results(write_report(out), out, options)
+        return print_results(write_report(out), out, options)
 
 
 def run_study(
     plan: StudyPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, out: Path, jobs: int
 ) -> None:
-    """Do what is left. Raises StudyError."""
+    """Does what is left. Raises StudyError."""
     save_plan(plan, out)
     left = [key for key in plan.runs if key not in finished]
     cost = f"about {expected.wall_seconds:,.0f} s by {expected.basis}"
@@ -110,10 +110,10 @@ def run_study(
     Launcher(plan, out.absolute(), ROOT / "tools" / "ablation_run.py", jobs, report).run_all(left)
 
 
-def tell_plan(
+def print_plan(
     plan: StudyPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, options: Options
 ) -> int:
-    """The runs that there are to do; nothing was run."""
+    """Prints the runs that there are to do; nothing was run."""
     names: dict[str, list[str]] = {}
     for row in plan.rows:
         for key in row.keys:
@@ -137,8 +137,8 @@ def tell_plan(
     return 0
 
 
-def tell_results(rows: list[dict[str, Any]], out: Path, options: Options) -> int:
-    """The table on the terminal; 1 where a row is not whole."""
+def print_results(rows: list[dict[str, Any]], out: Path, options: Options) -> int:
+    """Prints the table; returns 1 where a row is not whole."""
     if options.json:
         print(json.dumps({"rows": rows}, allow_nan=False))
     else:

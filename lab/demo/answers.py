@@ -1,4 +1,4 @@
-"""What the demo shows: models opened side by side, their answers to one prompt, the pictures that belong to them."""
+"""Opens models side by side, answers one prompt by all of them, and finds the pictures that belong to them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,18 +6,17 @@ from pathlib import Path
 
 from golf.config.config import UserError
 from golf.runtime import Runtime
-from lab.generate.generation import TextGeneration
 from lab.generate.sampling import SamplingOptions
 from lab.generate.text_model import TextModel, open_text_model
 
 ARTIFACT_NAME = "model.golf"
-"""What a run calls its artifact: the folder says which."""
+"""The name of every run's artifact: its folder says which it is."""
 RUN_PICTURES = ("rate_curve/rate_curve.png", "compare_quant/*.png")
 PICTURE_SUFFIXES = (".png", ".svg", ".jpg", ".jpeg", ".webp")
 
 
 class DemoError(UserError):
-    """Nothing to show, or nothing to show it with."""
+    """There is nothing to show, or nothing to show it with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ class Picture:
 
 
 def open_columns(paths: Sequence[Path], tokenizer: Path | None, runtime: Runtime) -> list[Column]:
-    """A column for each artifact, with a message where one can't be opened. Raises DemoError where none can."""
+    """Returns a column for each artifact, with a message where one can't be opened. Raises DemoError where none can."""
     columns = []
     for path, title in zip(paths, column_titles(paths), strict=True):
         try:
@@ -68,15 +67,13 @@ def open_columns(paths: Sequence[Path], tokenizer: Path | None, runtime: Runtime
 
 
 def column_titles(paths: Sequence[Path]) -> list[str]:
-    """The shortest names that tell the artifacts apart: of the file, or of its folder where the file is a run's."""
-    parts = {path: title_parts(path.absolute()) for path in paths}
-    lengths, titles = dict.fromkeys(parts, 1), []
-    for _ in range(max(map(len, parts.values()), default=0)):
-        ends = {path: "/".join(part[-lengths[path] :]) for path, part in parts.items()}
-        titles = list(ends.values())
-        lengths = {path: lengths[path] + (titles.count(end) > 1) for path, end in ends.items()}
-    named = dict(zip(parts, titles, strict=True))
-    return [f"{named[path]} (again)" if path in paths[:number] else named[path] for number, path in enumerate(paths)]
+    """Returns the shortest names that tell artifacts apart: of the file, or of its folder where the file is a run's."""
+    parts, titles = {path: title_parts(path.absolute()) for path in paths}, []
+    for number, path in enumerate(paths):
+        own, others = parts[path], [part for other, part in parts.items() if other != path]
+        lengths = (n for n in range(1, len(own)) if all(own[-n:] != other[-n:] for other in others))
+        titles.append("/".join(own[-next(lengths, len(own)) :]) + " (again)" * (path in paths[:number]))
+    return titles
 
 
 def title_parts(path: Path) -> list[str]:
@@ -85,59 +82,46 @@ def title_parts(path: Path) -> list[str]:
 
 
 def answer_together(columns: Sequence[Column], prompt: str, options: SamplingOptions) -> Iterator[list[Answer]]:
-    """All answers, again after each round in which every model that has not ended writes one token.
+    """Yields all answers, again after each round in which every model that has not ended writes one token.
 
     Every model starts from the same seed; one that fails keeps what it has written, and the others go on.
     """
-    started = [begin_answer(column, prompt, options) for column in columns]
-    answers = [answer for answer, _ in started]
-    streams = {number: stream for number, (_, stream) in enumerate(started) if stream}
-    yield list(answers)
-    while streams:
-        for number, stream in list(streams.items()):
-            answers[number] = continue_answer(answers[number], stream)
-            if answers[number].ended:
-                del streams[number]
-        yield list(answers)
+    streams = [answer_alone(column, prompt, options) for column in columns]
+    answers = [next(stream) for stream in streams]
+    yield answers
+    while not all(answer.ended for answer in answers):
+        pairs = zip(answers, streams, strict=True)
+        answers = [answer if answer.ended else next(stream) for answer, stream in pairs]
+        yield answers
 
 
-def begin_answer(column: Column, prompt: str, options: SamplingOptions) -> tuple[Answer, TextGeneration | None]:
-    """An answer without text, and what writes it where anything can."""
+def answer_alone(column: Column, prompt: str, options: SamplingOptions) -> Iterator[Answer]:
+    """Yields one model's answer before its first token and after each, until it has ended."""
     if column.model is None:
-        return Answer(ended="problem", problem=column.problem), None
+        yield Answer(ended="problem", problem=column.problem)
+        return
     answer = Answer()
     try:
         answer = replace(answer, prompt_bpb=column.model.bits_per_byte(prompt) if prompt else None)
     except UserError as error:
         answer = replace(answer, remarks=(f"no bits per byte of the prompt: {error}",))
     try:
-        return answer, column.model.generate([prompt], options)
+        stream = column.model.generate([prompt], options)
+        yield answer
+        while not answer.ended:
+            [new] = next(stream)
+            counted, remarks = stream.statistics, tuple(dict.fromkeys([*answer.remarks, *stream.notes]))
+            answer = replace(
+                answer, text=answer.text + new, tokens=counted.generated_tokens, remarks=remarks,
+                tokens_per_second=counted.tokens_per_second, ended=stream.ended[0],
+            )  # fmt: skip
+            yield answer
     except UserError as error:
-        return failed_answer(answer, error), None
-
-
-def continue_answer(answer: Answer, stream: TextGeneration) -> Answer:
-    try:
-        [new] = next(stream)
-    except UserError as error:
-        return failed_answer(answer, error)
-    counted = stream.statistics
-    return replace(
-        answer,
-        text=answer.text + new,
-        tokens=counted.generated_tokens,
-        tokens_per_second=counted.tokens_per_second,
-        remarks=tuple(dict.fromkeys([*answer.remarks, *stream.notes])),
-        ended=stream.ended[0],
-    )
-
-
-def failed_answer(answer: Answer, error: UserError) -> Answer:
-    return replace(answer, ended="problem", problem=str(error))
+        yield replace(answer, ended="problem", problem=str(error))
 
 
 def departure(reference: str, text: str) -> int:
-    """Characters of `text` before it departs from `reference`: all where one only goes on where the other ends."""
+    """Counts the characters of `text` before it departs from `reference`: all where one is the other's beginning."""
     for number, (expected, found) in enumerate(zip(reference, text, strict=False)):
         if expected != found:
             return number
@@ -145,9 +129,9 @@ def departure(reference: str, text: str) -> int:
 
 
 def find_pictures(artifacts: Sequence[Path], folders: Sequence[Path], repository: Path) -> list[Picture]:
-    """The curves of the artifacts' runs (the project's own where no run has one), those of the records and `folders`.
+    """Finds the curves of the artifacts' runs (else the project's own), and the pictures of the records and `folders`.
 
-    Raises DemoError for a folder that is none or holds no picture.
+    Raises DemoError for a folder that does not exist or holds no picture.
     """
     runs = dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path.absolute, artifacts))
     found = [picture for run in runs for pattern in RUN_PICTURES for picture in sorted(run.glob(pattern))]
@@ -168,5 +152,5 @@ def pictures_below(folder: Path) -> list[Path]:
 
 
 def picture_caption(path: Path, repository: Path) -> str:
-    """Its place in the repository, or the last three parts of its path."""
+    """Returns its place in the repository, or the last three parts of its path."""
     return path.relative_to(repository).as_posix() if repository in path.parents else "/".join(path.parts[-3:])

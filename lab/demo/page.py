@@ -10,7 +10,6 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +25,7 @@ from lab.generate.sampling import SamplingOptions
 LOCALHOST = "127.0.0.1"
 SECONDS_BETWEEN_UPDATES = 0.1
 MOST_TOKENS, HIGHEST_TEMPERATURE, MOST_TOP_K = 1000, 2.0, 200
-"""Of the sliders, unless the command asks for more."""
+"""The ends of the sliders, unless the command asks for more."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONOSPACE = ["ui-monospace", "DejaVu Sans Mono", "Menlo", "Consolas", "monospace"]
 """Fonts that the reader's machine has: none is fetched."""
@@ -36,14 +35,6 @@ STOP_WRITING = """() => {
   stop(); setTimeout(stop, 700);
 }"""
 """Done again a little later: a card may have been on its way."""
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What the controls show at first."""
-
-    prompt: str
-    options: SamplingOptions
 
 
 def import_gradio() -> ModuleType:
@@ -91,13 +82,9 @@ def column_card(number: int, column: Column, prompt: str, answer: Answer | None,
 
 
 def all_cards(columns: Sequence[Column], prompt: str, answers: Sequence[Answer] | None) -> list[str]:
-    if answers is None:
-        return [column_card(number, column, "", None, "") for number, column in enumerate(columns)]
-    reference = next(answer.text for column, answer in zip(columns, answers, strict=True) if column.model)
-    return [
-        column_card(number, column, prompt, answer, reference)
-        for number, (column, answer) in enumerate(zip(columns, answers, strict=True))
-    ]
+    pairs = list(zip(columns, answers or [None] * len(columns), strict=True))
+    reference = next((answer.text for column, answer in pairs if column.model and answer), "")
+    return [column_card(number, column, prompt, answer, reference) for number, (column, answer) in enumerate(pairs)]
 
 
 def picture_list(pictures: Sequence[Picture]) -> str:
@@ -132,32 +119,34 @@ def responder(
     return respond
 
 
-def build_page(gradio: ModuleType, columns: Sequence[Column], pictures: Sequence[Picture], defaults: Defaults) -> Any:
-    """Returns the page as Gradio's Blocks."""
+def build_page(
+    gradio: ModuleType, columns: Sequence[Column], pictures: Sequence[Picture], prompt: str, options: SamplingOptions
+) -> Any:
+    """Returns the page as Gradio's Blocks; its controls show `prompt` and `options` at first."""
     with gradio.Blocks(title="One prompt, many models", analytics_enabled=False, fill_width=True) as page:
         opened = sum(column.model is not None for column in columns)
         gradio.HTML(TEMPLATES.get_template("head.html.j2").render(opened=opened))
         with gradio.Tabs():
             with gradio.Tab("Side by side"):
-                add_answers(gradio, columns, defaults)
+                add_answers(gradio, columns, prompt, options)
             with gradio.Tab("Pictures"):
                 gradio.HTML(picture_list(pictures))
     return page
 
 
-def add_answers(gradio: ModuleType, columns: Sequence[Column], defaults: Defaults) -> None:
+def add_answers(gradio: ModuleType, columns: Sequence[Column], text: str, options: SamplingOptions) -> None:
     """Adds the prompt, its buttons, the controls, and a card for each column."""
     with gradio.Row(equal_height=True):
         prompt = gradio.Textbox(
-            defaults.prompt, label="Prompt", lines=3, max_lines=12, scale=5, min_width=260, elem_id="prompt"
-        )
+            text, label="Prompt", lines=3, max_lines=12, scale=5, min_width=260, elem_id="prompt"
+        )  # fmt: skip
         with gradio.Column(scale=1, min_width=230, elem_id="buttons"):
             answer = gradio.Button("Answer", variant="primary", elem_id="answer")
             with gradio.Row():
                 another = gradio.Button("Next seed", min_width=90, size="md", elem_id="next-seed")
                 stop = gradio.Button("Stop", min_width=70, size="md", elem_id="stop")
     with gradio.Row(elem_id="controls"):
-        controls = add_controls(gradio, defaults.options)
+        controls = add_controls(gradio, options)
     cards = []
     with gradio.Row(equal_height=True, elem_id="columns"):
         for number, card in enumerate(all_cards(columns, "", None)):
@@ -187,19 +176,15 @@ def add_controls(gradio: ModuleType, options: SamplingOptions) -> list[Any]:
     ]
 
 
-def page_theme(gradio: ModuleType) -> Any:
-    """Returns Gradio's plainest theme in the project's colours, with fonts of the reader's machine."""
-    return gradio.themes.Base(
-        primary_hue="teal", neutral_hue="slate", radius_size="lg", font=FONT, font_mono=MONOSPACE
-    )  # fmt: skip
-
-
 def launch_page(gradio: ModuleType, page: Any, pictures: Sequence[Picture], port: int, opens: bool) -> str:
     """Serves the page to this machine alone, in threads of its own; returns its address."""
+    theme = gradio.themes.Base(
+        primary_hue="teal", neutral_hue="slate", radius_size="lg", font=FONT, font_mono=MONOSPACE
+    )  # fmt: skip
     _, address, _ = page.launch(
         server_name=LOCALHOST, server_port=port, share=False, inbrowser=opens, prevent_thread_lock=True, quiet=True,
         show_error=True, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
-        enable_monitoring=False, allowed_paths=[str(picture.path) for picture in pictures], theme=page_theme(gradio),
+        enable_monitoring=False, allowed_paths=[str(picture.path) for picture in pictures], theme=theme,
         css=Path(__file__).with_name("style.css").read_text(encoding="utf-8"),
     )  # fmt: skip
     return address

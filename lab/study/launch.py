@@ -14,18 +14,7 @@ from typing import Any
 
 from golf.config.config import EXIT_BAD_INPUT, EXIT_MACHINE
 from lab.study.plan import StudyPlan, run_folder
-from lab.study.spec import (
-    FAILED,
-    FINISHED,
-    INVALID,
-    KILLED,
-    RunSpec,
-    StudyError,
-    failed_result,
-    load_result,
-    save_result,
-    save_spec,
-)  # fmt: skip
+from lab.study.spec import FAILED, FINISHED, INVALID, KILLED, RunSpec, load_result, require, save_failure, save_spec
 
 DONE = (FINISHED, INVALID, FAILED)
 """What is not tried again; a run that was killed is."""
@@ -80,8 +69,7 @@ class Launcher:
     """Hands the runs of a plan to `jobs` servers."""
 
     def __init__(self, plan: StudyPlan, out: Path, program: Path, jobs: int, report: RunReport):
-        if jobs < 1:
-            raise StudyError(f"--jobs {jobs}: a study takes at least one")
+        require(jobs >= 1, f"--jobs {jobs}: a study takes at least one")
         self.plan, self.out, self.program, self.jobs, self.report = plan, out, program, jobs, report
         self.servers: list[RunServer] = []
         self.idle: queue.SimpleQueue[RunServer | None] = queue.SimpleQueue()
@@ -113,10 +101,7 @@ class Launcher:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)
         save_spec(spec, folder / "spec.json")
-        result = self.broken_source(spec)
-        if result:
-            save_result(folder, result)
-        return spec, result or self.served_result(spec, folder)
+        return spec, self.broken_source(spec, folder) or self.served_result(spec, folder)
 
     def served_result(self, spec: RunSpec, folder: Path) -> dict[str, Any]:
         server = self.idle.get()
@@ -127,29 +112,26 @@ class Launcher:
                 server.kill()
         status = server.run(folder)
         self.idle.put(None if status is None else server)
-        if self.stopped:
-            raise StudyError("the study was stopped")
-        if status is None and (server.process.wait() or 0) > 0:
-            raise StudyError(f"{self.program} does not start: its message stands above")
-        if status in (EXIT_BAD_INPUT, EXIT_MACHINE):
-            raise StudyError(f"{spec.name}: {last_line(folder / 'run.log')}")
+        require(not self.stopped, "the study was stopped")
+        ends = status is None and server.process.wait() > 0
+        require(not ends, f"{self.program} does not start: read its message above")
+        require(status not in (EXIT_BAD_INPUT, EXIT_MACHINE), f"{spec.name}: {last_line(folder / 'run.log')}")
         result = load_result(folder, spec.key)
         if result is None:
             cause = f"signal {-status}" if status and status < 0 else f"status {status}"
             cause = "its process was lost" if status is None else cause
-            result = failed_result(spec, KILLED, f"killed ({cause}): {last_line(folder / 'run.log')}")
-            save_result(folder, result)
+            return save_failure(folder, spec, KILLED, f"killed ({cause}): {last_line(folder / 'run.log')}")
         return result
 
-    def broken_source(self, spec: RunSpec) -> dict[str, Any] | None:
-        """Returns the result of a run whose weights to quantize never came to be."""
+    def broken_source(self, spec: RunSpec, folder: Path) -> dict[str, Any] | None:
+        """Writes and returns the result of a run whose weights to quantize never came to be; None for any other run."""
         if not spec.source_key:
             return None
         source = load_result(run_folder(self.out, spec.source_key), spec.source_key) or {"status": KILLED}
         if source["status"] == FINISHED:
             return None
-        status = KILLED if source["status"] == KILLED else FAILED
-        return failed_result(spec, status, f"the training of its weights: {source.get('error', source['status'])}")
+        status, cause = KILLED if source["status"] == KILLED else FAILED, source.get("error", source["status"])
+        return save_failure(folder, spec, status, f"the training of its weights: {cause}")
 
 
 def last_line(log: Path) -> str:

@@ -15,12 +15,13 @@ from pathlib import Path
 from golf.config.config import UserError
 
 ATTENTION_WEIGHTS = "ENABLE_ATTN_QUANTIZATION"
-OUTPUT_WEIGHTS = "ENABLE_ATTN_PROJ_QUANTIZATION"
-MLP_WEIGHTS = "ENABLE_MLP_QUANTIZATION"
 SHARED_SCALE = "LEGACY_SHARED_QKVO_SCALE"
 HIDDEN, EXTREME_HIDDEN = "ENABLE_MLP_ACT_QUANTIZATION", "ENABLE_EXTREME_MLP_ACT_QUANTIZATION"
 
-WEIGHT_FLAGS = {ATTENTION_WEIGHTS: ("q", "k", "v"), OUTPUT_WEIGHTS: ("o",), MLP_WEIGHTS: ("up", "down")}
+WEIGHT_FLAGS = {
+    ATTENTION_WEIGHTS: ("q", "k", "v"), "ENABLE_ATTN_PROJ_QUANTIZATION": ("o",),
+    "ENABLE_MLP_QUANTIZATION": ("up", "down"),
+}  # fmt: skip
 """Flag -> sites of weights that it makes ternary."""
 ACTIVATION_FLAGS = {
     "ENABLE_ATTN_PRE_ACT_QUANTIZATION": ("ENABLE_EXTREME_PRE_ATTN_ACT_QUANTIZATION", ("attn_in",)),
@@ -29,14 +30,10 @@ ACTIVATION_FLAGS = {
     HIDDEN: (EXTREME_HIDDEN, ("hidden",)),
 }
 """Flag -> its EXTREME flag, and the sites of activations that both act on."""
-NEEDED_FLAGS = {extreme: parent for parent, (extreme, _) in ACTIVATION_FLAGS.items()} | {
-    SHARED_SCALE: ATTENTION_WEIGHTS
-}
+NEEDED_FLAGS = {extreme: parent for parent, (extreme, _) in ACTIVATION_FLAGS.items()}
+NEEDED_FLAGS[SHARED_SCALE] = ATTENTION_WEIGHTS
 """Flag -> the flag without which it does nothing."""
-STUDY_FLAGS = (
-    *WEIGHT_FLAGS,
-    *(flag for parent, (extreme, _) in ACTIVATION_FLAGS.items() for flag in (parent, extreme)),
-)
+STUDY_FLAGS = (*WEIGHT_FLAGS, *(name for flag, (extreme, _) in ACTIVATION_FLAGS.items() for name in (flag, extreme)))
 """The eleven of the study."""
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -61,23 +58,17 @@ class LegacyStudy:
     @property
     def knobs(self) -> dict[str, str]:
         """Maps knob to text, for the overrides of build_config."""
-        weights = {
-            f"weight_{site}": SHARED_TERNARY if self.flags[SHARED_SCALE] and site in "qkvo" else MATRIX_TERNARY
-            for flag, sites in WEIGHT_FLAGS.items()
-            if self.flags[flag]
-            for site in sites
-        }
-        activations = {
-            f"act_{site}": TANH_TERNARY if self.flags[extreme] else UNSIGNED_8_BIT if flag == HIDDEN else LINEAR_8_BIT
-            for flag, (extreme, sites) in ACTIVATION_FLAGS.items()
-            if self.flags[flag]
-            for site in sites
-        }
-        common = {
-            "qat_enabled": str(int(bool(weights))), "quantizer": "rtn", "prune_frac": "0",
-            "mlp_activation": "identity" if self.flags[EXTREME_HIDDEN] else "relu2",
-        }  # fmt: skip
-        return FULL_PRECISION | common | weights | activations
+        knobs, flags = FULL_PRECISION | {"qat_enabled": "0", "quantizer": "rtn", "prune_frac": "0"}, self.flags
+        knobs["mlp_activation"] = "identity" if flags[EXTREME_HIDDEN] else "relu2"
+        for flag in filter(flags.get, WEIGHT_FLAGS):
+            shared = flags[SHARED_SCALE] and flag != "ENABLE_MLP_QUANTIZATION"
+            knobs["qat_enabled"] = "1"
+            knobs |= {f"weight_{site}": SHARED_TERNARY if shared else MATRIX_TERNARY for site in WEIGHT_FLAGS[flag]}
+        for flag in filter(flags.get, ACTIVATION_FLAGS):
+            extreme, sites = ACTIVATION_FLAGS[flag]
+            quantizer = TANH_TERNARY if flags[extreme] else UNSIGNED_8_BIT if flag == HIDDEN else LINEAR_8_BIT
+            knobs |= {f"act_{site}": quantizer for site in sites}
+        return knobs
 
 
 def load_study(name_or_path: str | Path) -> dict[str, str]:

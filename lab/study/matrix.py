@@ -20,7 +20,7 @@ from typing import Any
 from golf.config.config import KNOBS, Config, build_config
 from lab.rates.quant_comparison import parse_variant
 from lab.study.legacy_study import load_study
-from lab.study.spec import StudyError
+from lab.study.spec import StudyError, require
 
 try:
     import tomllib
@@ -96,8 +96,7 @@ class Matrix:
     rows: Sequence[MatrixRow]
 
     def profile(self, name: str) -> Profile:
-        if name not in self.profiles:
-            raise StudyError(f"no profile {name!r} in the matrix: it has {', '.join(self.profiles)}")
+        require(name in self.profiles, f"no profile {name!r} in the matrix: it has {', '.join(self.profiles)}")
         return self.profiles[name]
 
     def row(self, name: str) -> MatrixRow:
@@ -108,8 +107,7 @@ class Matrix:
         whose weights they quantize. Raises StudyError."""
         letters = [letter.strip() for letter in groups.split(",") if letter.strip()] or list(self.groups)
         for letter in letters:
-            if letter not in self.groups:
-                raise StudyError(f"no group {letter!r} in the matrix: it has {', '.join(self.groups)}")
+            require(letter in self.groups, f"no group {letter!r} in the matrix: it has {', '.join(self.groups)}")
         chosen = [row for row in self.rows if row.group in letters]
         needed = [self.baseline, *(row.rounding.source for row in chosen if row.rounding)]
         return [row for row in self.rows if row in chosen or row.name in needed]
@@ -129,8 +127,7 @@ def parse_matrix(content: Mapping[str, Any]) -> Matrix:
     required = ("name", "preset", "baseline", "profiles", "groups")
     check_words("the matrix", content, (*required, "base"))
     for word in required:
-        if word not in content:
-            raise StudyError(f"{word} is missing")
+        require(word in content, f"{word} is missing")
     base = knob_texts("base", content.get("base", {}))
     profiles = {name: parse_profile(name, values) for name, values in tables("profiles", content["profiles"]).items()}
     groups = tables("groups", content["groups"])
@@ -144,59 +141,53 @@ def parse_matrix(content: Mapping[str, Any]) -> Matrix:
 
 def check_words(what: str, values: Mapping[str, Any], words: Sequence[str]) -> None:
     for word in values:
-        if word not in words:
-            raise StudyError(f"{what}: unknown word {word!r}: it may have {', '.join(words)}")
+        require(word in words, f"{what}: unknown word {word!r}: it may have {', '.join(words)}")
 
 
 def tables(what: str, value: object) -> dict[str, dict[str, Any]]:
-    if not isinstance(value, dict) or not value or not all(isinstance(part, dict) for part in value.values()):
-        raise StudyError(f"{what} must be tables, at least one")
+    sound = isinstance(value, dict) and value and all(isinstance(part, dict) for part in value.values())
+    require(sound, f"{what} must be tables, at least one")
     return value
 
 
 def group_rows(letter: str, group: Mapping[str, Any]) -> list[dict[str, Any]]:
     check_words(f"group {letter}", group, ("title", "rows"))
     rows = group.get("rows")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise StudyError(f"group {letter}: rows must be a list of tables")
-    if not all(isinstance(row.get("name"), str) and row["name"].strip() for row in rows):
-        raise StudyError(f"group {letter}: every row needs a name")
+    sound = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    require(sound, f"group {letter}: rows must be a list of tables")
+    named = all(isinstance(row.get("name"), str) and row["name"].strip() for row in rows)
+    require(named, f"group {letter}: every row needs a name")
     return rows
 
 
 def knob_texts(what: str, values: Mapping[str, Any]) -> dict[str, str]:
     """Returns knobs as text, as the command line would give them. Raises StudyError."""
     for knob, value in values.items():
-        if knob not in KNOBS:
-            raise StudyError(f"{what}: unknown knob or word {knob!r}")
-        if not isinstance(value, (str, int, float)):
-            raise StudyError(f"{what}: {knob} must be a text, a number, true or false")
+        require(knob in KNOBS, f"{what}: unknown knob or word {knob!r}")
+        require(isinstance(value, (str, int, float)), f"{what}: {knob} must be a text, a number, true or false")
     return {knob: str(value) for knob, value in values.items()}
 
 
 def whole_number(what: str, value: object, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise StudyError(f"{what} must be a whole number, {least} or more")
+    require(type(value) is int and value >= least, f"{what} must be a whole number, {least} or more")
     return value
 
 
 def parse_profile(name: str, values: Mapping[str, Any]) -> Profile:
     what = f"profile {name}"
-    if values.get("text", "") not in ("", "synthetic"):
-        raise StudyError(f"{what}: text is synthetic, or left out")
-    if "steps" not in values:
-        raise StudyError(f"{what}: steps is missing")
+    require(values.get("text", "") in ("", "synthetic"), f"{what}: text is synthetic, or left out")
+    require("steps" in values, f"{what}: steps is missing")
     numbers = {
         word: whole_number(f"{what}: {word}", values[word], int(word == "steps"))
         for word in PROFILE_NUMBERS
         if word in values
     }
-    if numbers.get("stop_step", 0) > numbers["steps"]:
-        raise StudyError(f"{what}: stop_step is beyond the schedule's {numbers['steps']} steps")
+    steps = numbers["steps"]
+    require(numbers.get("stop_step", 0) <= steps, f"{what}: stop_step is beyond the schedule's {steps} steps")
     knobs = knob_texts(what, {k: value for k, value in values.items() if k not in (*PROFILE_NUMBERS, "text")})
     for knob in CAPPED_KNOBS:
-        if knob in knobs:
-            raise StudyError(f"{what}: {knob} is set by steps: runs are capped by steps, so that seeds repeat")
+        capped = "is set by steps: runs are capped by steps, so that seeds repeat"
+        require(knob not in knobs, f"{what}: {knob} {capped}")
     return Profile(name, text=values.get("text", ""), knobs=knobs, **numbers)
 
 
@@ -207,11 +198,10 @@ def parse_row(letter: str, values: Mapping[str, Any], raw: Sequence[dict[str, An
         return parse_rounding(letter, what, values)
     knobs, lr_scale = resolve_changes(what, values, raw, ())
     for knob in knobs:
-        section = KNOBS[knob][0]
-        if section == "data" or knob in DATA_KNOBS:
-            raise StudyError(f"{what}: {knob} is not for one row: all rows read the same tokens in the same order")
-        if section == "run" or knob in CAPPED_KNOBS:
-            raise StudyError(f"{what}: {knob} is not for one row: set it in a profile")
+        section, refused = KNOBS[knob][0], f"{what}: {knob} is not for one row"
+        shared = section == "data" or knob in DATA_KNOBS
+        require(not shared, f"{refused}: all rows read the same tokens in the same order")
+        require(section != "run" and knob not in CAPPED_KNOBS, f"{refused}: set it in a profile")
     return [MatrixRow(letter, values["name"], knobs, lr_scale, whole_number(what, values.get("seed_offset", 0), 0))]
 
 
@@ -222,14 +212,13 @@ def resolve_changes(
     knobs, lr_scale = {}, 1.0
     if "extends" in values:
         before = next((row for row in raw if row["name"] == values["extends"] and "source" not in row), None)
-        if before is None or before["name"] in seen:
-            raise StudyError(f"{what}: extends {values['extends']!r}, which is no row to train, or extends this one")
+        sound = before and before["name"] not in seen
+        require(sound, f"{what}: extends {values['extends']!r}, which is no row to train, or extends this one")
         knobs, lr_scale = resolve_changes(what, before, raw, (*seen, values["name"], before["name"]))
     if "study" in values:
         knobs = knobs | load_study(values["study"])
     lr_scale = values.get("lr_scale", lr_scale)
-    if not isinstance(lr_scale, (int, float)) or lr_scale <= 0:
-        raise StudyError(f"{what}: lr_scale must be above 0")
+    require(isinstance(lr_scale, (int, float)) and lr_scale > 0, f"{what}: lr_scale must be above 0")
     return knobs | knob_texts(what, {k: v for k, v in values.items() if k not in ROW_WORDS}), float(lr_scale)
 
 
@@ -241,10 +230,9 @@ def parse_rounding(letter: str, what: str, values: Mapping[str, Any]) -> list[Ma
         for word, default in (("methods", []), ("act_order", True), ("calibration_sequences", DEFAULT_SEQUENCES))
         for value in [values.get(word, default)]
     )
-    if not methods or not all(isinstance(method, str) for method in methods):
-        raise StudyError(f'{what}: methods must be a list of quantizers, such as ["rtn4", "gptq4-g64"]')
-    if not all(type(order) is bool for order in orders):
-        raise StudyError(f"{what}: act_order is true, false, or a list of both")
+    named = methods and all(isinstance(method, str) for method in methods)
+    require(named, f'{what}: methods must be a list of quantizers, such as ["rtn4", "gptq4-g64"]')
+    require(all(type(order) is bool for order in orders), f"{what}: act_order is true, false, or a list of both")
     embedding, rows = bool(values.get("quantize_embedding", False)), []
     for method in methods:
         is_gptq = parse_variant(method, keeps_embedding=not embedding).method == "gptq"
@@ -260,13 +248,11 @@ def check_names(rows: Sequence[MatrixRow], baseline: str) -> None:
     """Raises StudyError where two rows have one name, or where weights or a baseline are named that no row trains."""
     names, trained = [row.name for row in rows], {row.name for row in rows if row.rounding is None}
     for name in names:
-        if names.count(name) > 1:
-            raise StudyError(f"two rows are called {name!r}: rename one")
-    if baseline not in trained:
-        raise StudyError(f"baseline {baseline!r} is no row that is trained")
+        require(names.count(name) == 1, f"two rows are called {name!r}: rename one")
+    require(baseline in trained, f"baseline {baseline!r} is no row that is trained")
     for row in rows:
-        if row.rounding and row.rounding.source not in trained:
-            raise StudyError(f"row {row.name!r}: source {row.rounding.source!r} is no row that is trained")
+        source = row.rounding.source if row.rounding else baseline
+        require(source in trained, f"row {row.name!r}: source {source!r} is no row that is trained")
 
 
 def base_config(matrix: Matrix, profile: Profile, knobs: Mapping[str, str]) -> Config:

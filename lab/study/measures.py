@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.artifact.container import Artifact, coded_bytes, pack_artifact, read_artifact, restore_model
+from golf.artifact.container import Artifact, coded_bytes, read_artifact, restore_model
 from golf.config.config import Config, ModelConfig, QuantConfig, UserError
 from golf.config.site_quantizers import WEIGHT_SITES, activation_sites
 from golf.data.shards import find_shards
@@ -91,10 +91,6 @@ def measure_artifact(
         **coverage(stored),
     }
     return figures, np.add.reduceat(nats_N, np.arange(0, len(nats_N), config.model.train_seq_len)).tolist()
-
-
-def pack_for(spec: RunSpec, stored: QuantizedState, tokenizer_sha256: str) -> bytes:
-    return pack_artifact(stored, spec.config.model, tokenizer_sha256, spec.config.quant.codec)[0]
 
 
 # ---- codes ----

@@ -141,8 +141,8 @@ def draw_final_losses(study: Study, group: str) -> Figure | None:
     left, right = figure.subplots(1, 2, sharey=True)
     found = [row_difference(row, study.baseline) for row in rows]
     losses, intervals = [row.mean("val_loss") for row in rows], [mean_interval(row.values("val_loss")) for row in rows]
-    for place, (row, loss, (low, high), difference) in enumerate(zip(rows, losses, intervals, found, strict=True)):
-        colour = BASE if row is study.baseline else colour_of(difference)
+    for place, (loss, (low, high), difference) in enumerate(zip(losses, intervals, found, strict=True)):
+        colour = {"reference": BASE, "worse": LOUD, "better": LOUD}.get(difference.verdict, QUIET)
         left.plot(loss, place, "o", color=colour, markersize=5)
         if low is not None:
             left.plot([low, high], [place, place], color=colour, linewidth=1.6)
@@ -166,10 +166,6 @@ def keep_readable(axes: Axes, values: Sequence[float], intervals: Iterable[tuple
     room = (high - low) or 0.05
     low, high = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
     axes.set_xlim(low - 0.05 * room, high + 0.05 * room)
-
-
-def colour_of(difference: RowDifference) -> str:
-    return LOUD if difference.verdict in ("worse", "better") else QUIET
 
 
 def kind_of(row: StudyRow) -> str:
@@ -270,19 +266,10 @@ def draw_rounding_by_bits(study: Study) -> Figure | None:
     return figure
 
 
-def layer_of(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
 def matrix_place(name: str) -> tuple[int, int, str]:
-    """Orders matrices by layer, and within it as the sites are."""
-    layer = layer_of(name)
-    return -1 if layer is None else layer, SITE_ORDER.index(site_of_weight(name)), name
-
-
-def matrix_label(name: str) -> str:
-    layer = layer_of(name)
-    return f"{'' if layer is None else layer} {site_of_weight(name) or name}".strip()
+    """Returns (layer, number of the site, label) of a matrix; those outside of the layers are of layer -1."""
+    layer, site = next((int(part) for part in name.split(".") if part.isdigit()), -1), site_of_weight(name)
+    return layer, SITE_ORDER.index(site), f"{layer if layer >= 0 else ''} {site or name}".strip()
 
 
 def draw_codes(row: StudyRow) -> Figure | None:
@@ -302,7 +289,7 @@ def draw_codes(row: StudyRow) -> Figure | None:
     draw_heat(figure, left, flips_MS[:, 1:], steps[1:], "share of codes that changed since the look before")
     draw_heat(figure, middle, zeros_MS, steps, "share of zeros")
     draw_histograms(right, codes, names, steps[-1])
-    left.set_yticks(range(len(names)), list(map(matrix_label, names)), fontsize=7)
+    left.set_yticks(range(len(names)), [matrix_place(name)[2] for name in names], fontsize=7)
     title = f"{short_name(row)}: codes of each matrix (layer, site), first seed"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure

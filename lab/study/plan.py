@@ -24,7 +24,7 @@ from golf.run.datasets import check_vocabulary, locate_data
 from golf.runtime import Runtime, choose_compile, choose_device, write_file_atomically
 from golf.score.roundtrip import stream_identity
 from lab.study.matrix import Matrix, MatrixRow, Profile, base_config, row_config
-from lab.study.spec import RunSpec, StudyError, read_object
+from lab.study.spec import RunSpec, StudyError, read_object, require
 
 SYNTHETIC_STORIES = {"train": 400, "val": 40}
 """Documents of the made-up text."""
@@ -46,8 +46,8 @@ class PlannedRow:
 
 
 @dataclass(frozen=True)
-class SavedPlan:
-    """The part of a plan that tables and pictures are made from."""
+class StudyPlan:
+    """All that a study takes: rows, and their distinct runs by key, each after the run whose weights it needs."""
 
     study: str
     profile: str
@@ -55,28 +55,13 @@ class SavedPlan:
     groups: Mapping[str, str]
     seeds: tuple[int, ...]
     rows: Sequence[PlannedRow]
-
-
-@dataclass(frozen=True)
-class StudyPlan(SavedPlan):
-    """All that a study takes: rows, and their distinct runs by key, each after the run whose weights it needs."""
-
-    runs: Mapping[str, RunSpec]
-    val_tokens: int
+    runs: Mapping[str, RunSpec] = field(default_factory=dict)
+    """Empty where tables and pictures are made from a plan that was saved."""
+    val_tokens: int = 0
     """Targets of the validation stream."""
 
 
 # ---- data ----
-
-
-@dataclass(frozen=True)
-class StudyData:
-    """The data and the machine that were found, as knobs, and the identities of the data."""
-
-    knobs: Mapping[str, Any]
-    data_id: str
-    val_data_id: str
-    val_tokens: int
 
 
 def synthetic_story(rng: np.random.Generator) -> str:
@@ -97,11 +82,13 @@ def write_synthetic_data(folder: Path) -> None:
     write_file_atomically(folder / "tokenizer.json", bytes_tokenizer_file())
 
 
-def find_study_data(config: Config, profile: Profile, threads: int, root: Path, out: Path) -> StudyData:
-    """Finds the data of all rows, and prepares it where it is missing; made-up text is written below `out`.
+def find_study_data(
+    config: Config, profile: Profile, threads: int, root: Path, out: Path
+) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Returns (knobs, the identities of a RunSpec, validation targets) of the data of all rows.
 
-    `root` is the repository. The knobs hold what `auto` comes to here, so that it is part of a run's key. Raises
-    UserError.
+    Data that is missing is prepared, made-up text is written below `out`; `root` is the repository. The knobs hold what
+    `auto` comes to here too, so that it is part of a run's key. Raises UserError.
     """
     if profile.text == "synthetic":
         folder = out / "synthetic"
@@ -121,7 +108,8 @@ def find_study_data(config: Config, profile: Profile, threads: int, root: Path, 
         "compile": "on" if choose_compile(config.run.compile, device) else "off",
         "threads": threads,
     }
-    return StudyData(knobs, data_identity(data.data_path, tokenizer), stream_identity(tokens_N), len(tokens_N) - 1)
+    identities = {"data_id": data_identity(data.data_path, tokenizer), "val_data_id": stream_identity(tokens_N)}
+    return knobs, identities, len(tokens_N) - 1
 
 
 # ---- runs ----
@@ -132,13 +120,12 @@ def plan_study(
     root: Path, out: Path, code_sha256: str,
 ) -> StudyPlan:  # fmt: skip
     """Plans the chosen groups with `seeds` seeds from the base configuration's on. Raises UserError."""
-    if seeds < 1:
-        raise StudyError(f"--seeds {seeds}: a study takes at least one seed")
+    require(seeds >= 1, f"--seeds {seeds}: a study takes at least one seed")
     base, rows = base_config(matrix, profile, knobs), matrix.chosen_rows(groups)
     for row in rows:  # a mistake in any row is told before there is any data
         row_config(matrix, profile, row, knobs, {"data_path": "unknown", "vocab_size": base.model.vocab_size or 512})
-    data = find_study_data(base, profile, threads, root, out)
-    planner = RunPlanner(matrix, profile, knobs, data, code_sha256, out)
+    located, identities, val_tokens = find_study_data(base, profile, threads, root, out)
+    planner = RunPlanner(matrix, profile, knobs, located, identities | {"code_sha256": code_sha256}, out)
     numbers = tuple(range(base.run.seed, base.run.seed + seeds))
     keys: dict[str, list[str]] = {row.name: [] for row in rows}
     for seed in numbers:
@@ -150,7 +137,7 @@ def plan_study(
     ]
     titles = {letter: title for letter, title in matrix.groups.items() if any(row.group == letter for row in rows)}
     runs = dict(sorted(planner.runs.items(), key=lambda run: bool(run[1].method)))
-    return StudyPlan(matrix.name, profile.name, matrix.baseline, titles, numbers, planned, runs, data.val_tokens)
+    return StudyPlan(matrix.name, profile.name, matrix.baseline, titles, numbers, planned, runs, val_tokens)
 
 
 @dataclass
@@ -160,14 +147,14 @@ class RunPlanner:
     matrix: Matrix
     profile: Profile
     knobs: Mapping[str, str]
-    data: StudyData
-    code_sha256: str
+    located: Mapping[str, Any]
+    identities: Mapping[str, str]
     out: Path
     runs: dict[str, RunSpec] = field(default_factory=dict)
 
     def plan_run(self, row: MatrixRow, seed: int) -> str:
         """Returns the key of the run of a row with a seed; the run whose weights it needs is planned before it."""
-        located = {**self.data.knobs, "seed": seed + row.seed_offset}
+        located = {**self.located, "seed": seed + row.seed_offset}
         config = row_config(self.matrix, self.profile, row, self.knobs, located)
         profile, rounding = self.profile, row.rounding
         if rounding:
@@ -176,10 +163,7 @@ class RunPlanner:
             own = vars(rounding) | {"source_key": source, "source": str(run_folder(self.out, source))}
         else:
             own = {name: getattr(profile, name) for name in ("stop_step", "look_every", "look_tokens")}
-        spec = RunSpec(
-            row.name, config, self.data.data_id, self.data.val_data_id, self.code_sha256,
-            val_tokens=profile.val_tokens, **own,
-        )  # fmt: skip
+        spec = RunSpec(row.name, config, **self.identities, val_tokens=profile.val_tokens, **own)
         return self.runs.setdefault(spec.key, spec).key
 
 
@@ -194,16 +178,15 @@ def save_plan(plan: StudyPlan, out: Path) -> None:
     write_file_atomically(out / "plan.json", json.dumps(content, indent=1) + "\n")
 
 
-def load_plan(out: Path) -> SavedPlan:
+def load_plan(out: Path) -> StudyPlan:
     """Reads what save_plan wrote. Raises StudyError."""
     path = out / "plan.json"
-    if not path.is_file():
-        raise StudyError(f"{path} is missing: no study was run into {out}")
+    require(path.is_file(), f"{path} is missing: no study was run into {out}")
     content = read_object(path)
     try:
         rows = [PlannedRow(**row | {"keys": tuple(row["keys"])}) for row in content["rows"]]
         names = ("study", "profile", "baseline", "groups")
-        return SavedPlan(*(content[name] for name in names), tuple(content["seeds"]), rows)
+        return StudyPlan(*(content[name] for name in names), tuple(content["seeds"]), rows)
     except (KeyError, TypeError):
         raise StudyError(f"{path}: damaged: run the study again with --resume") from None
 

@@ -8,6 +8,7 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,6 @@ def number_cell(name: str, form: str) -> Callable[[CsvRow], str]:
     return lambda row: format(float(row[name]), form) if row[name] else ""
 
 
-def text_cell(name: str) -> Callable[[CsvRow], str]:
-    return lambda row: row[name]
-
-
 def nll_cell(row: CsvRow) -> str:
     if not row["val_nll"]:
         return ""
@@ -75,19 +72,19 @@ def ms_cell(row: CsvRow) -> str:
 
 TABLES = {
     "Loss": (
-        TableColumn("configuration", text_cell("rows"), is_text=True),
-        TableColumn("seeds", text_cell("seeds")),
+        TableColumn("configuration", itemgetter("rows"), is_text=True),
+        TableColumn("seeds", itemgetter("seeds")),
         TableColumn("val NLL", nll_cell),
         TableColumn("PPL", number_cell("perplexity", ".2f")),
         TableColumn("bpb", number_cell("bpb", ".4f")),
         TableColumn("Δ NLL to baseline", delta_cell),
-        TableColumn("baseline had this loss at step", text_cell("baseline_step_of_equal_loss")),
+        TableColumn("baseline had this loss at step", itemgetter("baseline_step_of_equal_loss")),
         TableColumn("val - train", number_cell("train_val_gap", "+.4f")),
-        TableColumn("status", text_cell("status"), is_text=True),
+        TableColumn("status", itemgetter("status"), is_text=True),
     ),
     "Bytes, energy, time": (
-        TableColumn("configuration", text_cell("rows"), is_text=True),
-        TableColumn("bits by site", text_cell("bits"), is_text=True),
+        TableColumn("configuration", itemgetter("rows"), is_text=True),
+        TableColumn("bits by site", itemgetter("bits"), is_text=True),
         TableColumn("covered %", number_cell("covered_percent", ".1f")),
         TableColumn("bytes of matrices", number_cell("bytes_matrices", ",.0f")),
         TableColumn("bytes in all", number_cell("bytes_whole", ",.0f")),

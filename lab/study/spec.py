@@ -34,6 +34,12 @@ class StudyError(UserError):
     """The study can't be run or read as it is; the message says what to do."""
 
 
+def require(holds: object, message: str) -> None:
+    """Raises StudyError with the message unless `holds`."""
+    if not holds:
+        raise StudyError(message)
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """Holds all that decides about one run, and its name."""
@@ -102,8 +108,8 @@ def read_spec(path: Path) -> RunSpec:
     """Reads the run that a file describes. Raises StudyError, OSError."""
     content = read_object(path)
     key = content.pop("key", None)
-    if content.pop("format", None) != SPEC_FORMAT:
-        raise StudyError(f"{path}: not a run's description of format {SPEC_FORMAT}: let tools/ablate.py write it")
+    known = content.pop("format", None) == SPEC_FORMAT
+    require(known, f"{path}: not a run's description of format {SPEC_FORMAT}: let tools/ablate.py write it")
     try:
         config = config_from_dict(content.pop("config"))
         check_config(config)
@@ -112,8 +118,8 @@ def read_spec(path: Path) -> RunSpec:
         raise StudyError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise StudyError(f"{path}: damaged, not all of a run's description is there") from None
-    if spec.key != key:
-        raise StudyError(f"{path}: its key is not that of its content: it was changed; let tools/ablate.py write it")
+    changed = "its key is not that of its content: it was changed; let tools/ablate.py write it"
+    require(spec.key == key, f"{path}: {changed}")
     return spec
 
 
@@ -131,13 +137,12 @@ def read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         content = None
-    if not isinstance(content, dict):
-        raise StudyError(f"{path}: damaged, it is no JSON object: remove it")
+    require(isinstance(content, dict), f"{path}: damaged, it is no JSON object: remove it")
     return content
 
 
 def failed_result(spec: RunSpec, status: str, error: str) -> dict[str, Any]:
-    """Returns result.json of a run that did not come to its end."""
+    """Returns what result.json says of a run that did not come to its end."""
     return {"format": SPEC_FORMAT, "key": spec.key, "name": spec.name, "seed": spec.config.run.seed,
             "status": status, "error": " ".join(error.split())[:500]}  # fmt: skip
 
@@ -146,12 +151,19 @@ def save_result(folder: Path, result: Mapping[str, Any]) -> None:
     write_file_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
+def save_failure(folder: Path, spec: RunSpec, status: str, error: str) -> dict[str, Any]:
+    """Writes and returns the result of a run that did not come to its end."""
+    result = failed_result(spec, status, error)
+    save_result(folder, result)
+    return result
+
+
 def load_result(folder: Path, key: str) -> dict[str, Any] | None:
     """Reads the result in a run's folder; None where there is none. Raises StudyError."""
     path = folder / "result.json"
     if not path.is_file():
         return None
     result = read_object(path)
-    if result.get("format") != SPEC_FORMAT or result.get("key") != key or not isinstance(result.get("status"), str):
-        raise StudyError(f"{path}: damaged, it is not the result of run {key}: remove its folder")
+    own = (result.get("format"), result.get("key")) == (SPEC_FORMAT, key) and isinstance(result.get("status"), str)
+    require(own, f"{path}: damaged, it is not the result of run {key}: remove its folder")
     return result

@@ -24,8 +24,8 @@ from lab.cost.energy import energy_estimate
 from lab.cost.kv_bytes import kv_bytes_per_token
 from lab.rates.quant_comparison import parse_variant
 from lab.study.measures import bits_text
-from lab.study.plan import PlannedRow, SavedPlan, load_plan, run_folder
-from lab.study.spec import FINISHED, StudyError, load_result, read_object, spec_config
+from lab.study.plan import PlannedRow, StudyPlan, load_plan, run_folder
+from lab.study.spec import FINISHED, StudyError, load_result, read_object, require, spec_config
 
 ALPHA = 0.05
 FEWEST_ERRORS = 2.0
@@ -48,8 +48,6 @@ MEANS = {
 class RunCurve:
     """curve.jsonl of one training."""
 
-    train: Mapping[int, float] = field(default_factory=dict)
-    """Step -> loss of its batch."""
     val: Mapping[int, float] = field(default_factory=dict)
     """Step -> loss of the same validation tokens at every look."""
     codes: Sequence[Mapping[str, Any]] = ()
@@ -74,10 +72,9 @@ def load_run_curve(folder: Path) -> RunCurve:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         val = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
-        train = {row["step"]: row["train_loss"] for row in rows if not {"matrix", "val_loss"} & row.keys()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         raise StudyError(f"{path}: damaged: remove its folder and run the study again with --resume") from None
-    return RunCurve(train, val, [row for row in rows if "matrix" in row])
+    return RunCurve(val, [row for row in rows if "matrix" in row])
 
 
 def band(curves: Sequence[Mapping[int, float]]) -> CurveBand:
@@ -144,7 +141,7 @@ class StudyRow:
 class Study:
     """All rows, of one device and on one data."""
 
-    plan: SavedPlan
+    plan: StudyPlan
     rows: Sequence[StudyRow]
     environment: Mapping[str, Any]
 
@@ -156,10 +153,8 @@ class Study:
 def load_study_results(out: Path) -> Study:
     """Reads what a study's folder holds. Raises StudyError where it can't be compared in one table."""
     plan = load_plan(out)
-    by_keys: dict[tuple[str, ...], list[PlannedRow]] = {}
-    for row in plan.rows:
-        by_keys.setdefault(row.keys, []).append(row)
-    rows = [load_row(out, keys, same) for keys, same in by_keys.items()]
+    keys = dict.fromkeys(row.keys for row in plan.rows)
+    rows = [load_row(out, own, [row for row in plan.rows if row.keys == own]) for own in keys]
     results = [result for row in rows for result in row.results if "environment" in result]
     check_one_device(results)
     check_same_tokens(results)
@@ -189,16 +184,13 @@ def check_one_device(results: Sequence[Mapping[str, Any]]) -> None:
     """Raises StudyError for results of two devices or versions: times would not compare, nor would the last bits."""
     for name in SAME_IN_A_TABLE:
         found = sorted({str(result["environment"].get(name)) for result in results})
-        if len(found) > 1:
-            raise StudyError(
-                f"the runs are of {' and '.join(found)} ({name}): a table is of one device and one set of versions; "
-                "run all of them on one, into an --out of its own"
-            )
+        several = f"the runs are of {' and '.join(found)} ({name}): a table is of one device and one set of versions"
+        require(len(found) <= 1, f"{several}; run all of them on one, into an --out of its own")
 
 
 def check_same_tokens(results: Sequence[Mapping[str, Any]]) -> None:
-    if len({(result["val_data_id"], result["val_tokens"], result["val_bytes"]) for result in results}) > 1:
-        raise StudyError("the runs were scored on different tokens: run the study into an --out of its own")
+    found = {(result["val_data_id"], result["val_tokens"], result["val_bytes"]) for result in results}
+    require(len(found) <= 1, "the runs were scored on different tokens: run the study into an --out of its own")
 
 
 # ---- differences ----
