@@ -1,4 +1,4 @@
-"""Shows models side by side on a local page: one prompt, one seed, the text and the figures of each; a tab with pictures.
+"""Shows models side by side on a local page: one prompt, one seed, the text and figures of each; a tab of pictures.
 
     python tools/demo.py ARTIFACT [ARTIFACT ...] [--tokenizer FILE] [--pictures FOLDER ...] [--prompt TEXT] [--port N]
         [--open] [--json]

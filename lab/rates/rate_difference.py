@@ -101,7 +101,7 @@ class LossCurve:
 
 
 def unbeaten_points(points: Sequence[tuple[float, float]], margin: float = 0.0) -> list[tuple[float, float]]:
-    """Returns the (bytes, loss) points that beat all smaller ones by more than `margin`, in rising order of bytes."""
+    """Returns the (bytes, loss) points better than all smaller ones by more than `margin`, in rising order of bytes."""
     kept: list[tuple[float, float]] = []
     for size, loss in sorted(points):
         if not kept or loss < kept[-1][1] - margin:
