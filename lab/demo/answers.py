@@ -131,7 +131,8 @@ def departure(reference: str, text: str) -> int:
 def find_pictures(artifacts: Sequence[Path], folders: Sequence[Path], repository: Path) -> list[Picture]:
     """Finds the curves of the artifacts' runs (else the project's own), and the pictures of the records and `folders`.
 
-    Raises DemoError for a folder that does not exist or holds no picture.
+    A caption is the place in the repository, or the last three parts of the path. Raises DemoError for a folder that is
+    missing or holds no picture.
     """
     runs = dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path.absolute, artifacts))
     found = [picture for run in runs for pattern in RUN_PICTURES for picture in sorted(run.glob(pattern))]
@@ -143,14 +144,12 @@ def find_pictures(artifacts: Sequence[Path], folders: Sequence[Path], repository
         if not pictures:
             raise DemoError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}): name another folder")
         found += pictures
-    paths = dict.fromkeys(map(Path.absolute, found))
-    return [Picture(path, picture_caption(path, repository.absolute())) for path in paths]
+    paths, home = dict.fromkeys(map(Path.absolute, found)), repository.absolute()
+    return [
+        Picture(path, path.relative_to(home).as_posix() if home in path.parents else "/".join(path.parts[-3:]))
+        for path in paths
+    ]
 
 
 def pictures_below(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
-
-
-def picture_caption(path: Path, repository: Path) -> str:
-    """Returns its place in the repository, or the last three parts of its path."""
-    return path.relative_to(repository).as_posix() if repository in path.parents else "/".join(path.parts[-3:])

@@ -41,9 +41,6 @@ class DivergedError(UserError):
     """The model produces NaN or infinite losses."""
 
 
-# ---- the artifact ----
-
-
 def open_validation(spec: RunSpec, tokenizer_sha256: str) -> tuple[np.ndarray, ByteCounter]:
     """Returns (tokens_N1, what counts their bytes) of the spec's validation data. Raises StudyError for other data."""
     data = spec.config.data
@@ -91,9 +88,6 @@ def measure_artifact(
         **coverage(stored),
     }
     return figures, np.add.reduceat(nats_N, np.arange(0, len(nats_N), config.model.train_seq_len)).tolist()
-
-
-# ---- codes ----
 
 
 def grid_codes(state: Mapping[str, Tensor], quant: QuantConfig) -> dict[str, Tensor]:
@@ -185,9 +179,6 @@ def coverage(stored: QuantizedState) -> dict[str, Any]:
         "zero_fraction": sum(map(zero_codes, coded)) / quantized if quantized else None,
         "zero_shares": measured_zero_shares(stored),
     }
-
-
-# ---- the machine ----
 
 
 def study_environment(config: Config, runtime: Runtime) -> dict[str, Any]:

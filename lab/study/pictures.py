@@ -111,16 +111,14 @@ def draw_losses_by_step(study: Study, group: str) -> Figure | None:
     return figure
 
 
-def paired_curves(row: StudyRow, study: Study) -> StepCurves:
-    """Returns row less baseline, seed by seed, of the seeds that have both curves."""
-    pairs = [(a.val, b.val) for a, b in zip(row.curves, study.baseline.curves, strict=True) if a.val and b.val]
-    return differences([own for own, _ in pairs], [other for _, other in pairs])
-
-
 def draw_gaps_by_step(study: Study, group: str) -> Figure | None:
     """Draws the loss less the baseline's at the same step of the same seed."""
-    rows = [row for row in rows_of_group(study, group) if row is not study.baseline]
-    curves = [(row, gaps) for row in rows if (gaps := paired_curves(row, study))]
+    curves = []
+    for row in rows_of_group(study, group):
+        pairs = [(own.val, other.val) for own, other in zip(row.curves, study.baseline.curves, strict=True)]
+        pairs = [pair for pair in pairs if all(pair)]
+        if pairs and row is not study.baseline:
+            curves.append((row, differences(*zip(*pairs, strict=True))))
     if not 1 <= len(curves) <= MOST_LINES:
         return None
     title, y_label = "gap to the baseline, paired by seed", "loss less the baseline's, nats per token"

@@ -61,23 +61,16 @@ class StudyPlan:
     """Targets of the validation stream."""
 
 
-# ---- data ----
-
-
-def synthetic_story(rng: np.random.Generator) -> str:
-    """Writes a few sentences that a small model can learn something of."""
-    animals, verbs = ("cat", "dog", "small mouse", "old horse", "bird"), ("sees", "hears", "likes", "follows")
-    sentences = (f"The {rng.choice(animals)} {rng.choice(verbs)} the {rng.choice(animals)}." for _ in range(6))
-    return " ".join(sentences) + f" {rng.integers(10_000)}"
-
-
 def write_synthetic_data(folder: Path) -> None:
-    """Writes shards and a tokenizer of bytes, the same ones each time."""
+    """Writes shards of sentences that a small model can learn something of, and a byte tokenizer; same each time."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, rng = PlainTokenizer(bytes_tokenizer_file()), np.random.default_rng(0)
+    animals, verbs = ("cat", "dog", "small mouse", "old horse", "bird"), ("sees", "hears", "likes", "follows")
     for split, count in SYNTHETIC_STORIES.items():
-        stories = [synthetic_story(rng) for _ in range(count)]
-        ids = [token for story in stories for token in (tokenizer.bos_id, *tokenizer.encode(story))]
+        ids = []
+        for _ in range(count):
+            sentences = (f"The {rng.choice(animals)} {rng.choice(verbs)} the {rng.choice(animals)}." for _ in range(6))
+            ids += [tokenizer.bos_id, *tokenizer.encode(" ".join(sentences) + f" {rng.integers(10_000)}")]
         write_shard(folder / f"text_{split}_000000.bin", ids)
     write_file_atomically(folder / "tokenizer.json", bytes_tokenizer_file())
 
@@ -110,9 +103,6 @@ def find_study_data(
     }
     identities = {"data_id": data_identity(data.data_path, tokenizer), "val_data_id": stream_identity(tokens_N)}
     return knobs, identities, len(tokens_N) - 1
-
-
-# ---- runs ----
 
 
 def plan_study(
@@ -189,9 +179,6 @@ def load_plan(out: Path) -> StudyPlan:
         return StudyPlan(*(content[name] for name in names), tuple(content["seeds"]), rows)
     except (KeyError, TypeError):
         raise StudyError(f"{path}: damaged: run the study again with --resume") from None
-
-
-# ---- the forecast ----
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,6 @@ class TableColumn:
     cell: Callable[[CsvRow], str]
     is_text: bool = False
 
-    @property
-    def layout(self) -> str:
-        """LaTeX's letter for the alignment."""
-        return "l" if self.is_text else "r"
-
 
 def number_cell(name: str, form: str) -> Callable[[CsvRow], str]:
     return lambda row: format(float(row[name]), form) if row[name] else ""

@@ -75,23 +75,18 @@ class RunSpec:
     def key(self) -> str:
         """32 hex digits: SHA-256 over everything that decides about the result."""
         decides = [field.name for field in fields(self) if field.name not in (*UNDECIDING_FIELDS, "config")]
-        content = {name: getattr(self, name) for name in decides} | {
-            "format": SPEC_FORMAT, "knobs": deciding_knobs(self.config), "seed": self.config.run.seed,
-        }  # fmt: skip
+        knobs = {
+            section: {knob: value for knob, value in knobs.items() if knob not in UNDECIDING_KNOBS.get(section, ())}
+            for section, knobs in config_dict(self.config).items()
+        }
+        content = {"format": SPEC_FORMAT, "knobs": knobs, "seed": self.config.run.seed}
+        content |= {name: getattr(self, name) for name in decides}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def train_steps(self) -> int:
         steps = self.config.train.iterations
         return min(self.stop_step, steps) if self.stop_step else steps
-
-
-def deciding_knobs(config: Config) -> dict[str, dict[str, Any]]:
-    """Returns the knobs that shape a study run, by section, without the seed."""
-    return {
-        section: {knob: value for knob, value in knobs.items() if knob not in UNDECIDING_KNOBS.get(section, ())}
-        for section, knobs in config_dict(config).items()
-    }
 
 
 def study_code_sha256(root: Path) -> str:

@@ -41,9 +41,6 @@ MEANS = {
 """Cell -> the figure of results whose mean over seeds it is."""
 
 
-# ---- curves ----
-
-
 @dataclass(frozen=True)
 class RunCurve:
     """curve.jsonl of one training."""
@@ -101,9 +98,6 @@ def step_of_loss(curve: CurveBand, loss: float) -> float | None:
             before, above = curve.steps[number - 1], curve.mean[number - 1]
             return before + (step - before) * (above - loss) / (above - value)
     return None
-
-
-# ---- rows ----
 
 
 @dataclass(frozen=True)
@@ -193,9 +187,6 @@ def check_same_tokens(results: Sequence[Mapping[str, Any]]) -> None:
     require(len(found) <= 1, "the runs were scored on different tokens: run the study into an --out of its own")
 
 
-# ---- differences ----
-
-
 @dataclass(frozen=True)
 class RowDifference:
     """A row's loss less the baseline's."""
@@ -256,9 +247,6 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, 
     sample = summarize_sample(values)
     half = -student_t_quantile(ALPHA / 2, sample.n - 1) * sample.sd / math.sqrt(sample.n)
     return sample.mean - half, sample.mean + half
-
-
-# ---- cells ----
 
 
 def row_status(row: StudyRow) -> str:
