@@ -32,18 +32,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model has written so far."""
+    """Holds what one model has written so far."""
 
     text: str = ""
     tokens: int = 0
     tokens_per_second: float | None = None
-    """Of this model alone, without reading the prompt; None before its first token."""
+    """Speed of this model alone, without reading the prompt; None before its first token."""
     prompt_bpb: float | None = None
     """Bits per byte of the prompt; None where there is no byte."""
     remarks: tuple[str, ...] = ()
-    """What could not be measured, and what was cut."""
+    """Sentences on what could not be measured, and on what was cut."""
     ended: str = ""
-    """Why it has: length, document, or problem; empty while it goes on."""
+    """Cause of the end: length, document, or problem; empty while the model writes."""
     problem: str = ""
 
 

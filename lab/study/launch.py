@@ -17,7 +17,7 @@ from lab.study.plan import StudyPlan, run_folder
 from lab.study.spec import FAILED, FINISHED, INVALID, KILLED, RunSpec, load_result, require, save_failure, save_spec
 
 DONE = (FINISHED, INVALID, FAILED)
-"""What is not tried again; a run that was killed is."""
+"""Runs in these states are not tried again; a run that was killed is."""
 RunReport = Callable[[RunSpec, Mapping[str, Any]], None]
 
 

@@ -40,11 +40,11 @@ DEFAULT_SEQUENCES = 64
 
 @dataclass(frozen=True)
 class Profile:
-    """How large a study is run."""
+    """Says how large a study is run."""
 
     name: str
     steps: int
-    """Of the schedule."""
+    """Length of the schedule."""
     stop_step: int = 0
     """The step after which training ends, on the schedule's way; 0: its end."""
     look_every: int = 0
@@ -61,7 +61,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a row quantizes the weights of another."""
+    """Says how a row quantizes the weights of another."""
 
     source: str
     method: str

@@ -32,7 +32,7 @@ from lab.study.spec import RunSpec, StudyError
 
 ByteCounter = ByteTable | StreamBytes
 MATRIX_CLASSES = ("attn", "mlp", "bigram")
-"""Of tensor_class: the matrices of the blocks, and the bigram's; tables and vectors are the rest of an artifact."""
+"""Values of tensor_class for matrices of the blocks and the bigram's; the rest of an artifact is tables and vectors."""
 MOST_SHOWN_CODES = 16
 """Finer grids have no histogram, only their share of zeros."""
 

@@ -187,10 +187,10 @@ class CostForecast:
 
     runs: int
     seconds: float
-    """Of one process after the other."""
+    """The sum, as of one process after the other."""
     wall_seconds: float
     basis: str
-    """measured, or rough, in words."""
+    """Says in words what was measured and what is a rough model."""
 
 
 def forward_flops(model: ModelConfig, tokens: int, context: int) -> float:

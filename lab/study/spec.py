@@ -24,9 +24,9 @@ UNDECIDING_KNOBS = {
 UNDECIDING_FIELDS = ("name", "source", "keeps_weights")
 """Fields of a spec that change nothing of a run's result."""
 RUN_ENTRIES = ("lab/study/training.py", "lab/study/rounding.py", "lab/study/running.py")
-"""What a run is made from, with all that these import."""
+"""A run is made from these files, with all that they import."""
 FINISHED, FAILED, INVALID, KILLED = "finished", "failed", "invalid", "killed"
-"""What became of a run. invalid: a feature that was switched on did not act; killed: from outside, so it may be tried
+"""States of a run. invalid: a feature that was switched on did not act; killed: from outside, so it may be tried
 again."""
 
 
@@ -59,7 +59,7 @@ class RunSpec:
     val_tokens: int = 0
     """Targets of the validation stream's beginning that the artifact is scored on; 0: all."""
     method: str = ""
-    """How the trained weights of `source` are quantized, as tools/compare_quant.py calls it; empty: a training."""
+    """Quantizer of the trained weights of `source`, as tools/compare_quant.py names it; empty: a training."""
     act_order: bool = True
     """GPTQ rounds columns in the order of their inputs' power."""
     calibration_sequences: int = 0
