@@ -14,28 +14,26 @@ from functools import partial
 from pathlib import Path
 
 from golf.artifact.container import pack_artifact, read_artifact, restore_model
-from golf.artifact.fill_limit import fit_by_level, fit_to_limit
+from golf.artifact.fill_limit import FittedArtifact
 from golf.artifact.sizes import size_report_dict
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
-from golf.config.config import EXIT_FINDINGS, Config, UserError
+from golf.config.config import Config
+from golf.config.knobs import EXIT_FINDINGS, UserError
 from golf.data.shards import find_shards
-from golf.model.init import build_model
-from golf.quant.calibration import NO_CALIBRATION, calibrate_run, seconds_left
-from golf.quant.qat import install_activation_quantizers
-from golf.run.checkpoint import CheckpointWriter, final_weights, prove_learned_features, read_checkpoint
+from golf.run.checkpoint import CheckpointWriter, final_weights, read_checkpoint
 from golf.run.command import Command, parse_command
 from golf.run.datasets import locate_data, open_training_data
 from golf.run.feature_audit import FeatureAudit
 from golf.run.folder import RunFolder, choose_run_folder
 from golf.run.frozen_code import Program
 from golf.run.log_lines import final_lines, opening_lines, packing_lines, partial_line, result_line, scoring_lines
-from golf.run.machine import machine_fingerprint
 from golf.run.parity import check_parity, ntk_effect, parity_row
 from golf.run.rehearsal import rehearse
 from golf.run.result import build_result, pruning_record, score_record, training_record
-from golf.run.session import Session, explain_error
+from golf.run.session import Session, StageResult, explain_error
+from golf.run.stages import quantize_weights
 from golf.run.train_loop import take_steps, take_up_checkpoint
-from golf.run.trainer import Trainer
+from golf.run.trainer import new_trainer
 from golf.runtime import Runtime, start_runtime, write_file_atomically
 from golf.score.journal import ScoreJournal
 from golf.score.roundtrip import load_artifact_tokenizer, score_artifact, score_weights
@@ -62,8 +60,8 @@ def train_and_pack(command: Command, session: Session) -> RunFolder:
         config = folder.load_config()
         session.do("train", lambda: train(config, session), together=True)
         session.do("average", lambda: average(config, session))
-        session.do("quantize", lambda: quantize(config, session), together=True)
-        session.do("pack", lambda: pack(config, session))
+        fitted = session.do("quantize", lambda: quantize(config, session), together=True)
+        session.do("pack", lambda: pack(config, session, fitted))
         session.ledger.flush()
         session.interruption.check(f"before scoring; go on with --resume {folder.path.name}")
     return folder
@@ -76,8 +74,8 @@ def open_run(config: Config, runtime: Runtime) -> RunFolder:
     folder = choose_run_folder(config, runtime)
     if runtime.is_main:
         folder.create(config)
-        folder.save_json(folder.machine, machine_fingerprint(runtime, os.environ, folder.path, config))
         PROGRAM.freeze(folder)
+        PROGRAM.run_tool("fingerprint.py", folder.path, "--world-size", str(runtime.world_size))
     runtime.barrier()
     return folder
 
@@ -88,13 +86,12 @@ def take_up(path: Path) -> RunFolder:
     return folder
 
 
-def train(config: Config, session: Session) -> list[Path]:
+def train(config: Config, session: Session) -> StageResult:
     """Take steps until the budget is used up; what is left behind is a checkpoint."""
     folder, runtime, ledger = session.folder, session.runtime, session.ledger
     with ledger.phase("setup"):
         data = open_training_data(config)
-        model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
-        trainer = Trainer(install_activation_quantizers(model), config, runtime, data.stream)
+        trainer = new_trainer(config, runtime, data.stream)
         for line in opening_lines(trainer, data, folder):
             runtime.print(line)
     if config.run.rehearse and runtime.is_main:
@@ -111,56 +108,54 @@ def train(config: Config, session: Session) -> list[Path]:
     writer.close()
     if runtime.is_main:
         folder.save_json(folder.training, training_record(trainer, data.data_id, data.tokenizer))
-    return [last, folder.training]
+    return StageResult([last, folder.training])
 
 
-def average(config: Config, session: Session) -> list[Path]:
+def average(config: Config, session: Session) -> StageResult:
     """From the last checkpoint to the weights that count."""
     folder, training = session.folder, session.folder.load_json(session.folder.training)
     state = read_checkpoint([folder.path / next(iter(session.book.stages["train"]))])
-    audit = FeatureAudit(config, state.numbers["witness"])
+    audit = FeatureAudit(config, state.numbers["features"])
     weights = final_weights(state, audit)
     if training["swa_snapshots"] >= 2:
         session.runtime.print(f"swa:applying averaged {training['swa_snapshots']} checkpoints")
-    folder.save_json(folder.effects, prove_learned_features(weights, training["steps"], audit))
+    audit.note_weights(weights, training["steps"])
+    folder.save_json(folder.effects, audit.record())
     save_weights(folder.weights, weights, config.model, config.quant, training["tokenizer_sha256"])
-    return [folder.weights, folder.effects]
+    return StageResult([folder.weights, folder.effects])
 
 
-def quantize(config: Config, session: Session) -> list[Path]:
-    """From weights to integer codes: those of the training's grid, coarser where the artifact would be over the limit;
-    or those that fill the limit with the least loss, after calibration on all ranks."""
+def quantize(config: Config, session: Session) -> StageResult:
+    """From weights to the integer codes whose artifact fits beside the code."""
     folder, runtime, saved = session.folder, session.runtime, load_weights(session.folder.weights)
-    stream, fit, record = open_training_data(config).stream, fit_to_limit, NO_CALIBRATION
-    if config.quant.quantizer == "waterfill":
-        with session.ledger.phase("calibrate"):
-            seconds = seconds_left(config, folder.load_json(folder.training)["train_seconds"])
-            calibration = calibrate_run(saved.state, config, stream, runtime, seconds)
-        fit, record = partial(fit_by_level, calibration.statistics, device=runtime.device), calibration.record
-    if not runtime.is_main:
-        return []
-    room = config.run.limit_bytes - folder.code.stat().st_size
-    fitted = fit(
-        saved.state, config.quant, config.model, saved.tokenizer_sha256, room, config.run.reserve_bytes, runtime.print
+    stream, room = open_training_data(config).stream, config.run.limit_bytes - folder.code.stat().st_size
+    train_seconds, calibrating = (
+        folder.load_json(folder.training)["train_seconds"],
+        partial(session.ledger.phase, "calibrate"),
     )
-    session.packed = fitted.data, fitted.sizes
+    fitted, record = quantize_weights(saved, config, stream, runtime, train_seconds, room, calibrating)
+    if fitted is None:  # the main rank has it
+        return StageResult([])
     save_quantized(folder.quantized, fitted.stored)
     folder.save_json(folder.pruning, pruning_record(fitted) | record)
     row = stream.tokens(0, config.model.train_seq_len + 1).tolist()
     folder.save_json(folder.parity, parity_row(fitted.pruned, fitted.stored, config, row, runtime))
-    return [folder.quantized, folder.pruning, folder.parity]
+    return StageResult([folder.quantized, folder.pruning, folder.parity], fitted)
 
 
-def pack(config: Config, session: Session) -> list[Path]:
-    """From codes to the artifact's bytes."""
-    folder, sha256 = session.folder, session.folder.load_json(session.folder.training)["tokenizer_sha256"]
-    stored = load_quantized(folder.quantized)
-    data, sizes = session.packed or pack_artifact(stored, config.model, sha256, config.quant.codec)
+def pack(config: Config, session: Session, fitted: FittedArtifact | None) -> StageResult:
+    """From codes to the artifact's bytes: those that the quantize stage measured, or the same ones from the disk."""
+    folder = session.folder
+    if fitted is None:
+        sha256 = folder.load_json(folder.training)["tokenizer_sha256"]
+        data, sizes = pack_artifact(load_quantized(folder.quantized), config.model, sha256, config.quant.codec)
+    else:
+        data, sizes = fitted.data, fitted.sizes
     write_file_atomically(folder.artifact, data)
     folder.save_json(folder.packing, {"sizes": size_report_dict(sizes)})
     for line in packing_lines(folder, config):
         session.runtime.print(line)
-    return [folder.artifact, folder.packing]
+    return StageResult([folder.artifact, folder.packing])
 
 
 # ---- second process: reload, score, report ----
@@ -185,17 +180,17 @@ def reload_and_score(folder: RunFolder, session: Session) -> int:
         return EXIT_FINDINGS if runtime.is_main and folder.load_json(folder.result)["findings"] else 0
 
 
-def reload(config: Config, session: Session) -> list[Path]:
+def reload(config: Config, session: Session) -> StageResult:
     """The artifact's model must say what the trained one said, and the scorer must agree."""
     folder, artifact = session.folder, read_artifact(session.folder.artifact)
     table = load_artifact_tokenizer(artifact, config.data.tokenizer_path)
     record, model = folder.load_json(folder.parity), restore_model(artifact, session.runtime)
     parity = check_parity(model, record, table, session.runtime)
     folder.save_json(folder.reload, {"parity": parity, "ntk_effect": ntk_effect(model, record, config.score)})
-    return [folder.reload]
+    return StageResult([folder.reload])
 
 
-def score(config: Config, session: Session) -> list[Path]:
+def score(config: Config, session: Session) -> StageResult:
     """Bits per byte of the artifact on the validation shards, then of the weights before they were quantized."""
     folder, runtime, artifact = session.folder, session.runtime, read_artifact(session.folder.artifact)
     journal = ScoreJournal(folder.journal(runtime.rank))
@@ -221,10 +216,10 @@ def score(config: Config, session: Session) -> list[Path]:
         runtime.print(f"unquantized, plain rows: val_loss:{unquantized.val_loss:.4f} val_bpb:{unquantized.val_bpb:.4f}")
     if runtime.is_main:
         folder.save_json(folder.score, score_record(measured, val_data_id, unquantized))
-    return [folder.score, journal.path]
+    return StageResult([folder.score, journal.path])
 
 
-def report(config: Config, session: Session) -> list[Path]:
+def report(config: Config, session: Session) -> StageResult:
     """All that was measured, in result.json, with what is wrong with it; then a table and pictures."""
     folder, runtime = session.folder, session.runtime
     folder.probes.unlink(missing_ok=True)
@@ -235,7 +230,7 @@ def report(config: Config, session: Session) -> list[Path]:
         runtime.print(f"INVALID: {finding}")
     runtime.print(result_line(result))
     PROGRAM.run_tool("report.py", folder.path)
-    return [folder.result]
+    return StageResult([folder.result])
 
 
 def run_program(arguments: list[str]) -> int:

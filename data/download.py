@@ -24,7 +24,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import EXIT_BAD_INPUT, EXIT_FINDINGS, EXIT_INTERRUPTED, EXIT_MACHINE
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_FINDINGS, EXIT_INTERRUPTED, EXIT_MACHINE
 from lab.cli import ToolOptions, run_command
 from lab.prepare.published import DownloadPlan, WantedFile, find_dataset_folder, plan_download, repository_of
 

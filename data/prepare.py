@@ -20,7 +20,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import EXIT_INTERRUPTED
+from golf.config.knobs import EXIT_INTERRUPTED
 from golf.data.manifest import PreparedData
 from golf.data.shards import DataError
 from lab.cli import ToolOptions, run_command

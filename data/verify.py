@@ -20,7 +20,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import EXIT_FINDINGS
+from golf.config.knobs import EXIT_FINDINGS
 from golf.data.manifest import MANIFEST_NAME
 from golf.data.shards import DataError
 from golf.runtime import ProgressLine

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from golf.config.config import ConfigError, RunConfig
+from golf.config.knobs import ConfigError
+from golf.config.run import RunConfig
 
 
 class Log:

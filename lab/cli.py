@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import tyro
 
-from golf.config.config import EXIT_BAD_INPUT, UserError
+from golf.config.knobs import EXIT_BAD_INPUT, UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.qat import install_activation_quantizers

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from golf.artifact.container import write_artifact
 from golf.artifact.weights import load_weights
-from golf.config.config import QuantConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.export import quantize_state
 from tests.trained_run_fixtures import make_trained_run
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from golf.artifact.description import expected_shapes
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.quant.grid import QuantizedState, QuantizedTensor
 from golf.quant.tensor_classes import tensor_class
 

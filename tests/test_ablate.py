@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from golf.config.config import ConfigError, build_config, iter_knobs, with_knobs
+from golf.config.config import build_config, iter_knobs, with_knobs
+from golf.config.knobs import ConfigError
 from lab.study.matrix import base_config, parse_matrix, read_matrix, row_config
 from lab.study.plan import forecast, plan_study
 from lab.study.spec import (

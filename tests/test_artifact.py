@@ -29,8 +29,9 @@ from golf.artifact.frame import (
     unframe_artifact,
 )
 from golf.artifact.weights import load_quantized, load_weights, save_quantized, save_weights
-from golf.config.config import QuantConfig, build_config
+from golf.config.config import build_config
 from golf.config.presets import PRESETS
+from golf.config.quantization import QuantConfig
 from golf.model.gpt import GPT
 from golf.quant.export import quantize_state
 from golf.quant.grid import QuantizedTensor, dequantize_state

@@ -3,19 +3,13 @@
 import pytest
 import torch
 
-from golf.config.config import Config, ModelConfig, with_knobs
+from golf.config.config import Config, with_knobs
+from golf.config.model import ModelConfig
 from golf.model.init import build_model
 from golf.model.layers import rms_norm
-from golf.quant.calibration import (
-    SETTLING,
-    calibrate,
-    calibrate_within,
-    collect_hessians,
-    generated_rows,
-    seconds_left,
-    training_rows,
-)
+from golf.quant.calibration import calibrate, calibrate_within, collect_hessians, generated_rows, training_rows
 from golf.quant.tensor_classes import QuantError
+from golf.run.stages import SETTLING, seconds_left
 from golf.runtime import Runtime
 
 TINY = ModelConfig(

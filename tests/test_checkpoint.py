@@ -16,7 +16,7 @@ from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
-from golf.optim.groups import Optimizers
+from golf.optim.optimizers import Muon, Optimizers
 from golf.run.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -175,9 +175,9 @@ def test_steps_in_parts_are_the_steps_of_one_process(stream, folder, parted_at):
     assert parts == losses and len(losses) == 12
     one, other = whole.state(), trainer.state()
     assert same_tensors(dict(sorted(one.tensors.items())), dict(sorted(other.tensors.items())))
-    keys = ("step", "average", "witness")
+    keys = ("step", "average", "features")
     assert [one.numbers[key] for key in keys] == [other.numbers[key] for key in keys]
-    assert one.numbers["witness"]["qat"]["first"] == 7 and one.numbers["average"][0] == 6
+    assert one.numbers["features"]["qat"]["first"] == 7 and one.numbers["average"][0] == 6
 
 
 def test_momentum_of_another_ranks_matrix_is_not_taken_over(stream):
@@ -186,7 +186,8 @@ def test_momentum_of_another_ranks_matrix_is_not_taken_over(stream):
     model = build_model(config.model, 0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ranks = [Optimizers(model, config.optim, Runtime(torch.device("cpu"), rank, 2)) for rank in range(2)]
-    matrices = [matrix for group in ranks[0].muon.param_groups for matrix in group["params"]]
+    muon = next(optimizer for _, optimizer in ranks[0].all if isinstance(optimizer, Muon))
+    matrices = [matrix for group in muon.param_groups for matrix in group["params"]]
     everything = {f"optimizer.{names[matrix]}.momentum": torch.full_like(matrix, 3.0) for matrix in matrices}
     kept = []
     for optimizers in ranks:

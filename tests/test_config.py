@@ -5,10 +5,8 @@ import json
 import pytest
 
 from golf.config.config import (
-    GRID_KNOBS,
     KNOBS,
     Config,
-    ConfigError,
     build_config,
     changed_knobs,
     config_dict,
@@ -16,7 +14,9 @@ from golf.config.config import (
     config_hash,
     iter_knobs,
 )
+from golf.config.knobs import ConfigError
 from golf.config.presets import PRESETS, RETIRED_KNOBS
+from golf.config.quantization import GRID_KNOBS
 
 
 def test_every_knob_has_one_name():

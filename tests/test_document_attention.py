@@ -12,7 +12,9 @@ import golf.model.block
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.description import model_from_json, model_to_json
-from golf.config.config import ModelConfig, QuantConfig, build_config
+from golf.config.config import build_config
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.block import causal_attention, visible_keys

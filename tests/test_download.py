@@ -14,7 +14,7 @@ import pytest
 from fake_hub import FAULTS, LISTING, FakeHub, flipped, random_shard, shard_bytes
 
 from data import download
-from golf.config.config import EXIT_FINDINGS, EXIT_INTERRUPTED, EXIT_MACHINE
+from golf.config.knobs import EXIT_FINDINGS, EXIT_INTERRUPTED, EXIT_MACHINE
 from golf.data.manifest import data_identity
 from golf.data.tokenizer import load_tokenizer
 from lab.cli import run_command

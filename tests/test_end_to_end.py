@@ -45,7 +45,7 @@ def test_result_has_what_readers_look_for(module_run):
     for key in (
         "run_id", "preset", "config_hash", "seed", "params", "steps", "train_seconds", "eval_seconds", "val_loss",
         "val_bpb", "val_tokens", "val_bytes", "val_docs", "bytes_code", "bytes_model", "bytes_total", "limit_bytes",
-        "artifact_sha256", "data_id", "tokenizer_sha256", "valid", "findings", "val_data_id", "resumes", "witness",
+        "artifact_sha256", "data_id", "tokenizer_sha256", "valid", "findings", "val_data_id", "resumes", "features",
         "parity", "ledger", "probes", "fingerprint", "fit_actions", "unquantized",
     ):  # fmt: skip
         assert key in result
@@ -190,7 +190,7 @@ def test_a_fitted_run_fills_its_limit_and_is_valid(fitted_run):
     assert result["valid"] and result["limit_bytes"] - 2000 <= result["bytes_total"] <= result["limit_bytes"] - 100
     assert "final_fit_rans_roundtrip" in log and result["fit_actions"][0].startswith("water level")
     assert result["calibration_tokens"] == 512 and result["calibration_seconds"] > 0
-    assert result["witness"]["calibration"]["proven"] and result["parity"]["largest_difference"] < 1e-5
+    assert result["features"]["calibration"]["proven"] and result["parity"]["largest_difference"] < 1e-5
     assert "calibrate" in {row["phase"] for row in result["ledger"]["phases"]}
     assert len(artifact) == result["bytes_model"]
 

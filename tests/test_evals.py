@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golf.artifact.container import pack_artifact
-from golf.config.config import ModelConfig, QuantConfig
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.data.tokenizers_plain import PlainTokenizer, bytes_tokenizer_file
 from golf.model.init import build_model
 from golf.quant.export import quantize_state

@@ -10,11 +10,12 @@ import torch
 from torch.func import functional_call
 
 from golf.config.config import Config, build_config
+from golf.config.features import features_on
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
-from golf.run.checkpoint import final_weights, prove_learned_features
-from golf.run.feature_audit import FeatureAudit, armed_features
+from golf.run.checkpoint import final_weights
+from golf.run.feature_audit import FeatureAudit
 from golf.run.result import run_findings
 from golf.run.trainer import Trainer
 from golf.runtime import Runtime
@@ -33,7 +34,7 @@ SWITCHES = {
     "swa": ["swa_enabled=0"],
     "smear_gate": ["smear_gate=0"],
     "bigram_hash": ["bigram_vocab_size=0"],
-    "validation": ["holdout_every=0"],
+    "holdout": ["holdout_every=0"],
     "prune": ["prune_frac=0"],
     "ntk_rope": ["eval_rope=none"],
 }
@@ -56,13 +57,13 @@ def new_trainer(config: Config, stream: TokenStream) -> Trainer:
 
 
 def test_the_leaderboard_preset_arms_every_feature():
-    assert set(armed_features(build_config("leaderboard", {}, {}))) == set(SWITCHES)
+    assert set(features_on(build_config("leaderboard", {}, {}))) == set(SWITCHES)
 
 
 @pytest.mark.parametrize(("feature", "knob"), [(feature, knob) for feature in SWITCHES for knob in SWITCHES[feature]])
 def test_a_feature_that_is_switched_off_is_not_armed_and_the_others_are(feature, knob):
     config = build_config("leaderboard", {}, dict([knob.split("=")]))
-    assert set(armed_features(config)) == set(SWITCHES) - {feature}
+    assert set(features_on(config)) == set(SWITCHES) - {feature}
     with pytest.raises(KeyError):
         FeatureAudit(config).count(feature)
 
@@ -78,7 +79,7 @@ def test_a_feature_that_never_acted_or_never_proved_an_effect_is_found(feature):
     (finding,) = audit.findings()
     assert (
         finding.startswith(f"{feature} was switched on and never acted: ")
-        and armed_features(config)[feature] in finding
+        and features_on(config)[feature].hint in finding
     )
     audit.count(feature, 5)
     audit.count(feature, 8, count=3)
@@ -113,7 +114,8 @@ def test_a_whole_training_testifies_for_itself(stream):
     list(trainer.steps())
     trainer.finish()
     weights = final_weights(trainer.state(), trainer.audit)
-    record = prove_learned_features(weights, trainer.step, trainer.audit)
+    trainer.audit.note_weights(weights, trainer.step)
+    record = trainer.audit.record()
     counts = {feature: (said["first"], said["last"], said["count"]) for feature, said in record.items()}
     assert counts == {
         "warmdown": (4, 12, 9), "muon_momentum_warmup": (1, 3, 3), "grad_clip": (1, 12, 12), "qat": (7, 12, 6),
@@ -134,7 +136,7 @@ def fold_the_flag(trainer: Trainer) -> None:
     options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
     trainer.forward = torch.compile(trainer.model, backend="eager", dynamic=False, fullgraph=True, options=options)
     trainer.accumulate_gradients(0)
-    trainer.optimizers.zero_grad()
+    trainer.model.zero_grad(set_to_none=True)
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def test_fake_quantization_that_is_dead_in_the_compiled_step_is_found(stream, ow
     list(trainer.steps())
     found = [finding for finding in trainer.audit.findings() if finding.startswith("qat")]
     assert len(found) == dead, found
-    assert not dead or "times, but its effect was not seen (loss without the grid" in found[0]
+    assert not dead or "times, but its effect was not seen (loss with it" in found[0]
 
 
 def test_an_average_that_does_not_move_is_found(stream):
@@ -169,12 +171,12 @@ def test_an_average_that_does_not_move_is_found(stream):
     list(trainer.steps())
     trainer.finish()
     state = trainer.state()
-    audit = FeatureAudit(trainer.config, state.numbers["witness"])
+    audit = FeatureAudit(trainer.config, state.numbers["features"])
     weights = final_weights(state, audit)
     assert audit.records["swa"].proven and not torch.equal(weights["skip_weights"], trainer.model.skip_weights)
     for name in weights:
         state.tensors[f"average.{name}"] = state.tensors[f"model.{name}"].clone()
-    audit = FeatureAudit(trainer.config, state.numbers["witness"])
+    audit = FeatureAudit(trainer.config, state.numbers["features"])
     final_weights(state, audit)
     found = [finding for finding in audit.findings() if finding.startswith("swa")]
     assert len(found) == 1 and "its effect was not seen" in found[0] and "at most 0 from the last" in found[0]
@@ -196,7 +198,7 @@ def test_a_learned_feature_that_learned_nothing_is_found(stream, name):
     list(trainer.steps())
     weights = dict(trainer.model.state_dict())
     weights[name] = torch.zeros_like(weights[name])
-    prove_learned_features(weights, trainer.step, trainer.audit)
+    trainer.audit.note_weights(weights, trainer.step)
     features = {"smear.gate": "smear_gate", "bigram.embed.weight": "bigram_hash"}
     found = [f for f in trainer.audit.findings() if f.startswith(tuple(features.values()))]
     assert len(found) == 1 and found[0].startswith(f"{features[name]} acted 12 times, but") and "(0 of" in found[0]

@@ -8,7 +8,9 @@ import torch
 from golf.artifact.container import pack_artifact, read_artifact, same_stored_state, stored_bits
 from golf.artifact.description import expected_shapes
 from golf.artifact.fill_limit import FitError, FittedArtifact, coarsening_actions, fit_to_limit
-from golf.config.config import ModelConfig, QuantConfig, build_config
+from golf.config.config import build_config
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.export import prune_state, quantize_state
 from golf.quant.grid import QuantizedTensor, dequantize_state
 from golf.quant.tensor_classes import QuantError, tensor_class

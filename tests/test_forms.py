@@ -15,7 +15,7 @@ from golf.artifact.container import coded_bytes, pack_artifact, read_artifact, s
 from golf.artifact.description import Form, forms_of_entry
 from golf.artifact.frame import frame_artifact, unframe_artifact
 from golf.artifact.sizes import code_entropy_bytes, size_report_dict
-from golf.config.config import QuantConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.export import quantize_state
 from golf.quant.grid import QuantizedTensor
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.data.tokenizer import ByteTable, TextTokenizer
 from golf.model.gpt import GPT
 from golf.runtime import Runtime

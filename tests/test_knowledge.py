@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from golf.artifact.container import pack_artifact
 from golf.artifact.description import expected_shapes
-from golf.config.config import ModelConfig, QuantConfig, build_config
+from golf.config.config import build_config
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.model.block import visible_keys
 from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.optim.groups import split_parameters
+from golf.optim.optimizers import parameters_of_group
 from golf.quant.export import quantize_state
 from tests.test_low_bit_training import FLOAT, trained
 
@@ -131,5 +133,5 @@ def test_frozen_tokens_stay_what_they_were(frozen, tmp_path):
     trainer = trained(tmp_path, knobs)
     drawn = build_model(trainer.config.model, 0).knowledge
     assert torch.equal(trainer.model.knowledge, drawn) == frozen
-    vectors = split_parameters(trainer.model)[2]
+    vectors = parameters_of_group(trainer.model, "vector")
     assert any(parameter is trainer.model.knowledge for parameter in vectors) != frozen

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from golf.artifact.container import read_artifact, same_stored_state
-from golf.artifact.fill_limit import NEAR_ENOUGH, FitError, LevelSearch, fit_by_level
+from golf.artifact.fill_limit import NEAR_ENOUGH, FitError, LevelSearch, fill_limit
 from golf.config.config import Config as Knobs
-from golf.config.config import ConfigError, ModelConfig, QuantConfig, check_config, with_knobs
+from golf.config.config import check_config, with_knobs
+from golf.config.knobs import ConfigError
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.optim.schedule import training_budget
@@ -41,7 +44,7 @@ def trained():
 
 def fit(trained, limit, reserve=0, log=lambda line: None, quant=QUANT):
     state, statistics = trained
-    return fit_by_level(statistics, state, quant, MODEL, TOKENIZER, limit, reserve, log)
+    return fill_limit(statistics, state, quant, MODEL, TOKENIZER, limit, reserve, log)
 
 
 @pytest.mark.parametrize(("limit", "reserve", "codec"), [(11_000, 0, "zlib"), (12_000, 1_000, "rans")])

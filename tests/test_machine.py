@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golf.config.config import Config, build_config
 from golf.model.block import causal_attention
-from golf.run.machine import attention_backend, folder_executes, gpu_states, machine_fingerprint, parse_gpu_query
 from golf.runtime import Runtime
+from lab.machine.fingerprint import attention_backend, folder_executes, gpu_states, machine_fingerprint, parse_gpu_query
 
 KEYS = {
     "machine_id", "platform", "python", "torch", "cuda", "cudnn", "nccl", "device", "world_size", "compile", "compiler",

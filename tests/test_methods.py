@@ -5,7 +5,8 @@ import torch
 
 from golf.artifact.container import pack_artifact, read_artifact, same_stored_state
 from golf.artifact.weights import SavedWeights
-from golf.config.config import ModelConfig, QuantConfig
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.grid import QuantizedTensor, dequantize_state

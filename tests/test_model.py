@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from golf.config.config import ModelConfig, build_config
+from golf.config.config import build_config
+from golf.config.model import ModelConfig
 from golf.config.presets import PRESETS
 from golf.model.embedding import bigram_buckets, has_predecessor
 from golf.model.gpt import GPT

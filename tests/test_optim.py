@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from golf.config.config import AverageConfig, OptimConfig, TrainConfig, build_config
+from golf.config.config import build_config
+from golf.config.training import AverageConfig, OptimConfig, TrainConfig
 from golf.model.init import build_model
 from golf.optim.average import WeightAverage
-from golf.optim.groups import split_parameters
-from golf.optim.muon import Muon, newton_schulz
-from golf.optim.schedule import Budget, learning_rate_scale, muon_momentum
+from golf.optim.optimizers import Muon, muon_momentum, newton_schulz, parameters_of_group
+from golf.optim.schedule import Budget, learning_rate_scale
 
 
 def random_matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_ranks_of_muon_share_the_work_without_overlap():
 
 def test_every_parameter_is_in_exactly_one_group():
     model = build_model(build_config("local", {}, {}).model, 0)
-    matrices, tables, vectors = split_parameters(model)
+    matrices, tables, vectors = (parameters_of_group(model, group) for group in ("matrix", "table", "vector"))
     grouped = [id(parameter) for group in (matrices, tables, vectors) for parameter in group]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     assert all(matrix.ndim == 2 for matrix in matrices) and len(tables) == 2

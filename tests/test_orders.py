@@ -87,9 +87,9 @@ def test_tokens_are_the_epochs_one_after_the_other(stream, start, count):
 def test_any_step_is_rebuilt_without_those_before(stream):
     for order in ("shuffled", "documents"):
         walked = order_stream(stream, order, BOS, 7)
-        batches = [global_batch(walked, step, 64, 16, order=order) for step in range(30)]
+        batches = [global_batch(walked, step, 64, 16, row_order=order) for step in range(30)]
         for step in (29, 3, 11):
-            rebuilt = global_batch(order_stream(stream, order, BOS, 7), step, 64, 16, order=order)
+            rebuilt = global_batch(order_stream(stream, order, BOS, 7), step, 64, 16, row_order=order)
             assert all(torch.equal(one, other) for one, other in zip(batches[step], rebuilt, strict=True))
 
 
@@ -97,8 +97,8 @@ def test_any_step_is_rebuilt_without_those_before(stream):
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_global_batches_are_the_same_for_every_world_size(stream, order, world_size):
     shuffled = order_stream(stream, order, BOS, 1)
-    whole = global_batch(shuffled, 5, 128, 16, order=order)
-    parts = [global_batch(shuffled, 5, 128, 16, rank, world_size, order=order) for rank in range(world_size)]
+    whole = global_batch(shuffled, 5, 128, 16, row_order=order)
+    parts = [global_batch(shuffled, 5, 128, 16, rank, world_size, row_order=order) for rank in range(world_size)]
     for i in range(2):
         assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
     assert torch.equal(whole[0][:, 1:], whole[1][:, :-1])
@@ -106,7 +106,7 @@ def test_global_batches_are_the_same_for_every_world_size(stream, order, world_s
 
 def test_shuffled_rows_are_cut_from_one_stream(stream):
     shuffled = ShuffledDocuments(stream, BOS, seed=0)
-    inputs_BT, targets_BT = global_batch(shuffled, 2, 64, 16, order="shuffled")
+    inputs_BT, targets_BT = global_batch(shuffled, 2, 64, 16, row_order="shuffled")
     assert inputs_BT.flatten().tolist() == shuffled.tokens(128, 64).tolist()
     assert targets_BT.flatten().tolist() == shuffled.tokens(129, 64).tolist()
 
@@ -161,8 +161,8 @@ def test_other_orders_take_the_stream_as_it_is(stream, order):
 
 def test_prefetched_batches_of_shuffled_documents(stream):
     shuffled = ShuffledDocuments(stream, BOS, seed=2)
-    with BatchPrefetcher(ShuffledDocuments(stream, BOS, seed=2), 64, 16, 1, 2, order="documents") as batches:
+    with BatchPrefetcher(ShuffledDocuments(stream, BOS, seed=2), 64, 16, 1, 2, row_order="documents") as batches:
         for step in (0, 1, 2, 3, 9, 10):
-            expected = global_batch(shuffled, step, 64, 16, 1, 2, order="documents")
+            expected = global_batch(shuffled, step, 64, 16, 1, 2, row_order="documents")
             for got, wanted in zip(batches.get(step), expected, strict=True):
                 assert torch.equal(got, wanted)

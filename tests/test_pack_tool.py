@@ -12,7 +12,9 @@ import torch
 from golf.artifact.container import read_artifact, same_stored_state
 from golf.artifact.description import expected_shapes
 from golf.artifact.weights import load_weights, save_weights
-from golf.config.config import ModelConfig, QuantConfig, UserError
+from golf.config.knobs import UserError
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.model.init import build_model
 from golf.quant.export import prune_state, quantize_state
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.config.site_quantizers import parse_site
 from golf.model.cache import KeyValueCache
 from golf.quant.tensor_classes import QuantError

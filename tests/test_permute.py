@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.model.init import build_model
 from golf.quant.tensor_classes import QuantError
 from golf.quant.waterfill import hidden_order, mlp_blocks, permute_hidden_units

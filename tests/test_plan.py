@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.config.config import Config, ConfigError, build_config, with_knobs
+from golf.config.config import Config, build_config, with_knobs
+from golf.config.knobs import ConfigError
 from golf.config.presets import PRESETS
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
@@ -98,7 +99,7 @@ def test_presets_have_no_problem():
         (dict(swa_start="0.98"), ["swa gets 1 of the two snapshots that it needs", "lower swa_start"]),
         (dict(qat_start="0.99"), ["qat never acts", "lower qat_start"]),
         (dict(warmdown_fraction="0.01"), ["warmdown never acts", "set warmdown_fraction=0"]),
-        (dict(holdout_every="51"), ["validation never acts", "set holdout_every=0"]),
+        (dict(holdout_every="51"), ["holdout never acts", "set holdout_every=0"]),
         (dict(muon_momentum_warmup_fraction="0.99"), ["never reaches muon_momentum=0.95"]),
     ],
 )
@@ -188,7 +189,7 @@ def test_lines_are_a_table():
     assert "200 ms (as given)" in given_time[1] and "artifact and code" in given_time[-2]
     short = with_knobs(config, {"iterations": 40})
     assert plan_lines(plan_run(short))[-1] == (
-        "problem: in 40 steps validation never acts: train longer, or set holdout_every=0"
+        "problem: in 40 steps holdout never acts: train longer, or set holdout_every=0"
     )
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.config.config import QuantConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.export import prune_state, zero_smallest
 from golf.quant.grid import quantize_rows
 

@@ -18,7 +18,7 @@ from scipy.interpolate import PchipInterpolator
 
 from golf.artifact.container import pack_artifact, read_artifact, restore_model
 from golf.artifact.weights import load_weights, save_weights
-from golf.config.config import QuantConfig
+from golf.config.quantization import QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.quant.calibration import training_rows

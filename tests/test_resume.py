@@ -65,7 +65,7 @@ def runs(repository: Path, prepared: list[str], tmp_path_factory: pytest.TempPat
 def assert_same_run(runs: Runs, run_id: str) -> None:
     whole, other = runs.result("whole"), runs.result(run_id)
     assert runs.artifact(run_id) == runs.artifact("whole")
-    for key in ("val_bpb", "val_loss", "val_tokens", "val_bytes", "artifact_sha256", "steps", "valid", "witness"):
+    for key in ("val_bpb", "val_loss", "val_tokens", "val_bytes", "artifact_sha256", "steps", "valid", "features"):
         assert other[key] == whole[key], key
     assert runs.losses(run_id) == runs.losses("whole")
     assert other["valid"] and other["resumes"] > 0

@@ -15,7 +15,8 @@ import sentencepiece
 import torch
 
 from golf.artifact.container import read_artifact, restore_model, write_artifact
-from golf.config.config import Config, ScoreConfig, with_knobs
+from golf.config.config import Config, with_knobs
+from golf.config.scoring import ScoreConfig
 from golf.data.shards import write_shard
 from golf.data.tokenizer import ByteTable, load_tokenizer
 from golf.model.gpt import GPT

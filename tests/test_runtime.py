@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from golf.config.config import ConfigError, build_config
+from golf.config.config import build_config
+from golf.config.knobs import ConfigError
 from golf.run.folder import RunFolder, choose_run_folder
 from golf.runtime import Runtime, choose_compile, choose_device, write_file_atomically
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from golf.config.config import Config, ModelConfig, ScoreConfig, with_knobs
+from golf.config.config import Config, with_knobs
+from golf.config.model import ModelConfig
+from golf.config.scoring import ScoreConfig
 from golf.model.init import build_model
 from golf.runtime import Log, Runtime
 from golf.score.scorer import (

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from golf.config.config import Config, ConfigError, build_config
+from golf.config.config import Config, build_config
+from golf.config.knobs import ConfigError
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model

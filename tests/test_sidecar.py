@@ -11,7 +11,8 @@ import sentencepiece
 import torch
 
 from golf.artifact.container import read_artifact, write_artifact
-from golf.config.config import Config, ScoreConfig, with_knobs
+from golf.config.config import Config, with_knobs
+from golf.config.scoring import ScoreConfig
 from golf.data.shards import DataError, find_shards, read_shard, write_shard
 from golf.data.sidecar import (
     StreamBytes,

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf.config.config import Config, ConfigError, QuantConfig, build_config
+from golf.config.config import Config, build_config
+from golf.config.knobs import ConfigError
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES, SiteError, parse_site, weight_sites
 
 PLAIN = dict(qat_enabled="1", quantizer="rtn", prune_frac="0", mlp_bits="16", attn_bits="16", embed_bits="16")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import golf.run.session
-from golf.config.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, ConfigError
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, ConfigError
 from golf.data.shards import DataError
 from golf.run.folder import RunFolder
 from golf.run.frozen_code import Program

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from golf.config.config import Config, ConfigError, build_config
+from golf.config.config import Config, build_config
+from golf.config.knobs import ConfigError
 from golf.data.shards import read_shard
 from golf.data.tokenizer import load_tokenizer
 from golf.model.gpt import GPT

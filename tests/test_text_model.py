@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from golf.artifact.container import read_artifact
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.data.shards import DataError
 from golf.data.tokenizer import ByteTable, TextTokenizer
 from golf.model.init import build_model

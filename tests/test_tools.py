@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from lab.cli import ToolOptions, run_command
 from tools import bench, plan, report
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from golf.config.config import Config, ConfigError, build_config
+from golf.config.config import Config, build_config
+from golf.config.knobs import ConfigError
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data import verify
-from golf.config.config import EXIT_FINDINGS
+from golf.config.knobs import EXIT_FINDINGS
 from golf.data.manifest import MANIFEST_NAME
 from golf.data.shards import DataError, ShardError, write_shard
 from lab.cli import run_command

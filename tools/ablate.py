@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from golf.config.config import EXIT_FINDINGS
+from golf.config.knobs import EXIT_FINDINGS
 from golf.run.session import take_lock
 from lab.cli import ToolOptions, run_command
 from lab.study.launch import Launcher, finished_runs

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import EXIT_BAD_INPUT, UserError
+from golf.config.knobs import EXIT_BAD_INPUT, UserError
 from lab.cli import ToolOptions, run_command
 from lab.study.running import run_ablation
 from lab.study.spec import StudyError, study_code_sha256

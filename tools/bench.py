@@ -34,7 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.weights import load_weights
-from golf.config.config import CODECS, Config, ConfigError, DataConfig, build_config
+from golf.config.config import Config, build_config
+from golf.config.knobs import ConfigError
+from golf.config.quantization import CODECS
+from golf.config.run import DataConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import DataError, write_shard
 from golf.model.gpt import GPT

@@ -23,7 +23,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact, restore_model
-from golf.config.config import EXIT_FINDINGS, Config, RunConfig
+from golf.config.config import Config
+from golf.config.knobs import EXIT_FINDINGS
+from golf.config.run import RunConfig
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable, TextTokenizer, load_tokenizer

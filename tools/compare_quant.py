@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.config.config import CODECS, Config, RunConfig, check_config
+from golf.config.config import Config, check_config
+from golf.config.quantization import CODECS
+from golf.config.run import RunConfig
 from golf.data.loader import TokenStream
 from golf.quant.calibration import training_rows
 from golf.quant.qat import quantized_gpt

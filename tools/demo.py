@@ -21,7 +21,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import Config, RunConfig, check_config
+from golf.config.config import Config, check_config
+from golf.config.run import RunConfig
 from golf.runtime import Log, start_runtime
 from lab.cli import ToolOptions, run_command
 from lab.demo.answers import Column, DemoError, Picture, find_pictures, open_columns

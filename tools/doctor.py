@@ -25,12 +25,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import EXIT_FINDINGS, Config, build_config
+from golf.config.config import Config, build_config
+from golf.config.knobs import EXIT_FINDINGS
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
 from golf.run.command import parse_overrides
-from golf.run.machine import gpu_states, machine_fingerprint
 from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime, start_runtime
 from lab.cli import ToolOptions, run_command
@@ -48,6 +48,7 @@ from lab.machine.diagnosis import (
     pinned_version,
     step_figures,
 )
+from lab.machine.fingerprint import gpu_states, machine_fingerprint
 from lab.machine.synthetic import random_tokens
 
 ROOT = Path(__file__).resolve().parents[1]

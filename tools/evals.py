@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from golf.config.config import Config, RunConfig, check_config
+from golf.config.config import Config, check_config
+from golf.config.run import RunConfig
 from golf.runtime import Log, ProgressLine, start_runtime
 from lab.cli import ToolOptions, run_command
 from lab.evals.lm_eval_backend import has_lm_eval, score_by_lm_eval

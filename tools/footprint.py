@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact
-from golf.config.config import Config, UserError
+from golf.config.config import Config
+from golf.config.knobs import UserError
 from golf.quant.grid import QuantizedTensor
 from golf.run.folder import RunFolder
 from lab.cli import ToolOptions, run_command

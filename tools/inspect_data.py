@@ -22,7 +22,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import EXIT_FINDINGS
+from golf.config.knobs import EXIT_FINDINGS
 from golf.data.shards import DataError, find_shards
 from golf.data.tokenizer import TextTokenizer, load_tokenizer
 from lab.cli import ToolOptions, run_command

@@ -18,7 +18,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from golf.config.config import EXIT_FINDINGS
+from golf.config.knobs import EXIT_FINDINGS
 from lab.cli import ToolOptions, run_command
 from lab.record.evidence import SubmissionOrder, SubmissionOutcome, make_record
 from lab.record.finding import EvidenceError

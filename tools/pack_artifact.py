@@ -25,7 +25,10 @@ from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport, StreamSize, size_report_dict
 from golf.artifact.weights import SavedWeights, load_weights
-from golf.config.config import CODECS, EXIT_FINDINGS, Config, ConfigError, QuantConfig, RunConfig, check_config
+from golf.config.config import Config, check_config
+from golf.config.knobs import EXIT_FINDINGS, ConfigError
+from golf.config.quantization import CODECS, QuantConfig
+from golf.config.run import RunConfig
 from golf.quant.export import PruneReport, prune_state, quantize_state
 from golf.runtime import Log, start_runtime, write_file_atomically
 from lab.cli import ToolOptions, run_command

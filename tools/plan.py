@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import tyro
 
-from golf.config.config import EXIT_FINDINGS, ConfigError, build_config
+from golf.config.config import build_config
+from golf.config.knobs import EXIT_FINDINGS, ConfigError
 from golf.run.command import parse_overrides
 from lab.bundle.bundler import bundle_source
 from lab.bundle.packer import pack_source

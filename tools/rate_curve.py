@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.config.config import Config, RunConfig, ScoreConfig, check_config
+from golf.config.config import Config, check_config
+from golf.config.run import RunConfig
+from golf.config.scoring import ScoreConfig
 from golf.data.loader import TokenStream
 from golf.quant.calibration import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically

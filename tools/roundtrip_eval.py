@@ -18,7 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from golf.artifact.container import Artifact, read_artifact
-from golf.config.config import Config, ModelConfig, RunConfig, ScoreConfig, check_config
+from golf.config.config import Config, check_config
+from golf.config.model import ModelConfig
+from golf.config.run import RunConfig
+from golf.config.scoring import ScoreConfig
 from golf.data.shards import expand_glob
 from golf.runtime import Log, start_runtime
 from golf.score.roundtrip import score_artifact

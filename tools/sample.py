@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from golf.config.config import Config, RunConfig, check_config
+from golf.config.config import Config, check_config
+from golf.config.run import RunConfig
 from golf.runtime import Log, start_runtime
 from lab.cli import ToolOptions, run_command
 from lab.generate.generation import TextGeneration

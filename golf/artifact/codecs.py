@@ -9,10 +9,11 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 
 SAMPLE_BYTES = 2**20
 """Codec settings are chosen on this much of a stream: encoding all of it with each would take minutes."""
@@ -117,36 +118,50 @@ def decode_zlib(data: bytes, size: int) -> bytes:
     return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
 
 
-def smallest_encoding(encoders: list[Callable[[bytes], bytes]], data: bytes) -> bytes:
-    """`data` by the encoder that is best on its beginning; of equals the first."""
+@dataclass(frozen=True)
+class ByteCodec:
+    """A way to compress bytes: encoders to choose from, and their decoder (data, declared size)."""
+
+    encoders: tuple[Callable[[bytes], bytes], ...]
+    decode: Callable[[bytes, int], bytes]
+
+
+LZMA = ByteCodec(tuple(partial(encode_lzma, settings=settings) for settings in LZMA_SETTINGS), decode_lzma)
+BY_CODEC = {
+    "lzma": LZMA,
+    "zstd": ByteCodec(tuple(partial(encode_zstd, settings=settings) for settings in ZSTD_SETTINGS), decode_zstd),
+    "brotli": ByteCodec((encode_brotli,), decode_brotli),
+    "zlib": ByteCodec((encode_zlib,), decode_zlib),
+    "none": ByteCodec((bytes,), lambda data, size: data),
+}
+"""The codecs that compress bytes; rans models codes (streams.py)."""
+
+
+def encode_smallest(codec: ByteCodec, data: bytes) -> bytes:
+    """Returns `data` by the encoder that is best on its beginning, of equals the first: the same bytes for the same
+    data and library version."""
+    encoders = codec.encoders
     if len(encoders) > 1 and len(data) > SAMPLE_BYTES:
-        encoders = [min(encoders, key=lambda encoder: len(encoder(data[:SAMPLE_BYTES])))]
+        encoders = (min(encoders, key=lambda encoder: len(encoder(data[:SAMPLE_BYTES]))),)
     return min((encoder(data) for encoder in encoders), key=len)
 
 
 def compress_stream(codec: str, data: bytes) -> bytes:
-    """`data` compressed by `codec`. The same bytes for the same data and library version."""
-    if codec == "none":
-        return data
-    encoders: dict[str, list[Callable[[bytes], bytes]]] = {
-        "lzma": [partial(encode_lzma, settings=settings) for settings in LZMA_SETTINGS],
-        "zstd": [partial(encode_zstd, settings=settings) for settings in ZSTD_SETTINGS],
-        "brotli": [encode_brotli],
-        "zlib": [encode_zlib],
-    }
-    return smallest_encoding(encoders[codec], data)
+    """Returns `data` compressed by the codec of that name."""
+    return encode_smallest(BY_CODEC[codec], data)
+
+
+def decode_exactly(codec: ByteCodec, data: bytes, size: int) -> bytes:
+    """Returns exactly `size` bytes, in memory of a few times `size` and the codec's window. Raises ArtifactError."""
+    try:
+        decoded = codec.decode(data, size)
+    except (lzma.LZMAError, zlib.error, EOFError, MemoryError) as error:
+        raise ArtifactError(f"a compressed stream is damaged: {error}") from None
+    if len(decoded) != size:
+        raise ArtifactError(f"a compressed stream does not hold the {size:,} bytes that were declared")
+    return decoded
 
 
 def decompress_stream(codec: str, data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes, or ArtifactError; memory stays within a few times `size` and the codec's window."""
-    decoders: dict[str, Callable[[bytes, int], bytes]] = {
-        "lzma": decode_lzma, "zstd": decode_zstd, "brotli": decode_brotli, "zlib": decode_zlib,
-        "none": lambda data, size: data,
-    }  # fmt: skip
-    try:
-        decoded = decoders[codec](data, size)
-    except (lzma.LZMAError, zlib.error, EOFError, MemoryError) as error:
-        raise ArtifactError(f"a {codec} stream is damaged: {error}") from None
-    if len(decoded) != size:
-        raise ArtifactError(f"a {codec} stream does not hold the {size:,} bytes that were declared")
-    return decoded
+    """Inverse of compress_stream. Raises ArtifactError."""
+    return decode_exactly(BY_CODEC[codec], data, size)

@@ -37,10 +37,11 @@ from golf.artifact.description import (
 from golf.artifact.frame import frame_artifact, read_file_bounded, unframe_artifact
 from golf.artifact.layout import Parts, decode_stream, encode_stream, plan_streams
 from golf.artifact.sizes import SizeReport, StreamSize, measure_stream
-from golf.config.config import ModelConfig
+from golf.config.config import FROZEN, preset_config, stores_plain_rows
+from golf.config.model import ModelConfig
 from golf.model.gpt import GPT
 from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state, same_stored
-from golf.quant.qat import quantized_gpt
+from golf.quant.qat import load_gpt
 from golf.quant.tensor_classes import FP16_BITS
 from golf.runtime import Runtime, write_file_atomically
 
@@ -132,6 +133,8 @@ def parse_artifact(data: bytes) -> Artifact:
 def unpack_artifact(data: bytes) -> tuple[Artifact, list[float]]:
     """The artifact in bytes, and the seconds that each of its streams took. Raises ArtifactError."""
     codec, fields = unframe_artifact(data)
+    if FROZEN and codec != preset_config("").quant.codec:
+        raise ArtifactError(f"the artifact has codec {codec}, for which this script has no code")
     model, tokenizer_sha256, forms = parse_description(fields[0] if fields else b"", len(data))
     state, seconds = decode_streams(fields[1:], forms, codec)
     artifact = Artifact(model, tokenizer_sha256, state, codec, hashlib.sha256(data).hexdigest(), len(data))
@@ -157,22 +160,28 @@ def decode_streams(fields: list[bytes], forms: Forms, codec: str) -> tuple[Quant
 
 def describe_artifact(model: ModelConfig, tokenizer_sha256: str, stored: QuantizedState) -> bytes:
     check_sha256(tokenizer_sha256)
-    bits, exceptions = [], {}
+    bits = [stored_bits(entry) for entry in stored.values()]
+    document = {"model": model_to_json(model), "tokenizer": tokenizer_sha256, "bits": bits}
+    if not stores_plain_rows() and (exceptions := describe_forms(stored)):
+        document["forms"] = exceptions
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def describe_forms(stored: QuantizedState) -> list[tuple[list, list[int]]]:
+    """Returns (form, numbers of the tensors that have it) for every form but the plain one."""
+    exceptions: dict[str, tuple[list, list[int]]] = {}
     for number, (name, entry) in enumerate(stored.items()):
-        bits.append(stored_bits(entry))
         plain = not isinstance(entry, QuantizedTensor)
         if not plain and (form := form_to_json(name, forms_of_entry(name, entry))) != PLAIN_FORM:
             exceptions.setdefault(json.dumps(form), (form, []))[1].append(number)
-    document = {"model": model_to_json(model), "tokenizer": tokenizer_sha256, "bits": bits}
-    if exceptions:
-        document["forms"] = list(exceptions.values())
-    return json.dumps(document, separators=(",", ":")).encode()
+    return list(exceptions.values())
 
 
 def parse_description(deflated: bytes, file_bytes: int) -> tuple[ModelConfig, str, Forms]:
     """(model, tokenizer_sha256, forms by tensor name) from untrusted bytes. Raises ArtifactError."""
     document = load_description(deflated)
-    if not isinstance(document, dict) or document.keys() - {"forms"} != {"model", "tokenizer", "bits"}:
+    optional = set() if stores_plain_rows() else {"forms"}
+    if not isinstance(document, dict) or document.keys() - optional != {"model", "tokenizer", "bits"}:
         raise ArtifactError("the artifact's description does not have the entries of this version")
     model, bits = model_from_json(document["model"]), document["bits"]
     check_sha256(document["tokenizer"])
@@ -182,7 +191,7 @@ def parse_description(deflated: bytes, file_bytes: int) -> tuple[ModelConfig, st
         raise ArtifactError(f"the artifact declares {elements:,} weights, more than {file_bytes:,} bytes can hold")
     if not isinstance(bits, list) or len(bits) != len(shapes):
         raise ArtifactError("the artifact's list of bits is not that of its model's tensors")
-    exceptions = form_exceptions(document.get("forms", []), len(shapes))
+    exceptions = {} if stores_plain_rows() else form_exceptions(document.get("forms", []), len(shapes))
     forms: Forms = {}
     for number, (name, shape) in enumerate(shapes.items()):
         if bits[number] == FP16_BITS and number not in exceptions:
@@ -252,6 +261,4 @@ def same_stored_state(one: QuantizedState, other: QuantizedState) -> bool:
 
 def restore_model(artifact: Artifact, runtime: Runtime) -> GPT:
     """The quantized model on the runtime's device, in eval mode, without fake quantization."""
-    model = quantized_gpt(artifact.model, runtime.compute_dtype)
-    model.load_state_dict(dequantize_state(artifact.state))
-    return model.to(runtime.device).eval()
+    return load_gpt(artifact.model, dequantize_state(artifact.state), runtime).eval()

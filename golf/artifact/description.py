@@ -7,62 +7,43 @@ S rows of scales, G groups of columns, K rank of the correction.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
-from golf.config.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    QuantConfig,
-    ScoreConfig,
-    TrainConfig,
-    check_config,
-    current_knobs,
-)
+from golf.config.config import FROZEN, Config, check_config, current_knobs, preset_config, stores_plain_rows
+from golf.config.knobs import ConfigError
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
+from golf.config.scoring import ScoreConfig
 from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES
+from golf.config.training import TrainConfig
+from golf.model.gpt import GPT
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
 from golf.quant.tensor_classes import FP16_BITS
 
-
-def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    width, hidden = model.model_dim, int(model.mlp_mult * model.model_dim)
-    kv_width = width // model.num_heads * model.num_kv_heads
-    return {
-        "attn_scale": (width,),
-        "mlp_scale": (width,),
-        "resid_mix": (2, width),
-        "attn.q_gain": (model.num_heads,),
-        "attn.c_q.weight": (width, width),
-        "attn.c_k.weight": (kv_width, width),
-        "attn.c_v.weight": (kv_width, width),
-        "attn.proj.weight": (width, width),
-        "mlp.fc.weight": (hidden, width),
-        "mlp.proj.weight": (width, hidden),
-    }
+STORED_FIRST = (
+    "tok_emb", "bigram.embed", "bigram.proj", "bigram.scale", "head", "knowledge", "smear", "skip_weights",
+)  # fmt: skip
+"""Parts of a model in the order in which files have always had them; what is not named here follows as it was made."""
 
 
+def stored_rank(name: str) -> int:
+    """Returns the place of a tensor's part in STORED_FIRST, or the one after it."""
+    ranks = (rank for rank, part in enumerate(STORED_FIRST) if name == part or name.startswith(f"{part}."))
+    return next(ranks, len(STORED_FIRST))
+
+
+@lru_cache(maxsize=64)
 def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in the state dict of a GPT of this configuration, in the order in which they are stored."""
-    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (model.vocab_size, model.model_dim)}
-    if model.bigram_vocab_size:
-        shapes["bigram.embed.weight"] = (model.bigram_vocab_size, model.bigram_dim)
-        shapes["bigram.proj.weight"] = (model.model_dim, model.bigram_dim)
-        shapes["bigram.scale"] = ()
-    if not model.tie_embeddings:
-        shapes["head.weight"] = (model.vocab_size, model.model_dim)
-    if model.knowledge_tokens:
-        layers = () if model.knowledge_at == "input" else (model.num_layers,)
-        shapes["knowledge"] = (*layers, model.knowledge_tokens, model.model_dim)
-    if model.smear_gate:
-        shapes["smear.gate"] = (model.model_dim,)
-    shapes["skip_weights"] = (model.num_layers // 2, model.model_dim)
-    for layer in range(model.num_layers):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block_shapes(model).items()}
-    return shapes
+    """Returns the shape of every tensor of a GPT of this configuration, in the order in which they are stored: asked of
+    the model itself, on a device without memory."""
+    with torch.device("meta"):
+        state = GPT(model).state_dict()
+    return {name: tuple(state[name].shape) for name in sorted(state, key=stored_rank)}
 
 
 LARGEST_NUMBER = 2**24
@@ -84,6 +65,8 @@ def model_to_json(model: ModelConfig) -> dict[str, Any]:
 
 def model_from_json(values: object) -> ModelConfig:
     """The model configuration that parsed JSON spells. Raises ArtifactError."""
+    if FROZEN:
+        return frozen_model(values)
     model = ModelConfig(**checked_values(ModelConfig, values))
     check_together(config_of(model, QuantConfig()))
     if model.num_layers > MOST_LAYERS:
@@ -93,8 +76,21 @@ def model_from_json(values: object) -> ModelConfig:
     return model
 
 
+def frozen_model(values: object) -> ModelConfig:
+    """Returns the model that this script was made for, of the stored vocabulary where it leaves that open. Raises
+    ArtifactError where `values` spell another one."""
+    model = preset_config("").model
+    if isinstance(values, Mapping) and not model.vocab_size:
+        model = replace(model, vocab_size=int(values.get("vocab_size", 0)))
+    if values not in (model_to_json(model), asdict(model)):
+        raise ArtifactError("the file's model is not the one that this script was made for")
+    return model
+
+
 def quant_from_json(values: object, model: ModelConfig) -> QuantConfig:
     """The quantization of `model` that parsed JSON spells. Raises ArtifactError."""
+    if FROZEN:
+        return preset_config("").quant
     known = current_knobs(values) if isinstance(values, Mapping) else values
     quant = QuantConfig(**checked_values(QuantConfig, known))
     check_together(config_of(model, replace(quant, quantizer="rtn")))  # what else a fit wants, its run has checked
@@ -176,6 +172,8 @@ def forms_of_entry(name: str, entry: QuantizedTensor | Tensor) -> Forms:
     """The form of a stored tensor, and of its factors. Raises ArtifactError where its parts don't fit together."""
     if isinstance(entry, Tensor):
         return {name: Form(tuple(entry.shape), FP16_BITS)}
+    if stores_plain_rows():
+        return {name: Form(tuple(entry.codes_RC.shape), entry.bits)}
     shape, (scale_rows, groups) = tuple(entry.codes_RC.shape), entry.scale_SG.shape
     rank = entry.low_rank[0].codes_RC.size(1) if entry.low_rank else 0
     form = Form(
@@ -210,6 +208,8 @@ def is_factor(name: str) -> bool:
 
 def all_entries(stored: QuantizedState) -> QuantizedState:
     """Tensors and the factors of their corrections, by the names of `Forms`."""
+    if stores_plain_rows():
+        return dict(stored)
     entries: QuantizedState = {}
     for name, entry in stored.items():
         entries[name] = entry
@@ -235,6 +235,8 @@ def forms_from_json(name: str, shape: tuple[int, ...], bits: object, values: obj
     """Inverse of `form_to_json`, from untrusted values. Raises ArtifactError."""
     if type(bits) is not int or bits not in STORABLE_BITS or (bits != FP16_BITS and len(shape) != 2):
         raise ArtifactError(f"the artifact gives tensor {name!r} an impossible number of bits")
+    if stores_plain_rows():
+        return {name: Form(shape, bits)}
     fits = isinstance(values, list) and len(values) in ((5,) if factor else (5, 10)) and len(shape) == 2
     if (
         not fits
@@ -271,6 +273,8 @@ def join_entry(name: str, forms: Forms, parts: Mapping[str, Mapping[str, Tensor]
     if form.bits == FP16_BITS:
         return parts["fp16"][name]
     check_codes(name, parts["codes"][name], form)
+    if stores_plain_rows():
+        return QuantizedTensor(parts["codes"][name].to(torch.int8), parts["scales"][name], form.bits)
     factors = tuple(join_entry(f"{name}:{side}", forms, parts) for side in FACTOR_NAMES) if form.rank else None
     return QuantizedTensor(
         parts["codes"][name].to(torch.int8), parts["scales"][name], form.bits, parts["columns"].get(name),

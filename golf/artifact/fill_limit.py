@@ -18,7 +18,9 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact
 from golf.artifact.sizes import SizeReport
-from golf.config.config import ModelConfig, QuantConfig, UserError
+from golf.config.knobs import UserError
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.calibration import LayerStatistics
 from golf.quant.export import PruneReport, prune_state, quantize_state
 from golf.quant.grid import QuantizedState, dequantize_state, dequantize_tensor
@@ -227,7 +229,7 @@ class LevelSearch:
         return over + min(max(share, 0.02), 0.98) * (within - over)
 
 
-def fit_by_level(
+def fill_limit(
     statistics: Mapping[str, LayerStatistics], state: Mapping[str, Tensor], quant: QuantConfig, model: ModelConfig,
     tokenizer_sha256: str, limit_bytes_model: int, reserve_bytes: int, log: Callable[[str], None],
     device: torch.device = CPU,

@@ -20,6 +20,7 @@ from golf.artifact.description import Form, Forms, is_factor
 from golf.artifact.sequences import decode_halves, decode_sequence, encode_halves, encode_sequence
 from golf.artifact.stacks import StackSpec
 from golf.artifact.streams import decode_codes, encode_codes
+from golf.config.config import stores_plain_rows
 from golf.quant.grid import FP16_TINY, QuantizedState, QuantizedTensor, spread_groups
 from golf.quant.tensor_classes import FP16_BITS
 
@@ -81,11 +82,10 @@ def plan_streams(forms: Forms) -> list[StreamPlan]:
         groups.setdefault((stream_label(name, bits), bits, "fp16" if bits == FP16_BITS else "codes"), []).append(name)
     plans = [(role, label, bits, names) for (label, bits, role), names in sorted(groups.items())]
     coded = [name for role, _, _, names in plans if role == "codes" for name in names]
-    plans += [
-        ("scales", "scales", FP16_BITS, coded),
-        ("columns", "column scales", FP16_BITS, [name for name in coded if forms[name].column_scales]),
-        ("zeros", "zero points", 8, [name for name in coded if forms[name].zeros]),
-    ]
+    plans.append(("scales", "scales", FP16_BITS, coded))
+    if not stores_plain_rows():
+        plans.append(("columns", "column scales", FP16_BITS, [name for name in coded if forms[name].column_scales]))
+        plans.append(("zeros", "zero points", 8, [name for name in coded if forms[name].zeros]))
     return [
         StreamPlan(role, label, bits, tuple(names), sum(prod(part_shape(role, forms[name])) for name in names))
         for role, label, bits, names in plans
@@ -112,7 +112,7 @@ def encode_stream(codec: str, plan: StreamPlan, entries: QuantizedState, forms: 
             return [encode_codes(specs_of(stacks, forms, steps), [stack_of(names, entries) for names in stacks])]
         return [compress_stream(codec, b"".join(symbols_of(name, part) for name, part in parts.items()))]
     numbers_N = torch.cat([part.flatten() for part in parts.values()]).numpy()
-    if plan.role == "zeros":
+    if not stores_plain_rows() and plan.role == "zeros":
         shifted_N = numbers_N.astype(np.int16) + 128
         return [
             encode_sequence(shifted_N)
@@ -131,7 +131,7 @@ def decode_stream(
     """The parts in a stream by tensor name; codes need the zero points, found in `parts`. Raises ArtifactError."""
     if plan.role == "codes":
         return decode_code_stream(codec, plan, fields[0], forms, parts)
-    if plan.role == "zeros":
+    if not stores_plain_rows() and plan.role == "zeros":
         plain = (
             np.zeros(0)
             if codec == "rans"

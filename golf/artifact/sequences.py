@@ -8,7 +8,7 @@ N numbers, D distinct ones.
 
 import numpy as np
 
-from golf.artifact.codecs import ArtifactError, compress_stream, decompress_stream
+from golf.artifact.codecs import LZMA, ArtifactError, decode_exactly, encode_smallest
 from golf.artifact.frame import decode_number, encode_number
 from golf.artifact.stacks import LARGEST_CODE, StackSpec, decode_stacks, encode_stacks
 
@@ -115,9 +115,7 @@ def encode_halves(pattern_N: np.ndarray) -> bytes:
     """fp16 bit patterns: magnitudes as a sequence, with the signs before them where any is negative; or lzma."""
     negative_N = pattern_N > 0x7FFF
     signs = np.packbits(negative_N).tobytes() if negative_N.any() else b""
-    high, low = (
-        compress_stream("lzma", plane.astype(np.uint8).tobytes()) for plane in (pattern_N >> 8, pattern_N & 255)
-    )
+    high, low = (encode_smallest(LZMA, plane.astype(np.uint8).tobytes()) for plane in (pattern_N >> 8, pattern_N & 255))
     modelled = bytes([bool(signs)]) + signs + encode_sequence(pattern_N & 0x7FFF)
     return min(modelled, bytes([PLANES]) + encode_number(len(high)) + high + low, key=len)
 
@@ -126,7 +124,7 @@ def decode_halves(data: bytes, count: int) -> np.ndarray:
     """uint16 bit patterns. Raises ArtifactError."""
     if data[:1] == bytes([PLANES]):
         size, start = decode_number(data, 1)
-        planes = [decompress_stream("lzma", part, count) for part in (data[start : start + size], data[start + size :])]
+        planes = [decode_exactly(LZMA, part, count) for part in (data[start : start + size], data[start + size :])]
         high_N, low_N = (np.frombuffer(plane, np.uint8).astype(np.uint16) for plane in planes)
         return high_N << 8 | low_N
     signed = data[:1] == b"\x01"

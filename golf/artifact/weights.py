@@ -13,7 +13,8 @@ from torch import Tensor
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import check_sha256, check_shapes
 from golf.artifact.description import FACTOR_NAMES, all_entries, expected_shapes, model_from_json, quant_from_json
-from golf.config.config import ModelConfig, QuantConfig
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.grid import PLAIN_PARTS, QuantizedState, QuantizedTensor
 from golf.runtime import write_file_atomically
 

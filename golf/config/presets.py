@@ -63,3 +63,10 @@ RETIRED_KNOBS = {
     "FP16_KEEP_NAME_PATTERNS": "embed_bits=16",
 }
 """Knobs of the competition's scripts that have no honest counterpart, and what to set instead."""
+
+RENAMED_KNOBS = {
+    "tied_embed_lr": ("embed_lr",), "val_loss_every": ("holdout_every",), "rate_weight": ("rd_lambda",),
+    "val_batch_size": ("holdout_tokens", "eval_batch_tokens"),
+}  # fmt: skip
+"""Names that knobs had in the configurations of older runs, and what they are called now."""
+RENAMED_VALUES = {("quantizer", "grid"): "rtn", ("quantizer", "fit"): "waterfill"}

@@ -163,7 +163,7 @@ def activation_sites(model: Any) -> dict[str, SiteQuantizer]:
     return {site: quantizer for site, quantizer in named.items() if quantizer}
 
 
-def site_rules(model: Any, quant: Any, knowledge_frozen: bool) -> list[tuple[bool, str]]:
+def site_rules(model: Any, quant: Any) -> list[tuple[bool, str]]:
     """(whether it holds, what to do where it does not) of the low-bit knobs. Raises SiteError."""
     weights, activations = weight_sites(quant), activation_sites(model)
     hidden = activations.get("hidden")
@@ -193,17 +193,5 @@ def site_rules(model: Any, quant: Any, knowledge_frozen: bool) -> list[tuple[boo
         (
             all(site.low < 0 or site.squash for place, site in activations.items() if place != "hidden"),
             "unsignedB is for act_hidden: other activations have negative values",
-        ),
-        (
-            bool(model.knowledge_tokens) or model.knowledge_at == "input",
-            "knowledge_at=layers does nothing without knowledge_tokens",
-        ),
-        (
-            model.attention_window < model.train_seq_len,
-            "attention_window hides nothing from rows of train_seq_len: make it smaller, or 0",
-        ),
-        (
-            bool(model.knowledge_tokens) or not knowledge_frozen,
-            "knowledge_frozen does nothing without knowledge_tokens",
         ),
     ]

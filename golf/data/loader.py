@@ -99,7 +99,7 @@ def global_batch(
     seq_len: int,
     rank: int = 0,
     world_size: int = 1,
-    order: str = "sequential",
+    row_order: str = "sequential",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's rows of the global batch of `step`: inputs_BT and targets_BT, int64, on the CPU.
 
@@ -112,9 +112,9 @@ def global_batch(
     check_batch_shape(batch_tokens, seq_len, world_size)
     rows = batch_tokens // seq_len
     own_rows = range(step * rows + rank * rows // world_size, step * rows + (rank + 1) * rows // world_size)
-    if order in ("sequential", "shuffled"):
+    if row_order in ("sequential", "shuffled"):
         spans = [stream.tokens(own_rows.start * seq_len, len(own_rows) * seq_len + 1)]
-    elif order == "documents":
+    elif row_order == "documents":
         spans = [stream.tokens(stream.row_start(row, seq_len), seq_len + 1) for row in own_rows]
     else:
         check_spread_order(stream, seq_len)
@@ -143,10 +143,10 @@ class BatchPrefetcher:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
-        order: str = "sequential",
+        row_order: str = "sequential",
     ):
         check_batch_shape(batch_tokens, seq_len, world_size)
-        self.stream, self.shape = stream, (batch_tokens, seq_len, rank, world_size, order)
+        self.stream, self.shape = stream, (batch_tokens, seq_len, rank, world_size, row_order)
         self.device = torch.device(device)
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: dict[int, Future] = {}

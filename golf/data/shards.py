@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.runtime import write_file_atomically
 
 SHARD_MAGIC = 20240520

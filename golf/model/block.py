@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.model.cache import LayerCache
 from golf.model.layers import ActivationSite, Linear, rms_norm, rotate
 
@@ -53,10 +53,10 @@ def visible_keys(
     return (age_SU >= 0) & (near | (key_U < pinned))
 
 
-NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+BY_MLP_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(), "tanh": torch.tanh, "sigmoid": torch.sigmoid, "identity": lambda x: x,
 }  # fmt: skip
-"""By mlp_activation; relu2: So et al. 2021 (Primer, arXiv 2109.08668)."""
+"""relu2: So et al. 2021 (Primer, arXiv 2109.08668)."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -100,23 +100,34 @@ class MLP(nn.Module):
         hidden = int(config.mlp_mult * config.model_dim)
         self.fc = Linear(config.model_dim, hidden)
         self.proj = Linear(hidden, config.model_dim)
-        self.nonlinearity = NONLINEARITIES[config.mlp_activation]
+        self.nonlinearity = BY_MLP_ACTIVATION[config.mlp_activation]
         self.act_in, self.act_hidden = ActivationSite(config.act_mlp_in), ActivationSite(config.act_hidden)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.proj(self.act_hidden(self.nonlinearity(self.fc(self.act_in(x_BTD)))))
 
 
+def stream_share(layer: int, config: ModelConfig) -> Tensor:
+    """Returns the initial share of the stream in what a block reads, the rest being the embedding's.
+
+    resid_mix_init=phase: sigmoid(3 (i/(L-1) - 1/2)) in block i of L (parameter-golf PR #326); stream: 1.
+    """
+    if config.resid_mix_init == "stream":
+        return torch.ones(())
+    return torch.sigmoid(torch.tensor(3.0 * (layer / (config.num_layers - 1) - 0.5)))
+
+
 class Block(nn.Module):
     """Mix the stream with the embedding, then add attention and MLP, each scaled per dimension."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attn = CausalSelfAttention(config)
         self.mlp = MLP(config)
         self.attn_scale = nn.Parameter(torch.ones(config.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(config.model_dim), torch.zeros(config.model_dim))))
+        share = stream_share(layer, config)
+        self.resid_mix = nn.Parameter(torch.stack((share, 1 - share))[:, None].repeat(1, config.model_dim))
 
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor, positions: Positions, last: int, cache: LayerCache | None = None

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 
 QuantizerSite = Callable[[Tensor], Tensor]
 """An activation's quantizer, or what stands for none."""

@@ -7,6 +7,7 @@ predecessor, nor has the first position of a row.
 import torch
 from torch import Tensor, nn
 
+from golf.config.features import Feature, register_feature
 from golf.model.layers import Embedding, Linear
 
 
@@ -59,3 +60,16 @@ class BigramHash(nn.Module):
     def forward(self, ids_BT: Tensor, has_previous_BT: Tensor, dtype: torch.dtype) -> Tensor:
         e_BTE = self.embed(bigram_buckets(ids_BT, has_previous_BT, self.buckets)).to(dtype)
         return self.proj(e_BTE) * self.scale.to(dtype)
+
+
+register_feature(
+    Feature(
+        "smear_gate", lambda config: config.model.smear_gate, "set smear_gate=0", learned_weight="smear.gate",
+    )
+)  # fmt: skip
+register_feature(
+    Feature(
+        "bigram_hash", lambda config: config.model.bigram_vocab_size > 0, "set bigram_vocab_size=0",
+        learned_weight="bigram.embed.weight",
+    )
+)  # fmt: skip

@@ -4,11 +4,18 @@ B batch, T time, S scored positions (the last S of T), U keys, M knowledge token
 D model width, V vocabulary, P = head width / 2.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf.config.config import ModelConfig
+from golf.config.features import Feature, StepFacts, register_feature
+from golf.config.model import ModelConfig
 from golf.model.block import Block, Positions, visible_keys
 from golf.model.cache import KeyValueCache
 from golf.model.embedding import BigramHash, SmearGate, has_predecessor
@@ -26,7 +33,10 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.tok_emb = Embedding(config.vocab_size, config.model_dim)
-        self.head = None if config.tie_embeddings else Linear(config.model_dim, config.vocab_size)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = Linear(config.model_dim, config.vocab_size)
+            self.head.trains_as = "table"
         self.knowledge = None
         if config.knowledge_tokens:
             layers = () if config.knowledge_at == "input" else (config.num_layers,)
@@ -39,7 +49,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(config.model_dim) if config.smear_gate else None
         self.encoder_layers = config.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, config.model_dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
 
     def embed(self, ids_BT: Tensor, embedding_VD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What the first block sees: token (+ hashed bigram), normalised, smeared with its predecessor."""
@@ -125,3 +135,46 @@ class GPT(nn.Module):
     def forward(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean loss in nats, the training objective."""
         return self.token_losses(ids_BT, targets_BT).mean()
+
+
+@contextmanager
+def changed_model(model: GPT, **knobs: Any) -> Iterator[None]:
+    """Within it, `model` is configured otherwise."""
+    config = model.config
+    model.config = replace(config, **knobs)
+    yield
+    model.config = config
+
+
+@contextmanager
+def opposite_knowledge(model: GPT) -> Iterator[None]:
+    """Within it, the knowledge tokens of `model` point the other way."""
+    model.knowledge.neg_()
+    yield
+    model.knowledge.neg_()
+
+
+def acts_always(config: Any, facts: StepFacts) -> tuple[bool, str]:
+    """Says that a feature of the network acts in every step."""
+    return True, ""
+
+
+register_feature(
+    Feature(
+        "document_attention", lambda config: config.model.document_attention, "set document_attention=0", acts_always,
+        without=partial(changed_model, document_attention=False),
+        shows_in=lambda model, ids_BT: bool((ids_BT[:, 1:] == model.config.bos_id).any()),
+    )
+)  # fmt: skip
+register_feature(
+    Feature(
+        "attention_window", lambda config: config.model.attention_window > 0, "set attention_window=0", acts_always,
+        without=partial(changed_model, attention_window=0),
+    )
+)  # fmt: skip
+register_feature(
+    Feature(
+        "knowledge_tokens", lambda config: config.model.knowledge_tokens > 0, "set knowledge_tokens=0", acts_always,
+        without=opposite_knowledge,
+    )
+)  # fmt: skip

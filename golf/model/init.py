@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.model.gpt import GPT
 from golf.model.layers import Linear
 
@@ -18,8 +18,6 @@ def build_model(config: ModelConfig, seed: int, compute_dtype: torch.dtype = tor
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             init_matrix(module.weight, name, config, generator)
-    if config.resid_mix_init == "phase":
-        init_phase_mix(model)
     if model.knowledge is not None:  # of the size of normalised embeddings, which they stand among
         nn.init.normal_(model.knowledge, generator=generator)
     return model
@@ -39,13 +37,3 @@ def init_matrix(weight_OI: Tensor, name: str, config: ModelConfig, generator: to
     elif not name.endswith(("attn.proj", "mlp.proj")):
         bound = 1 / math.sqrt(weight_OI.size(1))
         nn.init.uniform_(weight_OI, -bound, bound, generator=generator)
-
-
-def init_phase_mix(model: GPT) -> None:
-    """resid_mix of block i: sigmoid(3 (i/(L-1) - 1/2)) of the stream, the rest of the embedding."""
-    last = model.config.num_layers - 1
-    for i, block in enumerate(model.blocks):
-        share = torch.sigmoid(torch.tensor(3.0 * (i / last - 0.5)))
-        with torch.no_grad():
-            block.resid_mix[0].fill_(share)
-            block.resid_mix[1].fill_(1 - share)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 class Matrix(nn.Module):
     """A 2-D fp32 master weight. `fake_quantize`, when set, maps it to the values that export would keep."""
 
+    trains_as = "matrix"
+    """Its group of parameters (golf/optim/optimizers.py)."""
+
     def __init__(self, rows: int, columns: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(rows, columns))
@@ -34,6 +37,8 @@ class Linear(Matrix):
 
 class Embedding(Matrix):
     """Rows of a table, fp32; of `weight_VD` where the caller has the effective weight at hand."""
+
+    trains_as = "table"
 
     def forward(self, ids_BT: Tensor, weight_VD: Tensor | None = None) -> Tensor:
         return F.embedding(ids_BT, self.effective_weight() if weight_VD is None else weight_VD)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from golf.config.config import AverageConfig
+from golf.config.features import Auditor, Feature, register_feature
+from golf.config.training import AverageConfig
 
 
 class WeightAverage:
@@ -16,6 +17,8 @@ class WeightAverage:
         self.enabled, self.start, self.snapshots = config.swa_enabled, config.swa_start, config.swa_snapshots
         self.count = 0
         self.slots_used = 0
+        self.last_step = 0
+        """Of the training, at which the last snapshot was taken."""
         self.mean: dict[str, Tensor] = {}
 
     def slots_due(self, progress: float) -> int:
@@ -23,7 +26,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def observe(self, model: nn.Module, progress: float) -> bool:
-        """Take a snapshot if one is due; True if it was taken (slots missed between two steps count as one)."""
+        """Takes a snapshot if one is due; returns whether it did (slots missed between two steps count as one)."""
         if not self.enabled or self.slots_due(progress) <= self.slots_used:
             return False
         self.slots_used = self.slots_due(progress)
@@ -34,3 +37,23 @@ class WeightAverage:
             else:
                 self.mean[name].lerp_(weight.detach().float(), 1 / self.count)
         return True
+
+    def observe_step(self, model: nn.Module, progress: float, step: int, audit: Auditor) -> None:
+        """Takes a snapshot after a step if one is due, and counts it."""
+        if self.observe(model, progress):
+            self.last_step = step
+            audit.count("swa", step)
+
+
+def averaged_weights(
+    last: dict[str, Tensor], mean: dict[str, Tensor], snapshots: int, audit: Auditor
+) -> dict[str, Tensor]:
+    """Returns the mean of the snapshots where at least two were taken, else the last weights."""
+    if snapshots < 2:
+        return last
+    moved = max((mean[name] - last[name]).abs().max().item() for name in last)
+    audit.verify("swa", moved > 0, f"mean of {snapshots} snapshots, at most {moved:.3g} from the last weights")
+    return mean
+
+
+register_feature(Feature("swa", lambda config: config.average.swa_enabled, "train longer, or lower swa_start"))

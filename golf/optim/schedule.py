@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from golf.config.config import Config, OptimConfig, TrainConfig
+from golf.config.config import Config
+from golf.config.features import Feature, StepFacts, register_feature
+from golf.config.training import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,15 @@ def learning_rate_scale(progress: float, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * t)) if config.warmdown_shape == "cosine" else 1 - t
 
 
-def muon_momentum(progress: float, config: OptimConfig) -> float:
-    """Linear from `muon_momentum_start` to `muon_momentum` over `muon_momentum_warmup_fraction` of the budget."""
-    warmup = config.muon_momentum_warmup_fraction
-    share = min(progress / warmup, 1.0) if warmup > 0 else 1.0
-    return (1 - share) * config.muon_momentum_start + share * config.muon_momentum
+def warmdown_acts(config: Any, facts: StepFacts) -> tuple[bool, str]:
+    """Says whether the learning rate of a step was below its height."""
+    scale = learning_rate_scale(facts.progress, config.train)
+    return scale < 1, f"learning rate down to {scale:.4f} of its height" if scale < 1 else ""
+
+
+register_feature(
+    Feature(
+        "warmdown", lambda config: config.train.warmdown_fraction > 0, "train longer, or set warmdown_fraction=0",
+        warmdown_acts,
+    )
+)  # fmt: skip

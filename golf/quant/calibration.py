@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from golf.config.config import Config
+from golf.config.features import Feature, register_feature
 from golf.data.loader import TokenStream
 from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
 from golf.model.layers import Embedding, Linear, rms_norm
-from golf.quant.qat import quantized_gpt
+from golf.quant.qat import load_gpt
 from golf.quant.tensor_classes import QuantError
 from golf.runtime import Runtime
 
@@ -256,8 +257,6 @@ class RunCalibration:
     record: dict[str, Any]
 
 
-SETTLING = 0.25
-"""Seconds of the cap that are left for the sums of all ranks."""
 NO_CALIBRATION: dict[str, Any] = {"calibration_seconds": 0.0, "calibration_tokens": 0}
 
 
@@ -286,9 +285,7 @@ def calibrate_run(
     """Calibrate trained weights as the configuration says, all ranks together, within `seconds`: what was trained and
     what is calibrated share one cap. On fewer `rows` for a rehearsal."""
     quant, length, started = config.quant, config.model.train_seq_len, time.perf_counter()
-    model = quantized_gpt(config.model, runtime.compute_dtype)
-    model.load_state_dict(state)
-    model.to(runtime.device)
+    model = load_gpt(config.model, state, runtime)
     tokens = rows * length or quant.calibration_tokens
     if quant.calibration_text == "train":
         rows_NT = training_rows(stream, tokens, length, config.run.seed)
@@ -306,7 +303,15 @@ def calibrate_run(
     return RunCalibration(statistics, record)
 
 
-def seconds_left(config: Config, train_seconds: float) -> float:
-    """For calibration, of the wall clock's cap."""
-    cap = config.train.max_wallclock_seconds
-    return cap - train_seconds - SETTLING if cap else math.inf
+def calibration_acts(files: Mapping[str, Any]) -> tuple[int, bool, str]:
+    """Tokens that were calibrated on, and the codes that this moved from the nearest."""
+    moved = files["pruning"]["codes_not_nearest"]
+    return files["pruning"]["calibration_tokens"], moved > 0, f"{moved} codes are not the nearest to their weights"
+
+
+register_feature(
+    Feature(
+        "calibration", lambda config: config.quant.quantizer == "waterfill", "set quantizer=rtn",
+        in_files=calibration_acts,
+    )
+)  # fmt: skip

@@ -9,11 +9,13 @@ to nothing and cost accuracy.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from golf.config.config import QuantConfig
+from golf.config.features import Feature, register_feature
+from golf.config.quantization import QuantConfig
 from golf.quant.grid import FP16_MAX, QuantizedState, QuantizedTensor, grid_clip, quantize_rows
 from golf.quant.site_grid import shared_gamma, weight_codes
 from golf.quant.tensor_classes import FP16_BITS, QuantError, bits_of, shared_weights, tensor_class, weight_site
@@ -110,3 +112,14 @@ def quantized_parameters(shapes: Mapping[str, Sequence[int]], quant: QuantConfig
     if quant.quantizer == "waterfill":
         return sum(prod(shape) for name, shape in shapes.items() if tensor_class(name, shape) != "small")
     return sum(prod(shape) for name, shape in shapes.items() if bits_of(name, shape, quant) < FP16_BITS)
+
+
+def pruning_acts(files: Mapping[str, Any]) -> tuple[int, bool, str]:
+    """Codes that pruning changed."""
+    changed, codes = files["pruning"]["pruned_codes"], files["pruning"]["codes"]
+    return changed, changed > 0, f"changed {changed} of {codes} codes"
+
+
+register_feature(
+    Feature("prune", lambda config: config.quant.prune_frac > 0, "set prune_frac=0, or raise it", in_files=pruning_acts)
+)

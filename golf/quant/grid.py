@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from golf.config.config import stores_plain_rows
 from golf.quant.trellis import trellis_halves
 
 FP16_TINY = 2.0**-14
@@ -113,6 +114,8 @@ def dequantize_tensor(entry: QuantizedTensor) -> Tensor:
     """The fp32 weights that `entry` stands for."""
     columns = entry.codes_RC.size(1)
     weight_RC = entry.codes_RC.float()
+    if stores_plain_rows():
+        return weight_RC * entry.scale_SG.float()
     if entry.trellis:
         weight_RC = 2 * weight_RC + trellis_halves(entry.codes_RC).float()
     if entry.zero_SG is not None:

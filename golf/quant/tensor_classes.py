@@ -5,15 +5,13 @@ from math import prod
 
 from torch import Tensor
 
-from golf.config.config import QuantConfig, UserError
+from golf.config.knobs import UserError
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import SiteQuantizer, weight_sites
 
-TENSOR_CLASSES = ("embed", "bigram", "attn", "mlp", "small")
 FP16_BITS = 16
 SMALL_ELEMENTS = 256
 """Matrices with fewer elements are stored as fp16: scales and rounding would cost more than they save."""
-CONTROL_NAMES = ("skip_weights", "resid_mix", "knowledge")
-"""Stacks of per-dimension vectors: matrices by shape only."""
 SITE_PATHS = {
     "attn.c_q": "q", "attn.c_k": "k", "attn.c_v": "v", "attn.proj": "o", "mlp.fc": "up", "mlp.proj": "down",
     "tok_emb": "embed", "head": "head",
@@ -26,8 +24,11 @@ class QuantError(UserError):
 
 
 def tensor_class(name: str, shape: Sequence[int]) -> str:
-    """One of TENSOR_CLASSES. Raises QuantError for a matrix of unknown name."""
-    if len(shape) < 2 or name.rsplit(".", 1)[-1] in CONTROL_NAMES or prod(shape) < SMALL_ELEMENTS:
+    """Returns embed, bigram, attn or mlp for weight matrices, small for all else: a stack of vectors is no `.weight`.
+
+    Raises QuantError for a matrix of unknown name.
+    """
+    if len(shape) < 2 or not name.endswith(".weight") or prod(shape) < SMALL_ELEMENTS:
         return "small"
     parts = name.split(".")
     if parts[0] in ("tok_emb", "head"):

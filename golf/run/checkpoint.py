@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
+from golf.optim.average import averaged_weights
 from golf.run.feature_audit import FeatureAudit
 from golf.runtime import replacing
 
@@ -133,24 +134,9 @@ def read_checkpoint(files: list[Path]) -> TrainingState:
 
 
 def final_weights(state: TrainingState, audit: FeatureAudit) -> dict[str, Tensor]:
-    """The mean of the snapshots where at least two were taken, else the last weights."""
+    """Returns the weights that count: the average's where there is one, else the last."""
     last, mean = (
         {name.removeprefix(kind): tensor for name, tensor in state.tensors.items() if name.startswith(kind)}
         for kind in ("model.", "average.")
     )
-    snapshots = state.numbers["average"][0]
-    if snapshots >= 2:
-        moved = max((mean[name] - last[name]).abs().max().item() for name in last)
-        audit.verify("swa", moved > 0, f"mean of {snapshots} snapshots, at most {moved:.3g} from the last weights")
-    return mean if snapshots >= 2 else last
-
-
-def prove_learned_features(weights: dict[str, Tensor], steps: int, audit: FeatureAudit) -> dict[str, Any]:
-    """Features that act by what they learn: they act in every step, and their weights must have moved from zero."""
-    for feature, name in (("smear_gate", "smear.gate"), ("bigram_hash", "bigram.embed.weight")):
-        if name in weights:
-            moved = int((weights[name] != 0).sum())
-            audit.count(feature, 1)
-            audit.count(feature, steps, steps - 1)
-            audit.verify(feature, moved > 0, f"{moved} of {weights[name].numel()} weights moved from zero")
-    return audit.record()
+    return averaged_weights(last, mean, state.numbers["average"][0], audit)

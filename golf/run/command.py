@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from golf.config.config import Config, ConfigError, build_config, iter_knobs, knobs_of_environment
+from golf.config.config import FROZEN, Config, build_config, iter_knobs, knobs_of_environment, preset_config
+from golf.config.knobs import ConfigError, knob_docs
 from golf.config.presets import PRESETS
 from golf.run.folder import RunFolder
 
@@ -25,11 +27,12 @@ class Command:
 
 
 def list_knobs() -> str:
-    """One line for every knob: name, type, the leaderboard preset's value."""
-    lines = []
-    for section, knob, kind, value in iter_knobs(Config()):
-        name = getattr(kind, "__name__", str(kind).replace("typing.", ""))
-        lines.append(f"  {knob:<30} {section:<8} {name:<44} {value!r}")
+    """Returns two lines for every knob: its name, kind and value in this script, and what it means."""
+    lines, base = [], preset_config("leaderboard")
+    docs = {knob: line for section in fields(base) for knob, line in knob_docs(section.type).items()}
+    for section, knob, kind, value in iter_knobs(base):
+        name = " | ".join(map(str, get_args(kind))) or kind.__name__
+        lines.append(f"  {knob}={value}  ({name}; {section})" + (f"\n      {docs[knob]}" if docs[knob] else ""))
     return "\n".join(lines)
 
 
@@ -45,12 +48,11 @@ def command_parser(default_preset: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_gpt.py",
         description="Train, average, quantize, pack, reload in a fresh process, score, report.",
-        epilog="knobs (name, section, type, default), as key=value or as upper-case environment variables;\n"
-        f"golf/config/config.py says what each means:\n{list_knobs()}",
+        epilog="" if FROZEN else f"knobs, as key=value or as upper-case environment variables:\n{list_knobs()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; here {default_preset}")
+    parser.add_argument("--preset", help="" if FROZEN else f"{', '.join(PRESETS)}; here {default_preset}")
     parser.add_argument("--corpus", help="text to train on: embedded, .txt, .jsonl, .jsonl.xz, or a folder of them")
     parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run from wherever it was (or its folder)")
     parser.add_argument("--score", type=Path, metavar="FOLDER", help="only reload and score the artifact of this run")

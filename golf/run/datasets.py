@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from golf.config.config import Config, ConfigError
+from golf.config.config import FROZEN, Config
+from golf.config.knobs import ConfigError
 from golf.data.loader import TokenStream
 from golf.data.manifest import data_identity
 from golf.data.shards import find_shards
@@ -70,7 +71,7 @@ def tokenizer_beside(folder: Path) -> Path:
 def prepare_corpus_data(config: Config, root: Path) -> str:
     """Folder of the prepared corpus; "!" and a message when preparation failed (so that all ranks hear of it)."""
     program = root / "data" / "prepare.py"
-    if not program.exists():
+    if FROZEN or not program.exists():
         return f"!{program} is missing: set data_path and tokenizer_path to prepared shards and their tokenizer"
     command = [sys.executable, str(program), "--input", config.data.corpus, "--json"]
     command += ["--tokenizer", corpus_tokenizer(config)]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from golf.config.config import Config, ConfigError, config_dict, config_from_dict, config_hash
+from golf.config.config import Config, config_dict, config_from_dict, config_hash
+from golf.config.knobs import ConfigError
 from golf.run.guard import AccessGuard
 from golf.runtime import Runtime, write_file_atomically
 

@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config.config import ConfigError
+from golf.config.config import FROZEN
+from golf.config.knobs import ConfigError
 from golf.run.folder import RunFolder
 from golf.runtime import file_sha256
 
@@ -21,12 +22,12 @@ class Program:
     def freeze(self, folder: RunFolder) -> None:
         """Write the code that runs, packed, and the readable text that it was packed from. Raises ConfigError."""
         sources = self.sources()
-        if self.bundled:
+        if FROZEN or self.bundled:
             shutil.copyfile(self.script, folder.code)
         else:
             bundler = self.script.parent / "tools" / "bundle.py"
             command = [sys.executable, bundler, "--pack", "--no-sizes", "--out", folder.code]
-            command += ["--readable-out", folder.readable_code]
+            command += ["--readable-out", folder.readable_code, "--run-config", folder.config]
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
                 raise ConfigError("tools/bundle.py could not bundle the code that is to run; its message stands above")
         folder.save_json(folder.sources, sources)
@@ -49,5 +50,7 @@ class Program:
 
         Returns the tool's exit status; None where there is no tool.
         """
+        if FROZEN:
+            return None
         tool = self.script.parent / "tools" / name
         return subprocess.run([sys.executable, tool, *arguments]).returncode if tool.exists() else None

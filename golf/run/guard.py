@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.data.shards import SHARD_NAME
 
 CLOSED_SPLITS = {

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from golf.config.config import Config, ModelConfig, QuantConfig, changed_knobs, config_hash
+from golf.config.config import Config, changed_knobs, config_hash
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import activation_sites, weight_sites
 from golf.quant.export import quantized_parameters
 from golf.run.datasets import TrainingData
@@ -62,11 +64,13 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
 
 def low_bit_lines(model: ModelConfig, quant: QuantConfig) -> list[str]:
     """The sites with quantizers of their own, where there are any, and what else makes the model another one."""
+    if not (weight_sites(quant) or activation_sites(model) or model.knowledge_tokens):
+        return []
     sites = [f"weight_{name}={site.text}" for name, site in weight_sites(quant).items()]
     sites += [f"act_{name}={site.text}" for name, site in activation_sites(model).items()]
     if model.knowledge_tokens:
         sites.append(f"knowledge_tokens={model.knowledge_tokens} at {model.knowledge_at}")
-    return [f"low_bit:{' '.join(sites)} mlp_activation={model.mlp_activation}"] if sites else []
+    return [f"low_bit:{' '.join(sites)} mlp_activation={model.mlp_activation}"]
 
 
 def step_line(report: StepReport, config: Config) -> str:

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.config.config import Config, ScoreConfig, UserError
+from golf.config.config import Config
+from golf.config.knobs import UserError
+from golf.config.scoring import ScoreConfig
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state
-from golf.quant.qat import install_fake_quantization, quantized_gpt
+from golf.quant.qat import install_fake_quantization, load_gpt
 from golf.runtime import Runtime
 from golf.score.scorer import evaluation_mode, plain_settings, score_stream, sliding_settings
 
@@ -30,14 +32,14 @@ def parity_row(
 ) -> dict[str, Any]:
     """parity.json: a row of training text, and the nats of its tokens by the trained weights, through the forward
     and the grid of training (what is stored as fp16 is rounded to it); without `weights`, by what is stored."""
-    model = quantized_gpt(config.model, runtime.compute_dtype)
-    if weights is None:
-        model.load_state_dict(dequantize_state(stored))
+    if config.quant.quantizer == "waterfill" or weights is None:
+        model = load_gpt(config.model, dequantize_state(stored), runtime)
     else:
         bits = {name: entry.bits for name, entry in stored.items() if isinstance(entry, QuantizedTensor)}
-        model.load_state_dict({name: part if name in bits else part.half().float() for name, part in weights.items()})
+        state = {name: part if name in bits else part.half().float() for name, part in weights.items()}
+        model = load_gpt(config.model, state, runtime)
         install_fake_quantization(model, config.quant, bits)
-    return {"ids": ids, "losses": row_losses(model.to(runtime.device), ids).tolist()}
+    return {"ids": ids, "losses": row_losses(model, ids).tolist()}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 
 from golf.artifact.container import read_artifact, restore_model, write_artifact
 from golf.artifact.fill_limit import FIRST_GUESS, LevelSearch
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.data.tokenizer import ByteTable, TextTokenizer
 from golf.quant.calibration import calibrate_run
 from golf.quant.export import prune_state, quantize_state

@@ -92,23 +92,10 @@ def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str
 
 
 def full_audit(config: Config, session: Session) -> FeatureAudit:
-    """The feature audit of training and averaging, with what the later stages tell."""
+    """Returns the feature audit of training and averaging, with what the later stages say."""
     folder = session.folder
     audit = FeatureAudit(config, folder.load_json(folder.effects))
-    pruned, reloaded = folder.load_json(folder.pruning), folder.load_json(folder.reload)
-    if config.quant.prune_frac > 0:
-        audit.count("prune", count=pruned["pruned_codes"])
-        audit.verify(
-            "prune", pruned["pruned_codes"] > 0, f"changed {pruned['pruned_codes']} of {pruned['codes']} codes"
-        )
-    if config.quant.quantizer == "waterfill":
-        moved = pruned["codes_not_nearest"]
-        audit.count("calibration", count=pruned["calibration_tokens"])
-        audit.verify("calibration", moved > 0, f"{moved} codes are not the nearest to their weights")
-    if config.score.eval_rope == "ntk":
-        audit.count("ntk_rope", count=folder.load_json(folder.score)["eval_windows"])
-        effect = reloaded["ntk_effect"]
-        audit.verify("ntk_rope", effect > 0, f"changes a token's nats by up to {effect:.3g}")
+    audit.note_files({name: folder.load_json(getattr(folder, name)) for name in ("pruning", "reload", "score")})
     return audit
 
 
@@ -142,8 +129,8 @@ def build_result(config: Config, session: Session, probed: bool) -> dict[str, An
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "resumes": len({row["session"] for row in session.ledger.rows}) - 1,
-        "fingerprint": folder.load_json(folder.machine),
-        "witness": audit.record(),
+        "fingerprint": folder.load_json(folder.machine) if folder.machine.exists() else {},
+        "features": audit.record(),
         "parity": folder.load_json(folder.reload)["parity"],
         "probes": folder.load_json(folder.probes) if folder.probes.exists() else {},
         "ledger": session.ledger.summary(),

@@ -13,12 +13,11 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
-from golf.artifact.sizes import SizeReport
-from golf.config.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, UserError
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, UserError
 from golf.run.folder import RunFolder
 from golf.run.guard import AccessGuard
 from golf.run.ledger import Ledger
@@ -131,13 +130,18 @@ def take_lock(path: Path) -> TextIO:
     return lock
 
 
+class StageResult(NamedTuple):
+    """The files that a stage left, and what it hands to the next one in this process."""
+
+    outputs: Sequence[Path]
+    value: Any = None
+
+
 class Session:
     """One process of a run; `open` binds it to the run's folder once that is known."""
 
     def __init__(self) -> None:
         self.log, self.guard, self.ledger, self.interruption = Log(), AccessGuard(), Ledger("setup"), Interruption()
-        self.packed: tuple[bytes, SizeReport] | None = None
-        """The artifact as the quantize stage measured it, so that the pack stage need not pack again."""
         self.guard.watch()
         self.interruption.watch()
 
@@ -153,20 +157,22 @@ class Session:
                 self.book.verify(stage)
         runtime.barrier()  # every rank has read the same book before a stage is added to it
 
-    def do(self, stage: str, work: Callable[[], Sequence[Path]], together: bool = False) -> None:
-        """Do a stage unless it is finished: `work`, on the main rank or on all together, returns the files it left."""
+    def do(self, stage: str, work: Callable[[], "StageResult"], together: bool = False) -> Any:
+        """Does a stage unless it is finished, on the main rank or on all together; returns the value that it hands to
+        the next one, None where the stage was finished before: then what it left on the disk counts."""
         if stage in self.book:
-            return
+            return None
         self.interruption.check(f"before the {stage} stage; go on with --resume {self.folder.path.name}")
         if self.runtime.is_main:
             self.book.require_before(stage)
-        self.guard.stage = stage
+        self.guard.stage, result = stage, StageResult([])
         with self.ledger.phase({"reload": "load"}.get(stage, stage)):
             if together or self.runtime.is_main:
-                outputs = work()
+                result = work()
             if together:
                 self.runtime.barrier()  # what the other ranks leave is there too
             if self.runtime.is_main:
                 self.folder.save_access(self.guard)
-                self.book.finish(stage, outputs)
+                self.book.finish(stage, result.outputs)
             self.runtime.barrier()
+        return result.value

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from golf.config.features import Feature, register_feature
 from golf.data.tokenizer import ByteTable
 from golf.run.checkpoint import CheckpointWriter, newest_checkpoint, read_checkpoint
 from golf.run.datasets import TrainingData
@@ -37,10 +38,10 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
     config, runtime, folder = trainer.config, trainer.runtime, session.folder
     progress, saved_at, report = ProgressLine(shown=runtime.is_main), trainer.clock.seconds, None
     for report in trainer.steps(lambda: session.interruption.requested):
-        tell(report, trainer, folder, progress)
+        log_step(report, trainer, folder, progress)
         if config.train.holdout_every and report.step % config.train.holdout_every == 0:
             with session.ledger.phase("hold out"):
-                look(trainer, data, report, folder)
+                eval_holdout(trainer, data, report, folder)
         if trainer.stop_agreed:
             progress.clear()
             writer.write(trainer.state(), report.step)
@@ -59,7 +60,7 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
         runtime.print(stop_line(report, config))
 
 
-def tell(report: StepReport, trainer: Trainer, folder: RunFolder, progress: ProgressLine) -> None:
+def log_step(report: StepReport, trainer: Trainer, folder: RunFolder, progress: ProgressLine) -> None:
     """A row for the metrics, and now and then a line for the log."""
     config = trainer.config
     if trainer.runtime.is_main:
@@ -70,7 +71,7 @@ def tell(report: StepReport, trainer: Trainer, folder: RunFolder, progress: Prog
         trainer.runtime.print(step_line(report, config))
 
 
-def look(trainer: Trainer, data: TrainingData, report: StepReport, folder: RunFolder) -> None:
+def eval_holdout(trainer: Trainer, data: TrainingData, report: StepReport, folder: RunFolder) -> None:
     """Score the weights as they are on training text that was held out. It says nothing of the artifact's score."""
     config, runtime, model = trainer.config, trainer.runtime, trainer.config.model
     rows = max(1, config.train.eval_batch_tokens // model.train_seq_len // runtime.world_size)
@@ -80,5 +81,10 @@ def look(trainer: Trainer, data: TrainingData, report: StepReport, folder: RunFo
     runtime.print(holdout_line(score, report, config))
     if runtime.is_main:
         folder.append_metrics({"step": report.step, "elapsed": report.elapsed, "holdout_loss": score.val_loss})
-    trainer.audit.count("validation", report.step)
-    trainer.audit.verify("validation", score.nats > 0, f"{score.val_loss:.4f} nats per held-out token")
+    trainer.audit.count("holdout", report.step)
+    trainer.audit.verify("holdout", score.nats > 0, f"{score.val_loss:.4f} nats per held-out token")
+
+
+register_feature(
+    Feature("holdout", lambda config: config.train.holdout_every > 0, "train longer, or set holdout_every=0")
+)

@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from golf.artifact.container import Artifact, restore_model
-from golf.config.config import ScoreConfig
+from golf.config.scoring import ScoreConfig
 from golf.data.loader import validation_tokens
 from golf.data.sidecar import StreamBytes, validation_bytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer
-from golf.quant.qat import quantized_gpt
+from golf.quant.qat import load_gpt
 from golf.runtime import Runtime
 from golf.score.deadline import choose_stride
 from golf.score.journal import ScoreJournal
@@ -64,11 +64,10 @@ def score_weights(
     rows: int, runtime: Runtime,
 ) -> Score:  # fmt: skip
     """What the weights of the artifact's model scored before they were quantized, in plain rows."""
-    model = quantized_gpt(artifact.model, runtime.compute_dtype)
-    model.load_state_dict(state)
+    model = load_gpt(artifact.model, state, runtime)
     settings = plain_settings(artifact.model, max(1, rows // runtime.world_size))
     tokens, counter = load_validation(artifact, tokenizer_path, val_paths)
-    return score_stream(model.to(runtime.device), tokens, counter, settings, runtime, announce=False)
+    return score_stream(model, tokens, counter, settings, runtime, announce=False)
 
 
 def score_artifact(

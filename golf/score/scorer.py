@@ -9,16 +9,20 @@ stream, W windows of the stream.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from golf.config.config import ModelConfig, ScoreConfig, UserError
+from golf.config.features import Feature, register_feature
+from golf.config.knobs import UserError
+from golf.config.model import ModelConfig
+from golf.config.scoring import ScoreConfig
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
@@ -362,3 +366,14 @@ def sum_sums(local: ScoreSums, runtime: Runtime) -> ScoreSums:
     sums_3 = runtime.sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=runtime.device))
     nats, tokens, byte_count = sums_3.tolist()
     return ScoreSums(nats, int(tokens), int(byte_count))
+
+
+def ntk_acts(files: Mapping[str, Any]) -> tuple[int, bool, str]:
+    """Windows that were scored with the scaled base, and what it changes of a row of text."""
+    effect = files["reload"]["ntk_effect"]
+    return files["score"]["eval_windows"], effect > 0, f"changes a token's nats by up to {effect:.3g}"
+
+
+register_feature(
+    Feature("ntk_rope", lambda config: config.score.eval_rope == "ntk", "set eval_rope=none", in_files=ntk_acts)
+)

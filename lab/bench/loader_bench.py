@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
 
 CONSUMER_TOKENS_PER_SECOND = 10_000_000.0

@@ -25,12 +25,14 @@ from lab.bundle.parts import (
     parse_oldest,
     read_part,
 )
+from lab.bundle.specialize import Frozen, specialize
 
 BUNDLE_LINE_LENGTH = 120
 
 
-def bundle_source(entry: Path, root: Path) -> str:
-    """The text of one file that does what `entry` does with the package under `root`. Raises BundleError."""
+def bundle_source(entry: Path, root: Path, frozen: Frozen | None = None) -> str:
+    """Returns the text of one file that does what `entry` does with the package under `root`; for one configuration,
+    where that is given. Raises BundleError."""
     parts = collect_parts(entry, root)
     check_futures(parts)
     check_names(parts)
@@ -42,7 +44,7 @@ def bundle_source(entry: Path, root: Path) -> str:
     text = shebang + "\n".join(block for block in blocks if block)
     nodes = ast.walk(parse_oldest(text, "bundle"))
     assert not any(isinstance(node, ast.ImportFrom) and is_project_module(node.module) for node in nodes)
-    return text
+    return specialize(text, frozen) if frozen else text
 
 
 def collect_parts(entry: Path, root: Path) -> list[SourcePart]:

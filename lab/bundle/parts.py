@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 
 PROJECT_PACKAGE = "golf"
 PROJECT_PACKAGES = (PROJECT_PACKAGE, "lab")

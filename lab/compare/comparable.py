@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from lab.compare.statistics import bpb_per_nat
 
 MUST_BE_EQUAL = ("data_id", "val_data_id", "tokenizer_sha256", "val_tokens", "val_bytes", "eval_seq_len", "eval_stride")

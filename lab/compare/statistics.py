@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 
 ROUNDING = 10 * sys.float_info.epsilon
 """Spread below this share of the values is rounding, not noise."""

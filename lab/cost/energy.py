@@ -11,7 +11,8 @@ from math import prod
 from torch import Tensor
 
 from golf.artifact.description import expected_shapes
-from golf.config.config import ModelConfig, QuantConfig
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import SiteQuantizer, activation_sites
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip, spread_groups
 from golf.quant.tensor_classes import FP16_BITS, SITE_PATHS, bits_of, tensor_class, weight_site

@@ -6,7 +6,8 @@ token's head, and its scales; of any other site its values. Knowledge tokens are
 
 from dataclasses import dataclass, replace
 
-from golf.config.config import ModelConfig, UserError
+from golf.config.knobs import UserError
+from golf.config.model import ModelConfig
 from golf.config.site_quantizers import parse_site
 from lab.generate.packed_cache import packed_width, scale_count
 

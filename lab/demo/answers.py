@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.runtime import Runtime
 from lab.generate.sampling import SamplingOptions
 from lab.generate.text_model import TextModel, open_text_model

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from lab.demo.answers import Answer, Column, DemoError, Picture, answer_together, departure
 from lab.generate.sampling import SamplingOptions
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.data.tokenizer import TextTokenizer
 from lab.generate.sampling import SamplingError
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.data.tokenizer import TextTokenizer
 from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT

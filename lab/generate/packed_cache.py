@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from golf.config.config import ModelConfig
+from golf.config.model import ModelConfig
 from golf.config.site_quantizers import SiteQuantizer, parse_site
 from golf.model.cache import KeyValueCache, QuantizerSite, keep_window
 from golf.quant.grid import FP16_MAX

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.data.tokenizer import TextTokenizer
 
 REPLACEMENT = "\ufffd"

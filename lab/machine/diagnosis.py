@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from golf.artifact.description import expected_shapes
-from golf.config.config import KNOBS, Config, ModelConfig, UserError, changed_knobs, with_knobs
+from golf.config.config import KNOBS, Config, changed_knobs, with_knobs
+from golf.config.knobs import UserError
+from golf.config.model import ModelConfig
 from golf.data.manifest import data_identity
 from golf.data.shards import find_shards
 from golf.data.tokenizer import load_tokenizer

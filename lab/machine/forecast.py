@@ -11,7 +11,8 @@ import torch
 from golf.artifact.container import encode_streams
 from golf.artifact.description import expected_shapes
 from golf.artifact.fill_limit import NEAR_ENOUGH
-from golf.config.config import ModelConfig, QuantConfig
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.export import quantize_state
 from golf.quant.tensor_classes import FP16_BITS, bits_of
 

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from golf.config.config import Config, ConfigError, changed_knobs
+from golf.config.config import Config, changed_knobs
+from golf.config.features import features_on
+from golf.config.knobs import ConfigError
 from golf.optim.average import WeightAverage
-from golf.optim.schedule import learning_rate_scale, muon_momentum, training_budget
-from golf.run.feature_audit import armed_features
+from golf.optim.optimizers import muon_momentum
+from golf.optim.schedule import learning_rate_scale, training_budget
 from golf.run.trainer import STEP_MARGIN, count_micro_steps
 from golf.score.windows import plan_windows
 from lab.machine.forecast import forecast_bytes, forecast_filled_bytes
@@ -102,7 +104,7 @@ def simulate_training(config: Config, step_seconds: float) -> dict[str, list[Mom
             ("warmdown", begin, learning_rate_scale(begin.progress, train) < 1),
             ("muon_momentum" if warm else "muon_momentum_warmup", begin, True),
             ("swa", end, average.observe(no_model, end.progress)),
-            ("validation", end, train.holdout_every and step % train.holdout_every == 0),
+            ("holdout", end, train.holdout_every and step % train.holdout_every == 0),
             ("checkpoint", end, 0 < config.run.checkpoint_seconds <= elapsed - saved_at),
         ):
             if acting:
@@ -123,14 +125,14 @@ def forecast_scoring_seconds(config: Config, tokens: int, step_seconds: float) -
 
 def plan_problems(plan: RunPlan) -> list[str]:
     """What was asked for and would not happen, with what to do."""
-    config, acts, armed = plan.config, plan.acts, armed_features(plan.config)
-    missing = {name: "never acts" for name in ("warmdown", "qat", "validation") if not acts[name]}
+    config, acts, armed = plan.config, plan.acts, features_on(plan.config)
+    missing = {name: "never acts" for name in ("warmdown", "qat", "holdout") if not acts[name]}
     if (snapshots := len({moment.step for moment in acts["swa"]})) < 2:
         missing["swa"] = f"gets {snapshots} of the two snapshots that it needs"
     if not acts["muon_momentum"]:
         missing["muon_momentum_warmup"] = f"never reaches muon_momentum={config.optim.muon_momentum:g}"
     steps = f"in {plan.end.step:,} steps"
-    problems = [f"{steps} {name} {text}: {armed[name]}" for name, text in missing.items() if name in armed]
+    problems = [f"{steps} {name} {text}: {armed[name].hint}" for name, text in missing.items() if name in armed]
     if plan.bytes_model[0] + plan.bytes_code > config.run.limit_bytes:
         problems.append("the artifact would be over limit_bytes: take fewer parameters, or fewer bits")
     if plan.scoring_seconds and 0 < config.score.max_eval_seconds < plan.scoring_seconds[0]:
@@ -146,7 +148,7 @@ def timeline(plan: RunPlan) -> list[tuple[Moment, str]]:
         "muon_momentum": f"momentum is at its full {config.optim.muon_momentum:g} from here on",
         "warmdown": f"learning rate falls from here on ({config.train.warmdown_shape})",
         "swa": "snapshot {} of {} for the average",
-        "validation": "look {} of {} at held-out text",
+        "holdout": "look {} of {} at held-out text",
         "checkpoint": "checkpoint {} of {}",
     }
     for name, text in texts.items():

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from golf.config.config import Config, ConfigError
+from golf.config.config import Config
+from golf.config.knobs import ConfigError
 
 
 def random_tokens(count: int, config: Config) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 from golf.data.shards import DataError, shard_token_count
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable, TextTokenizer, check_byte_counts

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from golf.artifact.fill_limit import LevelSearch
 from golf.artifact.weights import SavedWeights
-from golf.config.config import CODECS, ModelConfig, QuantConfig
+from golf.config.model import ModelConfig
+from golf.config.quantization import CODECS, QuantConfig
 from golf.quant.calibration import LayerStatistics, calibrate
 from golf.quant.export import prune_state, quantize_state
 from golf.quant.gptq import quantize_matrix

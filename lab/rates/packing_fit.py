@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.fill_limit import FittedArtifact, LevelSearch, fit_by_level
+from golf.artifact.fill_limit import FittedArtifact, LevelSearch, fill_limit
 from golf.artifact.weights import SavedWeights
-from golf.config.config import CODECS, ConfigError, QuantConfig
+from golf.config.knobs import ConfigError
+from golf.config.quantization import CODECS, QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import expand_glob
 from golf.quant.calibration import LayerStatistics, calibrate, generated_rows, training_rows
@@ -73,7 +74,7 @@ def fit_weights(
     log(f"fit: calibrated on {request.calibration_tokens:,} tokens of {text}: {record['calibration_seconds']:.1f} s")
     quant = replace(saved.quant, quantizer="waterfill", codec=request.codec, qat_enabled=False, prune_frac=0.0)
     if request.target_bpb is None:
-        fitted = fit_by_level(
+        fitted = fill_limit(
             statistics, saved.state, quant, saved.model, saved.tokenizer_sha256, request.goal_bytes, 0, log,
             runtime.device,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 
 
 class RateError(UserError):

@@ -17,14 +17,16 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.config.config import Config, ModelConfig, ScoreConfig
+from golf.config.config import Config
+from golf.config.model import ModelConfig
+from golf.config.scoring import ScoreConfig
 from golf.quant.grid import QuantizedState, dequantize_state
 from golf.quant.qat import quantized_gpt
-from golf.run.machine import machine_fingerprint
 from golf.runtime import Runtime, write_file_atomically
 from golf.score.roundtrip import score_artifact, stream_identity
 from golf.score.scorer import score_stream, sliding_settings
 from lab.bundle.parts import code_sha256
+from lab.machine.fingerprint import machine_fingerprint
 from lab.rates.rate_difference import RateError
 from lab.rates.trained_run import TrainedRun
 

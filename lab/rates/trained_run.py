@@ -12,7 +12,9 @@ import torch
 
 from golf.artifact.container import Artifact
 from golf.artifact.weights import SavedWeights, load_weights
-from golf.config.config import ModelConfig, ScoreConfig, UserError
+from golf.config.knobs import UserError
+from golf.config.model import ModelConfig
+from golf.config.scoring import ScoreConfig
 from golf.data.manifest import MANIFEST_NAME
 from golf.data.shards import SHARD_NAME, expand_glob, find_shards
 from golf.data.sidecar import StreamBytes, without_sidecars

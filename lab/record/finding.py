@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 
 
 class EvidenceError(UserError):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from golf.config.config import KNOBS, ConfigError, config_from_dict, config_hash
+from golf.config.config import KNOBS, config_from_dict, config_hash
+from golf.config.knobs import ConfigError
 from lab.record.finding import EvidenceError, SubmissionFinding, fault
 from lab.record.log_reading import LogReading, read_log
 

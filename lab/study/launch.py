@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from golf.config.config import EXIT_BAD_INPUT, EXIT_MACHINE
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_MACHINE
 from lab.study.plan import StudyPlan, run_folder
 from lab.study.spec import FAILED, FINISHED, INVALID, KILLED, RunSpec, load_result, require, save_failure, save_spec
 

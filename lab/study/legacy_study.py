@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config.config import UserError
+from golf.config.knobs import UserError
 
 ATTENTION_WEIGHTS = "ENABLE_ATTN_QUANTIZATION"
 SHARED_SCALE = "LEGACY_SHARED_QKVO_SCALE"

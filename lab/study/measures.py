@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from golf.artifact.container import Artifact, coded_bytes, read_artifact, restore_model
-from golf.config.config import Config, ModelConfig, QuantConfig, UserError
+from golf.config.config import Config
+from golf.config.knobs import UserError
+from golf.config.model import ModelConfig
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import WEIGHT_SITES, activation_sites
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
@@ -22,11 +25,11 @@ from golf.data.tokenizer import ByteTable
 from golf.quant.export import quantize_state
 from golf.quant.grid import QuantizedState, QuantizedTensor
 from golf.quant.tensor_classes import FP16_BITS, SITE_PATHS, bits_of, tensor_class
-from golf.run.machine import cpu_model
 from golf.runtime import Runtime
 from golf.score.roundtrip import load_validation, stream_identity
 from golf.score.scorer import sliding_settings
 from lab.cost.energy import measured_zero_shares, zero_codes
+from lab.machine.fingerprint import cpu_model
 from lab.rates.targets import first_targets, target_nats
 from lab.study.spec import RunSpec, StudyError
 

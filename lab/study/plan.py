@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from golf.artifact.description import expected_shapes
-from golf.config.config import Config, ModelConfig
+from golf.config.config import Config
+from golf.config.model import ModelConfig
 from golf.data.loader import validation_tokens
 from golf.data.manifest import data_identity
 from golf.data.shards import find_shards, write_shard

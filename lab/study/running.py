@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from golf.config.config import EXIT_FINDINGS, EXIT_MACHINE
+from golf.config.knobs import EXIT_FINDINGS, EXIT_MACHINE
 from golf.run.session import take_lock
 from golf.runtime import Log, start_runtime, write_file_atomically
 from lab.study.measures import peak_mib, study_environment

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from golf.config.config import Config, ConfigError, UserError, check_config, config_dict, config_from_dict
+from golf.config.config import Config, check_config, config_dict, config_from_dict
+from golf.config.knobs import ConfigError, UserError
 from golf.runtime import write_file_atomically
 from lab.bundle.parts import code_sha256
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from golf.config.config import Config, QuantConfig
+from golf.config.config import Config
+from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import WEIGHT_SITES
 from golf.quant.tensor_classes import FP16_BITS
 from lab.compare.bootstrap import bootstrap_ratio

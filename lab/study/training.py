@@ -1,19 +1,19 @@
 """A training of an ablation: the pipeline's own trainer, looked at on a fixed grid of tokens, packed and scored."""
 
 import itertools
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from golf.artifact.fill_limit import pack_coarsened
-from golf.artifact.weights import save_weights
-from golf.model.init import build_model
-from golf.quant.qat import install_activation_quantizers
-from golf.run.checkpoint import final_weights, prove_learned_features
+from golf.artifact.weights import SavedWeights, save_weights
+from golf.config.config import Config
+from golf.run.checkpoint import final_weights
 from golf.run.datasets import TrainingData, open_training_data
-from golf.run.trainer import Trainer
+from golf.run.stages import quantize_weights
+from golf.run.trainer import Trainer, new_trainer
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings
 from lab.rates.targets import first_targets, target_nats
@@ -35,7 +35,7 @@ CUT_OFF_FEATURES = (
     "muon_momentum_warmup",
     "grad_clip",
     "short_seq",
-    "validation",
+    "holdout",
     "ntk_rope",
     "prune",
 )
@@ -95,14 +95,18 @@ def check_training_data(spec: RunSpec, data: TrainingData) -> None:
         )
 
 
+def artifact_room(config: Config) -> float:
+    """Returns the bytes that a study's artifact may have: the limit where the quantizer fills one, else no limit."""
+    return config.run.limit_bytes if config.quant.quantizer == "waterfill" else math.inf
+
+
 def run_training(spec: RunSpec, runtime: Runtime, folder: Path) -> tuple[dict[str, Any], list, list[float], bytes]:
     """(figures, rows of the curve, nats of the blocks, artifact) of a training. Raises UserError."""
     config, clock = spec.config, [time.perf_counter()]
     data = open_training_data(config)
     check_training_data(spec, data)
     validation = open_validation(spec, data.tokenizer.sha256)
-    model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
-    trainer = Trainer(install_activation_quantizers(model), config, runtime, data.stream)
+    trainer = new_trainer(config, runtime, data.stream)
     trainer.warm_up()
     curve = CurveKeeper(trainer, spec, validation)
     clock.append(time.perf_counter())
@@ -113,8 +117,9 @@ def run_training(spec: RunSpec, runtime: Runtime, folder: Path) -> tuple[dict[st
     trainer.finish()
     clock.append(time.perf_counter())
     weights = {name: weight.cpu() for name, weight in final_weights(trainer.state(), trainer.audit).items()}
-    prove_learned_features(weights, trainer.step, trainer.audit)
-    fitted = pack_coarsened(weights, config.quant, config.model, data.tokenizer.sha256, [])
+    trainer.audit.note_weights(weights, trainer.step)
+    saved = SavedWeights(weights, config.model, config.quant, data.tokenizer.sha256)
+    fitted, _ = quantize_weights(saved, config, data.stream, runtime, trainer.clock.seconds, artifact_room(config))
     if spec.keeps_weights:
         save_weights(folder / "weights.safetensors", weights, config.model, config.quant, data.tokenizer.sha256)
     clock.append(time.perf_counter())

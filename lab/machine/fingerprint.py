@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from golf.config.config import Config, ModelConfig
+from golf.config.config import Config
+from golf.config.model import ModelConfig
 from golf.model.block import causal_attention
 from golf.runtime import Runtime, choose_compile
 

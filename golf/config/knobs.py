@@ -1,0 +1,30 @@
+"""What all rooms' knobs stand on: the errors and exit statuses of a run, the type of a rule, and the knobs' docs."""
+
+import ast
+import inspect
+from dataclasses import fields
+
+EXIT_FINDINGS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE = 1, 2, 4, 5
+"""Exit statuses of all programs; 3 is run.sh's, where the set-up failed."""
+
+
+class UserError(ValueError):
+    """What a person can mend: one clear line that says what is wrong and what to do. Every room has its own kind."""
+
+
+class ConfigError(UserError):
+    """A knob that does not exist, a value that does not parse, or values that do not fit together."""
+
+
+Rule = tuple[bool, str]
+"""Whether it holds, and what to do where it does not."""
+
+
+def knob_docs(section: type) -> dict[str, str]:
+    """Returns the line below each field of a class of knobs; empty ones where the source has none (a packed script)."""
+    body = ast.parse(inspect.getsource(section)).body[0].body
+    docs = {field.name: "" for field in fields(section)}
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[node.target.id] = str(after.value.value)
+    return docs

@@ -1,0 +1,34 @@
+"""Knobs of the score."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from golf.config.knobs import Rule
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How the validation stream is cut into windows, and how long that may take."""
+
+    eval_seq_len: int = 4096
+    """Tokens in a scoring window."""
+    eval_stride: int = 64
+    """Targets scored by a window (the first window scores all of its own)."""
+    eval_batch_seqs: int = 32
+    """Windows in one forward pass on one rank."""
+    eval_rope: Literal["ntk", "none"] = "ntk"
+    """RoPE beyond the training length: NTK-aware base, or the training base as it is."""
+    max_eval_seconds: float = 600.0
+    """Most seconds of scoring: a stride that would take longer is raised before anything is scored; 0: no limit."""
+
+
+def score_rules(config: Any) -> list[Rule]:
+    """Returns the rules between the knobs of a Config that concern the score."""
+    score = config.score
+    return [
+        (1 <= score.eval_stride <= score.eval_seq_len, "eval_stride must be 1 to eval_seq_len (equal: plain rows)"),
+        (
+            score.eval_rope == "none" or score.eval_seq_len > config.model.train_seq_len,
+            "eval_rope=ntk acts only where eval_seq_len is beyond train_seq_len: set eval_rope=none",
+        ),
+    ]

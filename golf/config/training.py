@@ -1,0 +1,117 @@
+"""Knobs of training: the budget, the optimizers, the averaging of weights.
+
+Horizons are shares of the binding budget (steps or seconds, whichever is nearer its end), so that they act on a machine
+of any speed.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from golf.config.knobs import Rule
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The budget, the batches, the learning rate's shape, and what is told meanwhile."""
+
+    iterations: int = 20_000
+    """Most optimizer steps; 0: no limit."""
+    max_wallclock_seconds: float = 600.0
+    """Most seconds of training; 0: no limit (then equal seeds give equal bytes)."""
+    knowledge_frozen: bool = False
+    """Knowledge tokens stay the random vectors that they begin as: a control."""
+    train_batch_tokens: int = 786_432
+    """Tokens of a step over all ranks and micro-steps."""
+    micro_batch_tokens: int = 98_304
+    """Most tokens of one forward pass on one rank."""
+    short_seq_len: int = 0
+    """Rows are cut into rows of this length in the first part of the budget; 0: never."""
+    short_seq_fraction: float = 0.0
+    """Share of the budget that is trained on the short rows."""
+    warmup_steps: int = 20
+    """Untimed steps that compile and warm the caches; their effect is undone."""
+    warmdown_fraction: float = 0.45
+    """Share of the budget over which the learning rate falls to zero (272 of 600 s in the recipe's log)."""
+    warmdown_shape: Literal["cosine", "linear"] = "cosine"
+    """Curve on which the learning rate falls."""
+    holdout_every: int = 500
+    """Steps between looks at the weights in training, on training text that is held out for it; 0: no look."""
+    train_log_every: int = 100
+    """Steps between lines of the log."""
+    holdout_tokens: int = 524_288
+    """Training tokens held out for `holdout_every`."""
+    eval_batch_tokens: int = 524_288
+    """Tokens of a batch that is scored in plain rows, over all ranks."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Learning rates, momentum and decay of each group of parameters."""
+
+    matrix_lr: float = 0.02
+    """Learning rate of the matrices, which Muon trains."""
+    embed_lr: float = 0.03
+    """Learning rate of the embedding, bigram and head tables, which AdamW trains."""
+    scalar_lr: float = 0.02
+    """Learning rate of vectors and scalars, which AdamW trains."""
+    muon_momentum: float = 0.99
+    """Muon's momentum after its warm-up."""
+    muon_momentum_start: float = 0.92
+    """Muon's momentum at the first step."""
+    muon_momentum_warmup_fraction: float = 0.23
+    """Share of the budget over which momentum rises (1,500 of 6,606 steps in the recipe's log)."""
+    muon_ns_steps: int = 5
+    """Newton-Schulz iterations of an update."""
+    muon_weight_decay: float = 0.04
+    """Decoupled weight decay of the matrices, times the learning rate."""
+    embed_weight_decay: float = 0.04
+    """Decoupled weight decay of the tables, times the learning rate."""
+    scalar_weight_decay: float = 0.04
+    """Decoupled weight decay of vectors and scalars, times the learning rate."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradients' mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradients' mean square."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    grad_clip_norm: float = 0.3
+    """Largest norm of all gradients together; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Averaging of weights over the last part of the budget."""
+
+    swa_enabled: bool = True
+    """Ship the mean of snapshots and not the last weights."""
+    swa_start: float = 0.82
+    """Share of the budget after which weights are averaged (step 5,425 of 6,606 in the recipe's log)."""
+    swa_snapshots: int = 48
+    """Snapshots in the average, evenly spaced (fewer when fewer steps are left)."""
+
+
+def budget_rules(config: Any) -> list[Rule]:
+    """Returns the rules of a Config that a change of its budget or its machine can break."""
+    model, train = config.model, config.train
+    return [
+        (train.iterations > 0 or train.max_wallclock_seconds > 0, "set iterations or max_wallclock_seconds"),
+        (train.micro_batch_tokens >= model.train_seq_len, "micro_batch_tokens must hold one row of train_seq_len"),
+    ]
+
+
+def training_rules(config: Any) -> list[Rule]:
+    """Returns the rules between the knobs of a Config that concern training and averaging."""
+    model, train, average = config.model, config.train, config.average
+    short = train.short_seq_len
+    return [
+        (train.train_batch_tokens % model.train_seq_len == 0, "train_batch_tokens must be rows of train_seq_len"),
+        (
+            0 < short < model.train_seq_len and model.train_seq_len % short == 0 < train.short_seq_fraction < 1
+            if short
+            else not train.short_seq_fraction,
+            "short_seq_len must be a part of train_seq_len, with a short_seq_fraction between 0 and 1; or both be 0",
+        ),
+        (0 <= train.warmdown_fraction <= 1, "warmdown_fraction is a share, 0 to 1"),
+        (0 <= average.swa_start < 1, "swa_start is a share, 0 to below 1"),
+        (average.swa_snapshots >= 2 or not average.swa_enabled, "swa_snapshots must be at least 2"),
+    ]

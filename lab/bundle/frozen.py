@@ -1,0 +1,49 @@
+"""What a script is specialised for: a configuration, as the bundler wants to know it."""
+
+import importlib
+import pkgutil
+from typing import Any, Literal, get_origin
+
+import golf
+from golf.config.config import FREE_KNOBS, KNOBS, Config, config_from_dict, iter_knobs
+from golf.config.features import features_on
+from golf.config.site_quantizers import activation_sites, weight_sites
+from lab.bundle.specialize import Frozen
+
+OWN_KNOBS = {
+    "run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse", "data_path", "tokenizer_path",
+}  # fmt: skip
+"""Knobs of one run of many: the code of all of them is the same."""
+
+
+def freeze_config(config: Config) -> Frozen:
+    """Returns what a script that is made for this configuration may take for granted."""
+    for module in pkgutil.walk_packages(golf.__path__, "golf."):  # every room registers its features
+        importlib.import_module(module.name)
+    all_knobs = {knob: value for _, knob, _, value in iter_knobs(config)}
+    choices = {knob for knob, (_, kind) in KNOBS.items() if get_origin(kind) is Literal} - FREE_KNOBS
+    values = {knob: value for knob, value in all_knobs.items() if knob in choices or not (value or knob in FREE_KNOBS)}
+    sites = weight_sites(config.quant)
+    calls: dict[str, Any] = {"stores_plain_rows": config.quant.quantizer == "rtn" and not sites}
+    if not activation_sites(config.model):
+        calls["activation_sites"] = {}
+    if not sites:
+        calls |= {"weight_sites": {}, "weight_site": None}
+    return Frozen(shipped_knobs(config), values, frozenset(choices), frozenset(features_on(config)), calls)
+
+
+def shipped_knobs(config: Config) -> dict[str, Any]:
+    """Returns the knobs that differ from their defaults, without those of a single run and without paths."""
+    defaults = {knob: value for _, knob, _, value in iter_knobs(Config())}
+    knobs = {knob: value for _, knob, _, value in iter_knobs(config) if value != defaults[knob]}
+    shipped = {knob: value for knob, value in knobs.items() if knob not in OWN_KNOBS}
+    if config.data.corpus:
+        shipped |= {"data_path": "", "tokenizer_path": ""}
+    if config.data.corpus not in ("", "embedded"):
+        shipped["corpus"] = "embedded"
+    return shipped
+
+
+def run_config(values: dict[str, Any]) -> Config:
+    """Returns the configuration in a run's config.json."""
+    return config_from_dict({name: part for name, part in values.items() if isinstance(part, dict)})
