@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from golf.config.config import Config, build_config
-from lab.study.curves import RunCurve
-from lab.study.plan import SavedPlan
-from lab.study.spec import AblationSpec
-from lab.study.table import Study, StudyRow
+from lab.study.plan import StudyPlan
+from lab.study.spec import RunSpec
+from lab.study.table import RunCurve, Study, StudyRow
 
 MATRIX = """
 name = "small"
@@ -85,9 +84,9 @@ def write_matrix(folder: Path, text: str = MATRIX) -> Path:
     return path
 
 
-def a_spec(config: Config | None = None, **changes: Any) -> AblationSpec:
+def a_spec(config: Config | None = None, **changes: Any) -> RunSpec:
     config = config or build_config("local", {}, {"data_path": "x", "tokenizer_path": "y", "corpus": ""})
-    return replace(AblationSpec("a row", config, "data", "val", "code"), **changes)
+    return replace(RunSpec("a row", config, "data", "val", "code"), **changes)
 
 
 def a_result(loss: float, **figures: Any) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def a_row(name: str, losses: list[float | None], group: str = "A", method: str =
 
 def a_study(*rows: StudyRow) -> Study:
     """A study of these rows, the first of which is the baseline."""
-    plan = SavedPlan("small", "tiny", rows[0].names[0], {"A": "trained"}, tuple(range(len(rows[0].results))), [])
+    plan = StudyPlan("small", "tiny", rows[0].names[0], {"A": "trained"}, tuple(range(len(rows[0].results))), [])
     return Study(plan, rows, ENVIRONMENT)
 
 

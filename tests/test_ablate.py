@@ -7,13 +7,12 @@ import pytest
 
 from golf.config.config import build_config, iter_knobs, with_knobs
 from golf.config.knobs import ConfigError
-from lab.study.forecast import forecast
 from lab.study.matrix import base_config, parse_matrix, read_matrix, row_config
-from lab.study.plan import plan_study
+from lab.study.plan import forecast, plan_study
 from lab.study.spec import (
     UNDECIDING_FIELDS,
     UNDECIDING_KNOBS,
-    AblationError,
+    StudyError,
     read_spec,
     save_spec,
     study_code_sha256,
@@ -52,9 +51,9 @@ def test_chosen_groups_bring_the_baseline_and_the_weights_that_they_round(tmp_pa
     matrix = small(tmp_path)
     assert [row.name for row in matrix.chosen_rows("G")] == ["plain", "broken", "by rtn4", "by gptq2", "broken by rtn8"]
     assert len(matrix.chosen_rows("")) == len(matrix.rows) == 7
-    with pytest.raises(AblationError, match="no group 'X' in the matrix: it has A, B, G"):
+    with pytest.raises(StudyError, match="no group 'X' in the matrix: it has A, B, G"):
         matrix.chosen_rows("A,X")
-    with pytest.raises(AblationError, match="no profile 'full'"):
+    with pytest.raises(StudyError, match="no profile 'full'"):
         matrix.profile("full")
 
 
@@ -103,7 +102,7 @@ def test_empty_tables_are_no_matrix():
             "profiles": {"p": {"steps": 1}},
             "groups": {"A": {}},
         }
-        with pytest.raises(AblationError):
+        with pytest.raises(StudyError):
             parse_matrix(content | {word: {}})
 
 
@@ -190,7 +189,7 @@ def test_a_spec_is_read_back_and_a_changed_one_refused(tmp_path):
         ("{", "[", "it is no JSON object"),
     ):
         (tmp_path / "spec.json").write_text(text.replace(old, new, 1))
-        with pytest.raises(AblationError, match=message):
+        with pytest.raises(StudyError, match=message):
             read_spec(tmp_path / "spec.json")
 
 
@@ -251,7 +250,7 @@ def test_a_seed_offset_is_the_same_configuration_under_other_seeds(tmp_path, rep
 def test_knobs_of_the_command_line_are_of_all_rows(tmp_path, repository):
     plan = planned(tmp_path, repository, num_layers="3")
     assert {spec.config.model.num_layers for spec in plan.runs.values()} == {3}
-    with pytest.raises(AblationError, match="--seeds 0"):
+    with pytest.raises(StudyError, match="--seeds 0"):
         planned(tmp_path, repository, seeds=0)
     with pytest.raises(ConfigError, match="num_layers must be at least 2"):
         planned(tmp_path, repository, num_layers="1")

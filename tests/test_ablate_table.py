@@ -5,28 +5,20 @@ from dataclasses import replace
 
 import pytest
 
-from lab.study.code_pictures import draw_study
-from lab.study.curves import RunCurve, band, differences, step_of_loss
-from lab.study.page import study_page
-from lab.study.render import (
-    CSV_COLUMNS,
-    LOSS_COLUMNS,
-    csv_text,
-    delta_cell,
-    latex_report,
-    markdown_report,
-    read_csv_rows,
-    study_markdown,
-)
-from lab.study.report import study_notes
-from lab.study.spec import AblationError
+from lab.study.pictures import draw_study
+from lab.study.report import CSV_COLUMNS, csv_text, delta_cell, read_csv_rows, render_study, study_notes
+from lab.study.spec import StudyError
 from lab.study.table import (
+    RunCurve,
+    band,
     check_one_device,
     check_same_tokens,
+    differences,
     mean_interval,
     row_difference,
     row_status,
     sound_part,
+    step_of_loss,
     table_rows,
 )
 from tests.ablation_fixtures import a_result, a_row, a_study
@@ -110,13 +102,13 @@ def test_markdown_and_latex_are_made_from_the_csv_alone():
     text = csv_text(sample_rows())
     rows = read_csv_rows(text)
     assert list(rows[0]) == list(CSV_COLUMNS) and csv_text(rows) == text
-    report = markdown_report("title", rows, ["a note"])
-    assert markdown_report("title", read_csv_rows(csv_text(rows)), ["a note"]) == report
+    report = render_study("md", "title", rows, ["a note"])
+    assert render_study("md", "title", read_csv_rows(csv_text(rows)), ["a note"]) == report
     assert "| A base & co | 3 | 3.0000 ± 1.2421 |" in report and "reference" in report
     assert "| +0.2000 [+0.1752, +0.2248] |" in report and "gone \\| lost" in report
     assert "0 of 3 finished; failed: TrainingError: the loss is nan" in report
     assert float(rows[1]["delta"]) == pytest.approx(0.2) and float(rows[0]["val_nll"]) == 3.0
-    latex = latex_report(rows, ["a note"])
+    latex = render_study("tex", "title", rows, ["a note"])
     assert r"A base \& co" in latex and r"worse\_100\% \{x\}" in latex and latex.count(r"\begin{tabular}") == 2
     for line in latex.splitlines():
         if line.endswith(r"\\"):
@@ -132,9 +124,9 @@ def test_columns_without_anything_are_not_shown():
     rows = read_csv_rows(csv_text(sample_rows()))
     for row in rows:
         row["train_val_gap"] = ""
-    assert "val - train" not in study_markdown(rows, LOSS_COLUMNS)
+    assert "val - train" not in render_study("md", "title", rows, [])
     rows[0]["train_val_gap"] = "0.1"
-    assert "val - train" in study_markdown(rows, LOSS_COLUMNS)
+    assert "val - train" in render_study("md", "title", rows, [])
 
 
 def test_a_run_that_is_not_sound_gives_no_figure(tmp_path):
@@ -162,7 +154,7 @@ def test_the_page_holds_its_pictures_and_no_link(tmp_path):
     names = [picture.path.name for picture in pictures]
     assert names == ["loss_A.png", "gap_A.png", "final_A.png", "pareto.png", "codes_0.png", "step_time.png"]
     table = read_csv_rows(csv_text(table_rows(study)))
-    page = study_page("a <title>", table, study_notes(study), pictures)
+    page = render_study("html", "a <title>", table, study_notes(study), pictures)
     assert page.count("data:image/png;base64,") == len(pictures) and "a &lt;title&gt;" in page
     assert "http" not in page and "<script" not in page and 'class="broken"' in page
 
@@ -180,12 +172,12 @@ def test_two_devices_or_versions_are_not_one_table(name, value):
     results = [a_result(1.0), a_result(1.0)]
     check_one_device(results)
     results[1]["environment"] = results[1]["environment"] | {name: value}
-    with pytest.raises(AblationError, match=f"{value}.*{name}.*a table is of one device"):
+    with pytest.raises(StudyError, match=f"{value}.*{name}.*a table is of one device"):
         check_one_device(results)
 
 
 def test_different_tokens_are_not_one_table():
     check_same_tokens([a_result(1.0), a_result(2.0)])
     for change in ({"val_tokens": 99}, {"val_data_id": "w"}):
-        with pytest.raises(AblationError, match="scored on different tokens"):
+        with pytest.raises(StudyError, match="scored on different tokens"):
             check_same_tokens([a_result(1.0), a_result(1.0) | change])

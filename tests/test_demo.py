@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from golf.runtime import Runtime
 from lab.cli import run_command
 from lab.demo.answers import (
-    ColumnAnswer,
-    DemoColumn,
+    Answer,
+    Column,
     DemoError,
     answer_together,
     column_titles,
@@ -40,7 +40,7 @@ def artifacts(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def columns(artifacts) -> list[DemoColumn]:
+def columns(artifacts) -> list[Column]:
     return open_columns(artifacts, None, CPU)
 
 
@@ -71,12 +71,12 @@ class FakeGeneration:
         return [self.word[at]]
 
 
-def fake_column(name: str, word: str, written: list[str], **more) -> DemoColumn:
+def fake_column(name: str, word: str, written: list[str], **more) -> Column:
     model = SimpleNamespace(
         generate=lambda prompts, options: FakeGeneration(name, word, written, **more),
         bits_per_byte=lambda text: 2.0, artifact_bytes=12_345, bits_per_weight=4.5, val_bpb=None,
     )  # fmt: skip
-    return DemoColumn(name, f"/runs/{name}.golf", model)
+    return Column(name, f"/runs/{name}.golf", model)
 
 
 def test_streams_interleave_and_a_longer_one_goes_on_alone():
@@ -94,7 +94,7 @@ def test_one_that_fails_keeps_its_text_and_the_others_go_on():
     written: list[str] = []
     columns = [
         fake_column("a", "xyz", written, fails_at=1),
-        DemoColumn("b", "b", None, "is none"),
+        Column("b", "b", None, "is none"),
         fake_column("c", "pqr", written),
     ]
     *_, last = answer_together(columns, "", None)
@@ -108,7 +108,7 @@ def sampling(seed: int) -> SamplingOptions:
     return SamplingOptions(tokens=24, temperature=1.2, seed=seed)
 
 
-def final_texts(columns: list[DemoColumn], seed: int) -> list[str]:
+def final_texts(columns: list[Column], seed: int) -> list[str]:
     *_, last = answer_together(columns, PROMPT, sampling(seed))
     return [answer.text for answer in last]
 
@@ -143,7 +143,7 @@ def test_a_bad_artifact_is_a_message_in_its_column(artifacts, columns):
     assert [column.model is None for column in columns] == [False, False, False, True]
     assert columns[3].problem.startswith(str(artifacts[3])) and columns[0].problem == ""
     *_, last = answer_together(columns, PROMPT, SamplingOptions(tokens=2))
-    assert last[3] == ColumnAnswer(ended="problem", problem=columns[3].problem)
+    assert last[3] == Answer(ended="problem", problem=columns[3].problem)
 
 
 def test_where_none_opens_there_is_nothing_to_show(artifacts, tmp_path):
@@ -187,7 +187,7 @@ def test_pictures_of_the_runs_the_project_and_the_folders(artifacts, tmp_path, w
 
 def test_a_card_shows_figures_and_a_dash_where_one_is_not_known():
     card = column_card(
-        0, fake_column("a", "", []), "p", ColumnAnswer("text", 4, 1234.4, 1.25, ("was cut",), "document"), "te"
+        0, fake_column("a", "", []), "p", Answer("text", 4, 1234.4, 1.25, ("was cut",), "document"), "te"
     )
     figures = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", card))
     assert figures == {
@@ -201,16 +201,14 @@ def test_text_is_shown_as_it_is_and_marked_from_where_it_departs():
     text = "<b>&{{value}}${1}"
     assert not set("<>{}$") & set(plain(text)) and "&lt;b&gt;&amp;" in plain(text)
     columns = [fake_column("a", "", []), fake_column("b", "", [])]
-    cards = all_cards(columns, "<i>", [ColumnAnswer("same<x"), ColumnAnswer("same<y>")])
+    cards = all_cards(columns, "<i>", [Answer("same<x"), Answer("same<y>")])
     assert "golf-departed" not in cards[0] and '<span class="golf-departed">y&gt;</span>' in cards[1]
     assert all("golf-writing" in card and "&lt;i&gt;" in card and "<i>" not in card for card in cards)
 
 
 def test_the_first_model_that_opened_is_the_one_that_others_are_told_apart_from():
-    columns = [DemoColumn("x", "x", None, "is none"), fake_column("a", "", []), fake_column("b", "", [])]
-    cards = all_cards(
-        columns, "", [ColumnAnswer(ended="problem", problem="is none"), ColumnAnswer("k"), ColumnAnswer("m")]
-    )
+    columns = [Column("x", "x", None, "is none"), fake_column("a", "", []), fake_column("b", "", [])]
+    cards = all_cards(columns, "", [Answer(ended="problem", problem="is none"), Answer("k"), Answer("m")])
     assert "is none" in cards[0] and "golf-figures" not in cards[0]
     assert "golf-departed" not in cards[1] and "golf-departed" in cards[2]
 

@@ -13,8 +13,8 @@ from lab.study.legacy_study import (
     NEEDED_FLAGS,
     SHARED_SCALE,
     STUDY_FLAGS,
+    FlagError,
     LegacyStudy,
-    StudyError,
     checked_flags,
     load_study,
     read_study,
@@ -94,7 +94,7 @@ def test_every_combination_is_a_sound_configuration_or_is_refused_for_what_does_
         flags = dict(zip((*STUDY_FLAGS, SHARED_SCALE), values, strict=True))
         idle = {flag: needed for flag, needed in NEEDED_FLAGS.items() if flags[flag] and not flags[needed]}
         if idle:
-            with pytest.raises(StudyError) as caught:
+            with pytest.raises(FlagError) as caught:
                 checked_flags(flags)
             assert any(f"{flag} does nothing without {needed}" in str(caught.value) for flag, needed in idle.items())
             refused += 1
@@ -145,13 +145,13 @@ def test_flags_left_out_are_false(study_file, flag):
 )
 def test_mistakes_are_one_line_with_the_file(study_file, content, message):
     path = study_file(content)
-    with pytest.raises(StudyError) as caught:
+    with pytest.raises(FlagError) as caught:
         load_study(path)
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_study_that_is_not_there():
-    with pytest.raises(StudyError, match="no study 'quant_weight' in configs/: there are normal, quant_extreme, "):
+    with pytest.raises(FlagError, match="no study 'quant_weight' in configs/: there are normal, quant_extreme, "):
         load_study("quant_weight")
     with pytest.raises(FileNotFoundError):
         load_study("no/such/file.json")

@@ -1,4 +1,4 @@
-"""A matrix of configurations, trained or quantized, compared on the same tokens with what is noise told apart.
+"""Compares a matrix of configurations, trained or quantized, on the same tokens, and tells what is noise.
 
     python tools/ablate.py --matrix configs/studies/lowbit.toml --profile cpu-smoke|screen|full --seeds N
         [--groups A,B] [--out DIR] [--resume] [--dry-run] [--tables] [--jobs N] [--threads N] [KNOB=VALUE ...]
@@ -23,12 +23,11 @@ import tyro
 from golf.config.knobs import EXIT_FINDINGS
 from golf.run.session import take_lock
 from lab.cli import ToolOptions, run_command
-from lab.study.forecast import CostForecast, forecast
-from lab.study.launch import StudyLauncher, finished_runs
+from lab.study.launch import Launcher, finished_runs
 from lab.study.matrix import read_matrix
-from lab.study.plan import AblationPlan, plan_study, save_plan
+from lab.study.plan import CostForecast, StudyPlan, forecast, plan_study, save_plan
 from lab.study.report import write_report
-from lab.study.spec import FINISHED, AblationError, AblationSpec, study_code_sha256
+from lab.study.spec import FINISHED, RunSpec, StudyError, study_code_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +37,7 @@ class Options(ToolOptions):
     matrix: Path
     """File of the study: base configuration, profiles, groups of rows (lab/study/matrix.py)."""
     profile: str = "cpu-smoke"
-    """How large it is run; the file names its profiles."""
+    """Size of the study: the name of one of the file's profiles."""
     seeds: int = 1
     """Runs of each configuration, with the base configuration's seed and those after it."""
     groups: str = ""
@@ -62,7 +61,7 @@ class Options(ToolOptions):
 def parse_knobs(words: tuple[str, ...]) -> dict[str, str]:
     for word in words:
         if "=" not in word:
-            raise AblationError(f"{word!r} is no knob: write key=value")
+            raise StudyError(f"{word!r} is no knob: write key=value")
     return dict(word.split("=", 1) for word in words)
 
 
@@ -71,10 +70,10 @@ def work(options: Options) -> int:
     profile, knobs = matrix.profile(options.profile), parse_knobs(options.knobs)
     out = options.out or Path("runs") / "studies" / f"{matrix.name}-{profile.name}"
     if options.tables:
-        return tell_results(write_report(out), out, options)
+        return print_results(write_report(out), out, options)
     held = (out / "plan.json").exists() or (out / "runs").exists()
     if held and not (options.resume or options.dry_run):
-        raise AblationError(f"{out} holds runs: go on with them by --resume, or give another --out")
+        raise StudyError(f"{out} holds runs: go on with them by --resume, or give another --out")
     code_sha256 = study_code_sha256(ROOT)
     plan = plan_study(
         matrix, profile, options.groups, options.seeds, knobs, options.threads, ROOT, out.absolute(), code_sha256
@@ -82,24 +81,24 @@ def work(options: Options) -> int:
     finished = finished_runs(plan, out)
     expected = forecast(plan, finished, options.jobs)
     if options.dry_run:
-        return tell_plan(plan, finished, expected, options)
+        return print_plan(plan, finished, expected, options)
     out.mkdir(parents=True, exist_ok=True)
     with take_lock(out / ".lock"):
         run_study(plan, finished, expected, out, options.jobs)
-        return tell_results(write_report(out), out, options)
+        return print_results(write_report(out), out, options)
 
 
 def run_study(
-    plan: AblationPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, out: Path, jobs: int
+    plan: StudyPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, out: Path, jobs: int
 ) -> None:
-    """Do what is left. Raises AblationError."""
+    """Does what is left. Raises StudyError."""
     save_plan(plan, out)
     left = [key for key in plan.runs if key not in finished]
     cost = f"about {expected.wall_seconds:,.0f} s by {expected.basis}"
     print(f"{len(left)} of {len(plan.runs)} runs to do, {cost}", file=sys.stderr, flush=True)
     done, started = 0, time.perf_counter()
 
-    def report(spec: AblationSpec, result: Mapping[str, Any]) -> None:
+    def report(spec: RunSpec, result: Mapping[str, Any]) -> None:
         nonlocal done
         done += 1
         told = f"{result['status'].upper()}: {result['error']}"
@@ -108,13 +107,13 @@ def run_study(
         place = f"[{done}/{len(left)}, {time.perf_counter() - started:,.0f} s]"
         print(f"{place} {spec.name}, seed {spec.config.run.seed}: {told}", file=sys.stderr, flush=True)
 
-    StudyLauncher(plan, out.absolute(), ROOT / "tools" / "ablation_run.py", jobs, report).run_all(left)
+    Launcher(plan, out.absolute(), ROOT / "tools" / "ablation_run.py", jobs, report).run_all(left)
 
 
-def tell_plan(
-    plan: AblationPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, options: Options
+def print_plan(
+    plan: StudyPlan, finished: Mapping[str, Mapping[str, Any]], expected: CostForecast, options: Options
 ) -> int:
-    """The runs that there are to do; nothing was run."""
+    """Prints the runs that there are to do; nothing was run."""
     names: dict[str, list[str]] = {}
     for row in plan.rows:
         for key in row.keys:
@@ -138,8 +137,8 @@ def tell_plan(
     return 0
 
 
-def tell_results(rows: list[dict[str, Any]], out: Path, options: Options) -> int:
-    """The table on the terminal; 1 where a row is not whole."""
+def print_results(rows: list[dict[str, Any]], out: Path, options: Options) -> int:
+    """Prints the table; returns 1 where a row is not whole."""
     if options.json:
         print(json.dumps({"rows": rows}, allow_nan=False))
     else:

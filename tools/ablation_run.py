@@ -1,4 +1,4 @@
-"""One run of an ablation study: a training, or the quantization of another run's weights.
+"""Does one run of a study: a training, or the quantization of another run's weights.
 
     python tools/ablation_run.py --spec spec.json --out FOLDER
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golf.config.knobs import EXIT_BAD_INPUT, UserError
 from lab.cli import ToolOptions, run_command
 from lab.study.running import run_ablation
-from lab.study.spec import AblationError, study_code_sha256
+from lab.study.spec import StudyError, study_code_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05
@@ -44,12 +44,12 @@ def work(options: Options) -> int:
     if options.serve:
         return serve(code_sha256)
     if not options.spec or not options.out:
-        raise AblationError("--spec and --out are both needed, or --serve")
+        raise StudyError("--spec and --out are both needed, or --serve")
     return run_ablation(options.spec, options.out, code_sha256)
 
 
 def serve(code_sha256: str) -> int:
-    """A run for each line of the standard input; ends with it, and the run under way too."""
+    """Does a run for each line of the standard input; ends with it, and ends the run under way too."""
     importlib.import_module("torch._dynamo")  # the first optimizer of a process imports it, for 1.5 s
     for line in iter(sys.stdin.readline, ""):
         spec, out, log = json.loads(line)
@@ -61,7 +61,7 @@ def serve(code_sha256: str) -> int:
 
 
 def wait_while_asked(child: int) -> int:
-    """Exit status of a child, minus the signal that killed it; it is killed where nobody waits for the answer."""
+    """Returns a child's exit status, minus the signal that killed it; kills it where nobody waits for the answer."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -73,7 +73,7 @@ def wait_while_asked(child: int) -> int:
 
 
 def served_run(spec: Path, out: Path, log: Path, code_sha256: str) -> int:
-    """run_ablation as run_command would do it, with all that it prints in `log`."""
+    """Does run_ablation as run_command would do it, with all that it prints in `log`."""
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

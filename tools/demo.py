@@ -1,4 +1,4 @@
-"""Models side by side on a local page: one prompt, one seed, the text and the figures of each; a tab with pictures.
+"""Shows models side by side on a local page: one prompt, one seed, the text and figures of each; a tab of pictures.
 
     python tools/demo.py ARTIFACT [ARTIFACT ...] [--tokenizer FILE] [--pictures FOLDER ...] [--prompt TEXT] [--port N]
         [--open] [--json]
@@ -25,8 +25,8 @@ from golf.config.config import Config, check_config
 from golf.config.run import RunConfig
 from golf.runtime import Log, start_runtime
 from lab.cli import ToolOptions, run_command
-from lab.demo.answers import DemoColumn, DemoError, DemoPicture, find_pictures, open_columns
-from lab.demo.page import DemoDefaults, build_page, choose_port, close_page, import_gradio, launch_page
+from lab.demo.answers import Column, DemoError, Picture, find_pictures, open_columns
+from lab.demo.page import build_page, choose_port, close_page, import_gradio, launch_page
 from lab.generate.sampling import SamplingOptions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -37,11 +37,11 @@ class Options(ToolOptions):
     artifacts: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Artifacts, a column for each."""
     tokenizer: Path | None = None
-    """Of all of them; default: each run's."""
+    """Tokenizer of all of them; default: each run's."""
     pictures: tuple[Path, ...] = ()
     """Folders with pictures to show beside the rate curves."""
     prompt: str = "Once upon a time"
-    """What the page has in its prompt at first; so for the next five."""
+    """The prompt that the page shows at first; so are the next five."""
     tokens: int = 120
     temperature: float = 0.8
     top_k: int = 0
@@ -56,7 +56,7 @@ class Options(ToolOptions):
     """CPU threads; 0: torch's own choice."""
 
 
-def announce(address: str, columns: Sequence[DemoColumn], pictures: Sequence[DemoPicture], as_json: bool) -> None:
+def announce(address: str, columns: Sequence[Column], pictures: Sequence[Picture], as_json: bool) -> None:
     if as_json:
         models = [{"title": c.title, "artifact": c.source, "problem": c.problem} for c in columns]
         record = {"address": address, "models": models, "pictures": [str(picture.path) for picture in pictures]}
@@ -79,12 +79,9 @@ def wait_for_interrupt() -> None:
 def work(options: Options) -> int:
     if not options.artifacts:
         raise DemoError("no artifact is named: give one or more, a run's is model.golf in its folder")
-    defaults = DemoDefaults(
-        options.prompt,
-        SamplingOptions(
-            tokens=options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-            seed=options.seed,
-        ),
+    sampling = SamplingOptions(
+        tokens=options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        seed=options.seed,
     )  # fmt: skip
     port = choose_port(options.port)
     run_config = RunConfig(device=options.device, threads=options.threads, compile="off")
@@ -93,7 +90,7 @@ def work(options: Options) -> int:
         columns = open_columns(options.artifacts, options.tokenizer, runtime)
         pictures = find_pictures(options.artifacts, options.pictures, REPOSITORY)
         gradio = import_gradio()
-        page = build_page(gradio, columns, pictures, defaults)
+        page = build_page(gradio, columns, pictures, options.prompt, sampling)
         announce(launch_page(gradio, page, pictures, port, options.open), columns, pictures, options.json)
         wait_for_interrupt()
         close_page(page)

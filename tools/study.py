@@ -1,4 +1,4 @@
-"""The knobs of a published low-bit configuration: what its flags mean here, ready for the command line.
+"""Prints the knobs of a published low-bit configuration: what its flags mean here, ready for the command line.
 
     python tools/study.py NAME|FILE.json [--json]
     python train_gpt.py --preset stories $(python tools/study.py quant_weights)

@@ -1,6 +1,7 @@
-"""The demo's page: a card for each model, controls that all of them share, and a tab of pictures.
+"""Builds the demo's page: a card for each model, controls that all of them share, and a tab of pictures.
 
-Gradio is imported where the page is made, by the name of its module: the library does without it.
+Its HTML is in templates/, its CSS in style.css. Gradio is imported where the page is made, by the name of its module:
+the library does without it.
 """
 
 import importlib
@@ -9,27 +10,26 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import quote
+
+import jinja2
+from markupsafe import Markup
 
 from golf.config.knobs import UserError
-from lab.demo.answers import ColumnAnswer, DemoColumn, DemoError, DemoPicture, answer_together, departure
-from lab.demo.style import COLUMN_MARKS, DEMO_STYLE
+from lab.demo.answers import Answer, Column, DemoError, Picture, answer_together, departure
 from lab.generate.sampling import SamplingOptions
 
 LOCALHOST = "127.0.0.1"
 SECONDS_BETWEEN_UPDATES = 0.1
 MOST_TOKENS, HIGHEST_TEMPERATURE, MOST_TOP_K = 1000, 2.0, 200
-"""Of the sliders, unless the command asks for more."""
+"""The ends of the sliders, unless the command asks for more."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONOSPACE = ["ui-monospace", "DejaVu Sans Mono", "Menlo", "Consolas", "monospace"]
 """Fonts that the reader's machine has: none is fetched."""
-NOT_KNOWN = "&ndash;"
-ENDS = {"document": '<span class="golf-end" title="the model ended its document here">end</span>'}
-"""What follows a text that ended before its length."""
+COLUMN_MARKS = ("#0f766e", "#2b6cb0", "#dd6b20", "#7c3aed", "#be123c", "#4d7c0f", "#0891b2", "#a16207")
 STOP_WRITING = """() => {
   const stop = () => document.querySelectorAll('.golf-writing').forEach(card => card.classList.remove('golf-writing'));
   stop(); setTimeout(stop, 700);
@@ -37,16 +37,8 @@ STOP_WRITING = """() => {
 """Done again a little later: a card may have been on its way."""
 
 
-@dataclass(frozen=True)
-class DemoDefaults:
-    """What the controls show at first."""
-
-    prompt: str
-    options: SamplingOptions
-
-
 def import_gradio() -> ModuleType:
-    """Gradio. Raises DemoError where it is not installed."""
+    """Returns Gradio. Raises DemoError where it is not installed."""
     try:
         return importlib.import_module("gradio")
     except ImportError as error:
@@ -56,7 +48,7 @@ def import_gradio() -> ModuleType:
 
 
 def choose_port(asked: int) -> int:
-    """`asked`, or a free port for 0. Raises DemoError for one that can't be had."""
+    """Returns `asked`, or a free port for 0. Raises DemoError for a port that is taken or does not exist."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -66,99 +58,46 @@ def choose_port(asked: int) -> int:
         return probe.getsockname()[1]
 
 
-# ---- cards ----
+# ---- HTML ----
 
 
-def plain(text: str) -> str:
-    """Text as HTML that shows it, with nothing in it that a template of the page would take for its own."""
-    return escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;")
+def plain(text: str) -> Markup:
+    """Escapes text, together with all that a template of Gradio's would take for its own."""
+    return Markup(escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;"))
 
 
-def column_card(number: int, column: DemoColumn, prompt: str, answer: ColumnAnswer | None, reference: str) -> str:
-    """One model's card; `reference` is the first column's text, from which this one's is told apart."""
-    writing = " golf-writing" if answer and not answer.ended else ""
-    return (
-        f'<article class="golf-card{writing}" style="--mark: {COLUMN_MARKS[number % len(COLUMN_MARKS)]}">'
-        f"<header><h2>{plain(column.title)}</h2><p>{plain(column.source)}</p></header>"
-        f"{card_text(column, prompt, answer, reference)}{card_figures(column, answer)}</article>"
-    )
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), undefined=jinja2.StrictUndefined,
+    autoescape=True, trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+TEMPLATES.filters["plain"] = plain
 
 
-def card_text(column: DemoColumn, prompt: str, answer: ColumnAnswer | None, reference: str) -> str:
-    problem = answer.problem if answer else column.problem
-    message = f'<p class="golf-problem" role="alert">{plain(problem)}</p>' if problem else ""
-    if column.model is None:
-        return message
-    if answer is None:
-        return '<div class="golf-text"><div class="golf-idle">Nothing written yet.</div></div>'
-    common = departure(reference, answer.text)
-    departed = f'<span class="golf-departed">{plain(answer.text[common:])}</span>' if common < len(answer.text) else ""
-    notes = "".join(f'<p class="golf-note">{plain(remark)}</p>' for remark in answer.remarks)
-    return (
-        f'<div class="golf-text"><div><span class="golf-prompt">{plain(prompt)}</span>'
-        f'<span class="golf-new">{plain(answer.text[:common])}{departed}</span>'
-        f"{ENDS.get(answer.ended, '')}</div></div>{message}{notes}"
-    )
+def column_card(number: int, column: Column, prompt: str, answer: Answer | None, reference: str) -> str:
+    """Returns one model's card; `reference` is the first column's text, from which this one's is told apart."""
+    written, mark = answer or Answer(), COLUMN_MARKS[number % len(COLUMN_MARKS)]
+    common = departure(reference, written.text)
+    values = {"column": column, "prompt": prompt, "answer": written, "common": common, "mark": mark}
+    return TEMPLATES.get_template("card.html.j2").render(started=answer is not None, **values)
 
 
-def card_figures(column: DemoColumn, answer: ColumnAnswer | None) -> str:
-    """What is known of the model and of its answer; a dash where a figure is not."""
-    if column.model is None:
-        return ""
-    model, answer = column.model, answer or ColumnAnswer()
-    figures = (
-        ("bytes", model.artifact_bytes, "{:,}", "of the artifact"),
-        ("bits per weight", model.bits_per_weight, "{:.3f}", "8 x bytes of the artifact / weights"),
-        ("val_bpb", model.val_bpb, "{:.4f}", "bits per byte of the validation text, where the run knows it"),
-        ("bits per byte of the prompt", answer.prompt_bpb, "{:.3f}", "by this model"),
-        ("tokens/s", answer.tokens_per_second, "{:,.0f}", "written, in this model's own time"),
-    )
-    cells = (
-        f'<div title="{meaning}"><dt>{name}</dt><dd>{NOT_KNOWN if value is None else form.format(value)}</dd></div>'
-        for name, value, form, meaning in figures
-    )
-    return f'<dl class="golf-figures">{"".join(cells)}</dl>'
+def all_cards(columns: Sequence[Column], prompt: str, answers: Sequence[Answer] | None) -> list[str]:
+    pairs = list(zip(columns, answers or [None] * len(columns), strict=True))
+    reference = next((answer.text for column, answer in pairs if column.model and answer), "")
+    return [column_card(number, column, prompt, answer, reference) for number, (column, answer) in enumerate(pairs)]
 
 
-def all_cards(columns: Sequence[DemoColumn], prompt: str, answers: Sequence[ColumnAnswer] | None) -> list[str]:
-    if answers is None:
-        return [column_card(number, column, "", None, "") for number, column in enumerate(columns)]
-    reference = next(answer.text for column, answer in zip(columns, answers, strict=True) if column.model)
-    return [
-        column_card(number, column, prompt, answer, reference)
-        for number, (column, answer) in enumerate(zip(columns, answers, strict=True))
-    ]
-
-
-def picture_list(pictures: Sequence[DemoPicture]) -> str:
-    if not pictures:
-        return '<p class="golf-idle">No pictures: tools/rate_curve.py and tools/compare_quant.py make some.</p>'
-    figures = []
-    for picture in pictures:
-        address, caption = f"gradio_api/file={quote(str(picture.path))}", plain(picture.caption)
-        figures.append(
-            f'<figure><a href="{address}" target="_blank"><img src="{address}" alt="{caption}"></a>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    return f'<div class="golf-pictures">{"".join(figures)}</div>'
+def picture_list(pictures: Sequence[Picture]) -> str:
+    return TEMPLATES.get_template("pictures.html.j2").render(pictures=pictures)
 
 
 # ---- the page ----
 
 
-def page_head(columns: Sequence[DemoColumn]) -> str:
-    opened = sum(column.model is not None for column in columns)
-    models = "one model" if opened == 1 else f"{opened} models"
-    lead = "Every model is rebuilt from the bytes of its artifact and answers with the same seed and settings."
-    if opened > 1:
-        lead += " A text is marked from where it departs from the first one."
-    return f'<div class="golf-head"><p>Parameter golf</p><h1>One prompt, {models}</h1><p>{lead}</p></div>'
-
-
 def responder(
-    gradio: ModuleType, columns: Sequence[DemoColumn], now: Callable[[], float] = time.perf_counter
+    gradio: ModuleType, columns: Sequence[Column], now: Callable[[], float] = time.perf_counter
 ) -> Callable[..., Iterator[list[str]]]:
-    """What answers a press of the button: the cards, again and again until all models have finished."""
+    """Returns what answers a press of the button: it yields all cards until all models have finished."""
 
     def respond(
         prompt: str, tokens: float, temperature: float, top_k: float, top_p: float, seed: float
@@ -181,32 +120,33 @@ def responder(
 
 
 def build_page(
-    gradio: ModuleType, columns: Sequence[DemoColumn], pictures: Sequence[DemoPicture], defaults: DemoDefaults
+    gradio: ModuleType, columns: Sequence[Column], pictures: Sequence[Picture], prompt: str, options: SamplingOptions
 ) -> Any:
-    """The page as Gradio's Blocks."""
+    """Returns the page as Gradio's Blocks; its controls show `prompt` and `options` at first."""
     with gradio.Blocks(title="One prompt, many models", analytics_enabled=False, fill_width=True) as page:
-        gradio.HTML(page_head(columns))
+        opened = sum(column.model is not None for column in columns)
+        gradio.HTML(TEMPLATES.get_template("head.html.j2").render(opened=opened))
         with gradio.Tabs():
             with gradio.Tab("Side by side"):
-                add_answers(gradio, columns, defaults)
+                add_answers(gradio, columns, prompt, options)
             with gradio.Tab("Pictures"):
                 gradio.HTML(picture_list(pictures))
     return page
 
 
-def add_answers(gradio: ModuleType, columns: Sequence[DemoColumn], defaults: DemoDefaults) -> None:
-    """The prompt, its buttons, the controls, and a card for each column."""
+def add_answers(gradio: ModuleType, columns: Sequence[Column], text: str, options: SamplingOptions) -> None:
+    """Adds the prompt, its buttons, the controls, and a card for each column."""
     with gradio.Row(equal_height=True):
         prompt = gradio.Textbox(
-            defaults.prompt, label="Prompt", lines=3, max_lines=12, scale=5, min_width=260, elem_id="prompt"
-        )
+            text, label="Prompt", lines=3, max_lines=12, scale=5, min_width=260, elem_id="prompt"
+        )  # fmt: skip
         with gradio.Column(scale=1, min_width=230, elem_id="buttons"):
             answer = gradio.Button("Answer", variant="primary", elem_id="answer")
             with gradio.Row():
                 another = gradio.Button("Next seed", min_width=90, size="md", elem_id="next-seed")
                 stop = gradio.Button("Stop", min_width=70, size="md", elem_id="stop")
     with gradio.Row(elem_id="controls"):
-        controls = add_controls(gradio, defaults.options)
+        controls = add_controls(gradio, options)
     cards = []
     with gradio.Row(equal_height=True, elem_id="columns"):
         for number, card in enumerate(all_cards(columns, "", None)):
@@ -224,7 +164,7 @@ def add_answers(gradio: ModuleType, columns: Sequence[DemoColumn], defaults: Dem
 
 
 def add_controls(gradio: ModuleType, options: SamplingOptions) -> list[Any]:
-    """Length, temperature, top-k, top-p and seed, in the order in which `responder` takes them."""
+    """Adds length, temperature, top-k, top-p and seed, in the order in which `responder` takes them."""
     most_tokens, most_top_k = max(MOST_TOKENS, options.tokens), max(MOST_TOP_K, options.top_k)
     hottest = max(HIGHEST_TEMPERATURE, options.temperature)
     return [
@@ -236,26 +176,22 @@ def add_controls(gradio: ModuleType, options: SamplingOptions) -> list[Any]:
     ]
 
 
-def page_theme(gradio: ModuleType) -> Any:
-    """Gradio's plainest theme in the project's colours, with fonts of the reader's machine."""
-    return gradio.themes.Base(
+def launch_page(gradio: ModuleType, page: Any, pictures: Sequence[Picture], port: int, opens: bool) -> str:
+    """Serves the page to this machine alone, in threads of its own; returns its address."""
+    theme = gradio.themes.Base(
         primary_hue="teal", neutral_hue="slate", radius_size="lg", font=FONT, font_mono=MONOSPACE
     )  # fmt: skip
-
-
-def launch_page(gradio: ModuleType, page: Any, pictures: Sequence[DemoPicture], port: int, opens: bool) -> str:
-    """Serve the page to this machine alone, in threads of its own; returns its address."""
     _, address, _ = page.launch(
         server_name=LOCALHOST, server_port=port, share=False, inbrowser=opens, prevent_thread_lock=True, quiet=True,
         show_error=True, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
-        enable_monitoring=False, allowed_paths=[str(picture.path) for picture in pictures], theme=page_theme(gradio),
-        css=DEMO_STYLE,
+        enable_monitoring=False, allowed_paths=[str(picture.path) for picture in pictures], theme=theme,
+        css=Path(__file__).with_name("style.css").read_text(encoding="utf-8"),
     )  # fmt: skip
     return address
 
 
 def close_page(page: Any) -> None:
-    """Stop serving at once: readers' connections are cut (Gradio would wait 5 seconds for them), and nobody is told."""
+    """Stops serving at once: cuts readers' connections (Gradio would wait 5 seconds for them), and says nothing."""
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     page.server.force_exit = True
     page.close(verbose=False)

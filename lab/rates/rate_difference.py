@@ -100,11 +100,11 @@ class LossCurve:
         return math.exp(self.log_bytes(loss)) if low <= loss <= high else None
 
 
-def unbeaten_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (bytes, loss) points that no smaller one beats or equals in loss, in rising order of bytes."""
+def unbeaten_points(points: Sequence[tuple[float, float]], margin: float = 0.0) -> list[tuple[float, float]]:
+    """Returns the (bytes, loss) points better than all smaller ones by more than `margin`, in rising order of bytes."""
     kept: list[tuple[float, float]] = []
     for size, loss in sorted(points):
-        if not kept or loss < kept[-1][1]:
+        if not kept or loss < kept[-1][1] - margin:
             kept.append((size, loss))
     return kept
 

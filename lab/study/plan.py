@@ -1,17 +1,20 @@
-"""From a matrix to the runs that it takes: each distinct configuration and seed once, whatever rows ask for it.
+"""Plans the runs that a matrix takes, each distinct configuration and seed once, and forecasts what they will cost.
 
 N tokens of a stream.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from golf.artifact.description import expected_shapes
 from golf.config.config import Config
+from golf.config.model import ModelConfig
 from golf.data.loader import validation_tokens
 from golf.data.manifest import data_identity
 from golf.data.shards import find_shards, write_shard
@@ -21,11 +24,14 @@ from golf.run.datasets import check_vocabulary, locate_data
 from golf.runtime import Runtime, choose_compile, choose_device, write_file_atomically
 from golf.score.roundtrip import stream_identity
 from lab.prepare.text_tokenizer import PlainTokenizer, bytes_tokenizer_file
-from lab.study.matrix import AblationMatrix, AblationProfile, AblationRow, base_config, row_config
-from lab.study.spec import AblationError, AblationSpec, read_study_json
+from lab.study.matrix import Matrix, MatrixRow, Profile, base_config, row_config
+from lab.study.spec import RunSpec, StudyError, read_object, require
 
 SYNTHETIC_STORIES = {"train": 400, "val": 40}
 """Documents of the made-up text."""
+ROUGH_FLOPS = {"cpu": 2e10, "cuda": 5e13}
+"""Per second of a CPU thread or a GPU: an order of magnitude, for lack of anything measured."""
+ROUGH_START_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class PlannedRow:
 
 
 @dataclass(frozen=True)
-class SavedPlan:
-    """The part of a plan that tables and pictures are made from."""
+class StudyPlan:
+    """All that a study takes: rows, and their distinct runs by key, each after the run whose weights it needs."""
 
     study: str
     profile: str
@@ -50,177 +56,179 @@ class SavedPlan:
     groups: Mapping[str, str]
     seeds: tuple[int, ...]
     rows: Sequence[PlannedRow]
-
-
-@dataclass(frozen=True)
-class AblationPlan(SavedPlan):
-    """What a study takes: rows, and their distinct runs by key, each after the run whose weights it needs."""
-
-    runs: Mapping[str, AblationSpec]
-    val_tokens: int
+    runs: Mapping[str, RunSpec] = field(default_factory=dict)
+    """Empty where tables and pictures are made from a plan that was saved."""
+    val_tokens: int = 0
     """Targets of the validation stream."""
 
 
-@dataclass(frozen=True)
-class StudyData:
-    """The data that was found, as knobs, and its identities."""
-
-    knobs: Mapping[str, Any]
-    data_id: str
-    val_data_id: str
-    val_tokens: int
-
-
-def synthetic_story(rng: np.random.Generator) -> str:
-    """A few sentences that a small model can learn something of."""
-    animals, verbs = ("cat", "dog", "small mouse", "old horse", "bird"), ("sees", "hears", "likes", "follows")
-    sentences = (f"The {rng.choice(animals)} {rng.choice(verbs)} the {rng.choice(animals)}." for _ in range(6))
-    return " ".join(sentences) + f" {rng.integers(10_000)}"
-
-
 def write_synthetic_data(folder: Path) -> None:
-    """Shards and a tokenizer of bytes, the same ones each time."""
+    """Writes shards of sentences that a small model can learn something of, and a byte tokenizer; same each time."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, rng = PlainTokenizer(bytes_tokenizer_file()), np.random.default_rng(0)
+    animals, verbs = ("cat", "dog", "small mouse", "old horse", "bird"), ("sees", "hears", "likes", "follows")
     for split, count in SYNTHETIC_STORIES.items():
-        stories = [synthetic_story(rng) for _ in range(count)]
-        ids = [token for story in stories for token in (tokenizer.bos_id, *tokenizer.encode(story))]
+        ids = []
+        for _ in range(count):
+            sentences = (f"The {rng.choice(animals)} {rng.choice(verbs)} the {rng.choice(animals)}." for _ in range(6))
+            ids += [tokenizer.bos_id, *tokenizer.encode(" ".join(sentences) + f" {rng.integers(10_000)}")]
         write_shard(folder / f"text_{split}_000000.bin", ids)
     write_file_atomically(folder / "tokenizer.json", bytes_tokenizer_file())
 
 
-def find_study_data(config: Config, profile: AblationProfile, runtime: Runtime, root: Path, out: Path) -> StudyData:
-    """The data of all rows, prepared where it is missing; `root` is the repository, made-up text goes below `out`.
+def find_study_data(
+    config: Config, profile: Profile, threads: int, root: Path, out: Path
+) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Returns (knobs, the identities of a RunSpec, validation targets) of the data of all rows.
 
-    Raises UserError.
+    Data that is missing is prepared, made-up text is written below `out`; `root` is the repository. The knobs hold what
+    `auto` comes to here too, so that it is part of a run's key. Raises UserError.
     """
     if profile.text == "synthetic":
         folder = out / "synthetic"
         write_synthetic_data(folder)
         places = replace(config.data, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.json"), corpus="")
         config = replace(config, data=places)
-    config = locate_data(config, runtime, root)
-    tokenizer = load_tokenizer(config.data.tokenizer_path)
-    check_vocabulary(config, tokenizer)
-    tokens_N = validation_tokens(without_sidecars(find_shards(config.data.data_path, "val")))
-    knobs = {
-        "data_path": str(Path(config.data.data_path).absolute()),
-        "tokenizer_path": str(Path(config.data.tokenizer_path).absolute()),
-        "vocab_size": config.model.vocab_size,
-    }
-    return StudyData(
-        knobs, data_identity(config.data.data_path, tokenizer), stream_identity(tokens_N), len(tokens_N) - 1
-    )
-
-
-def machine_knobs(config: Config, threads: int) -> dict[str, Any]:
-    """What `auto` comes to here, so that it is part of a run's key."""
     device = choose_device(config.run.device)
-    compiles = choose_compile(config.run.compile, device)
-    return {"device": device.type, "compile": "on" if compiles else "off", "threads": threads}
+    config = locate_data(config, Runtime(device), root)
+    data, tokenizer = config.data, load_tokenizer(config.data.tokenizer_path)
+    check_vocabulary(config, tokenizer)
+    tokens_N = validation_tokens(without_sidecars(find_shards(data.data_path, "val")))
+    knobs = {
+        "data_path": str(Path(data.data_path).absolute()),
+        "tokenizer_path": str(Path(data.tokenizer_path).absolute()),
+        "vocab_size": config.model.vocab_size,
+        "device": device.type,
+        "compile": "on" if choose_compile(config.run.compile, device) else "off",
+        "threads": threads,
+    }
+    identities = {"data_id": data_identity(data.data_path, tokenizer), "val_data_id": stream_identity(tokens_N)}
+    return knobs, identities, len(tokens_N) - 1
 
 
 def plan_study(
-    matrix: AblationMatrix, profile: AblationProfile, groups: str, seeds: int, knobs: Mapping[str, str], threads: int,
+    matrix: Matrix, profile: Profile, groups: str, seeds: int, knobs: Mapping[str, str], threads: int,
     root: Path, out: Path, code_sha256: str,
-) -> AblationPlan:  # fmt: skip
-    """All rows and runs of the chosen groups with seeds 1 .. `seeds` of the base configuration on. Raises UserError."""
-    if seeds < 1:
-        raise AblationError(f"--seeds {seeds}: a study takes at least one seed")
-    base = base_config(matrix, profile, knobs)
-    rows = matrix.chosen_rows(groups)
+) -> StudyPlan:  # fmt: skip
+    """Plans the chosen groups with `seeds` seeds from the base configuration's on. Raises UserError."""
+    require(seeds >= 1, f"--seeds {seeds}: a study takes at least one seed")
+    base, rows = base_config(matrix, profile, knobs), matrix.chosen_rows(groups)
     for row in rows:  # a mistake in any row is told before there is any data
         row_config(matrix, profile, row, knobs, {"data_path": "unknown", "vocab_size": base.model.vocab_size or 512})
-    runtime = Runtime(choose_device(base.run.device))
-    data = find_study_data(base, profile, runtime, root, out)
-    located = dict(data.knobs) | machine_knobs(base, threads)
-    seed_numbers = tuple(range(base.run.seed, base.run.seed + seeds))
-    planner = RunPlanner(matrix, profile, knobs, located, data, code_sha256, out)
-    planned = [planner.plan_row(row, seed_numbers) for row in sorted(rows, key=lambda row: row.rounding is not None)]
-    planned.sort(key=lambda row: [known.name for known in rows].index(row.name))
+    located, identities, val_tokens = find_study_data(base, profile, threads, root, out)
+    planner = RunPlanner(matrix, profile, knobs, located, identities | {"code_sha256": code_sha256}, out)
+    numbers = tuple(range(base.run.seed, base.run.seed + seeds))
+    keys: dict[str, list[str]] = {row.name: [] for row in rows}
+    for seed in numbers:
+        for row in sorted(rows, key=lambda row: row.rounding is not None):
+            keys[row.name].append(planner.plan_run(row, seed))
+    planned = [
+        PlannedRow(row.group, row.name, tuple(keys[row.name]), *((r.source, r.method) if (r := row.rounding) else ()))
+        for row in rows
+    ]
     titles = {letter: title for letter, title in matrix.groups.items() if any(row.group == letter for row in rows)}
-    runs = planner.in_order()
-    return AblationPlan(
-        matrix.name, profile.name, matrix.baseline, titles, seed_numbers, planned, runs, data.val_tokens
-    )
+    runs = dict(sorted(planner.runs.items(), key=lambda run: bool(run[1].method)))
+    return StudyPlan(matrix.name, profile.name, matrix.baseline, titles, numbers, planned, runs, val_tokens)
 
 
 @dataclass
 class RunPlanner:
     """Makes the runs of rows, each once."""
 
-    matrix: AblationMatrix
-    profile: AblationProfile
+    matrix: Matrix
+    profile: Profile
     knobs: Mapping[str, str]
     located: Mapping[str, Any]
-    data: StudyData
-    code_sha256: str
+    identities: Mapping[str, str]
     out: Path
+    runs: dict[str, RunSpec] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.runs: dict[str, AblationSpec] = {}
-        self.turns: dict[str, int] = {}
-        """Number of the seed that a run was first asked for."""
-
-    def plan_row(self, row: AblationRow, seeds: Sequence[int]) -> PlannedRow:
-        keys = tuple(self.plan_run(row, seed) for seed in seeds)
-        for turn, key in enumerate(keys):
-            self.turns.setdefault(key, turn)
-        rounding = row.rounding
-        return PlannedRow(
-            row.group, row.name, keys, rounding.source if rounding else "", rounding.method if rounding else ""
-        )
-
-    def plan_run(self, row: AblationRow, seed: int) -> str:
-        """Key of the run of a row with a seed; the run it needs is planned before it."""
-        located = dict(self.located) | {"seed": seed + row.seed_offset}
+    def plan_run(self, row: MatrixRow, seed: int) -> str:
+        """Returns the key of the run of a row with a seed; the run whose weights it needs is planned before it."""
+        located = {**self.located, "seed": seed + row.seed_offset}
         config = row_config(self.matrix, self.profile, row, self.knobs, located)
         profile, rounding = self.profile, row.rounding
-        spec = AblationSpec(
-            row.name, config, self.data.data_id, self.data.val_data_id, self.code_sha256,
-            stop_step=profile.stop_step, look_every=profile.look_every, look_tokens=profile.look_tokens,
-            val_tokens=profile.val_tokens,
-        )  # fmt: skip
         if rounding:
             source = self.plan_run(self.matrix.row(rounding.source), seed)
             self.runs[source] = replace(self.runs[source], keeps_weights=True)
-            spec = replace(
-                spec, method=rounding.method, act_order=rounding.act_order, source_key=source,
-                source=str(run_folder(self.out, source)), calibration_sequences=rounding.calibration_sequences,
-                quantizes_embedding=rounding.quantizes_embedding,
-                stop_step=0, look_every=0, look_tokens=0,
-            )  # fmt: skip
+            own = vars(rounding) | {"source_key": source, "source": str(run_folder(self.out, source))}
+        else:
+            own = {name: getattr(profile, name) for name in ("stop_step", "look_every", "look_tokens")}
+        spec = RunSpec(row.name, config, **self.identities, val_tokens=profile.val_tokens, **own)
         return self.runs.setdefault(spec.key, spec).key
-
-    def in_order(self) -> dict[str, AblationSpec]:
-        """Trainings before what needs their weights, all rows of a seed before the next seed."""
-        order = sorted(self.runs.values(), key=lambda spec: (bool(spec.method), self.turns.get(spec.key, 0)))
-        return {spec.key: spec for spec in order}
 
 
 def run_folder(out: Path, key: str) -> Path:
     return out / "runs" / key
 
 
-def save_plan(plan: AblationPlan, out: Path) -> None:
-    """plan.json: what tables and pictures are made from, beside the runs."""
-    content = {
-        "study": plan.study, "profile": plan.profile, "baseline": plan.baseline, "groups": dict(plan.groups),
-        "seeds": list(plan.seeds), "rows": [asdict(row) for row in plan.rows],
-        "runs": {key: {"name": spec.name, "seed": spec.config.run.seed} for key, spec in plan.runs.items()},
-    }  # fmt: skip
+def save_plan(plan: StudyPlan, out: Path) -> None:
+    """Writes plan.json, what tables and pictures are made from, beside the runs."""
+    content = {name: value for name, value in asdict(replace(plan, runs={})).items() if name != "val_tokens"}
+    content["runs"] = {key: {"name": spec.name, "seed": spec.config.run.seed} for key, spec in plan.runs.items()}
     write_file_atomically(out / "plan.json", json.dumps(content, indent=1) + "\n")
 
 
-def load_plan(out: Path) -> SavedPlan:
-    """Raises AblationError."""
+def load_plan(out: Path) -> StudyPlan:
+    """Reads what save_plan wrote. Raises StudyError."""
     path = out / "plan.json"
-    if not path.is_file():
-        raise AblationError(f"{path} is missing: no study was run into {out}")
-    content = read_study_json(path)
+    require(path.is_file(), f"{path} is missing: no study was run into {out}")
+    content = read_object(path)
     try:
         rows = [PlannedRow(**row | {"keys": tuple(row["keys"])}) for row in content["rows"]]
         names = ("study", "profile", "baseline", "groups")
-        return SavedPlan(*(content[name] for name in names), tuple(content["seeds"]), rows)
+        return StudyPlan(*(content[name] for name in names), tuple(content["seeds"]), rows)
     except (KeyError, TypeError):
-        raise AblationError(f"{path}: damaged: run the study again with --resume") from None
+        raise StudyError(f"{path}: damaged: run the study again with --resume") from None
+
+
+@dataclass(frozen=True)
+class CostForecast:
+    """Seconds of the runs that are left."""
+
+    runs: int
+    seconds: float
+    """The sum, as of one process after the other."""
+    wall_seconds: float
+    basis: str
+    """Says in words what was measured and what is a rough model."""
+
+
+def forward_flops(model: ModelConfig, tokens: int, context: int) -> float:
+    """Counts two for each weight of a matrix product, and attention's scores and values at half of the context."""
+    shapes = expected_shapes(model)
+    weights = sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.endswith("weight"))
+    return tokens * (2 * weights + 2 * model.num_layers * model.model_dim * context)
+
+
+def run_flops(spec: RunSpec, val_tokens: int) -> float:
+    """Counts training (three forwards), looks, and scoring; of a rounding, calibration and scoring."""
+    config, model = spec.config, spec.config.model
+    scored = (spec.val_tokens or val_tokens) * config.score.eval_seq_len // config.score.eval_stride
+    looks = spec.train_steps // spec.look_every if spec.look_every else 0
+    tokens = 3 * spec.train_steps * config.train.train_batch_tokens + looks * spec.look_tokens
+    if spec.method:
+        tokens = spec.calibration_sequences * model.train_seq_len
+    flops = forward_flops(model, scored, config.score.eval_seq_len)
+    return flops + forward_flops(model, tokens, model.train_seq_len)
+
+
+def forecast(plan: StudyPlan, finished: Mapping[str, Mapping[str, Any]], jobs: int) -> CostForecast:
+    """Forecasts the runs that are not in `finished`, whose measured seconds say how fast this machine is."""
+    left = [spec for key, spec in plan.runs.items() if key not in finished]
+    measured = {key: result["total_seconds"] for key, result in finished.items() if "total_seconds" in result}
+    seconds, known, rough = 0.0, "", ""
+    for rounds in (False, True):
+        flops_left = [run_flops(spec, plan.val_tokens) for spec in left if bool(spec.method) == rounds]
+        timed = [key for key, spec in plan.runs.items() if bool(spec.method) == rounds and key in measured]
+        if flops_left and timed:
+            speed = sum(run_flops(plan.runs[key], plan.val_tokens) for key in timed) / sum(map(measured.get, timed))
+            seconds += sum(flops_left) / speed
+            known = f"the measured seconds of {len(measured)} finished runs"
+        elif flops_left:
+            run = left[0].config.run
+            rate = ROUGH_FLOPS["cuda" if run.device == "cuda" else "cpu"] * max(1, run.threads)
+            seconds += sum(flops_left) / rate + ROUGH_START_SECONDS * len(flops_left)
+            rough = "a rough model of what no run has measured"
+    basis = " and ".join(filter(None, (known, rough))) or "nothing that is left to do"
+    return CostForecast(len(left), seconds, seconds / max(1, min(jobs, len(left))), basis)

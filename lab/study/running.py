@@ -12,7 +12,7 @@ from golf.run.session import take_lock
 from golf.runtime import Log, start_runtime, write_file_atomically
 from lab.study.measures import peak_mib, study_environment
 from lab.study.rounding import run_rounding
-from lab.study.spec import FAILED, AblationError, AblationSpec, failed_result, read_spec, save_result
+from lab.study.spec import FAILED, RunSpec, StudyError, failed_result, read_spec, save_result
 from lab.study.training import run_training
 
 
@@ -20,11 +20,11 @@ def run_ablation(spec_path: Path, folder: Path, code_sha256: str) -> int:
     """Do the run that `spec_path` describes; its files go to `folder`. `code_sha256` is that of the code that runs.
 
     Returns 0, or 1 where the run failed, which is a result too, or 5 where the machine is at fault (out of disk).
-    Raises AblationError, and leaves no result, where spec, data or code are not those of the study.
+    Raises StudyError, and leaves no result, where spec, data or code are not those of the study.
     """
     spec = read_spec(spec_path)
     if spec.code_sha256 != code_sha256:
-        raise AblationError(f"{spec_path}: the code is not the study's any more: start tools/ablate.py again")
+        raise StudyError(f"{spec_path}: the code is not the study's any more: start tools/ablate.py again")
     folder.mkdir(parents=True, exist_ok=True)
     lock = take_lock(folder / ".lock")
     try:
@@ -33,7 +33,7 @@ def run_ablation(spec_path: Path, folder: Path, code_sha256: str) -> int:
         lock.close()
 
 
-def finish_run(spec: AblationSpec, folder: Path) -> int:
+def finish_run(spec: RunSpec, folder: Path) -> int:
     started, figures, curve, blocks = time.perf_counter(), {}, [], []
     try:
         with start_runtime(spec.config.run, "ablation", Log(sys.stderr)) as runtime:
@@ -41,7 +41,7 @@ def finish_run(spec: AblationSpec, folder: Path) -> int:
             run = run_rounding if spec.method else run_training
             figures, curve, blocks, artifact = run(spec, runtime, folder)
             figures |= {"environment": environment, "peak_mib": peak_mib(runtime)}
-    except AblationError:
+    except StudyError:
         raise
     except OSError as error:
         print(f"ablation_run: {error}", file=sys.stderr)
@@ -58,7 +58,7 @@ def finish_run(spec: AblationSpec, folder: Path) -> int:
     return 0
 
 
-def whole_result(spec: AblationSpec, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
+def whole_result(spec: RunSpec, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
     """What the figures don't say of themselves."""
     kind = {"method": spec.method, "source_key": spec.source_key, "act_order": spec.act_order,
             "calibration_sequences": spec.calibration_sequences}  # fmt: skip

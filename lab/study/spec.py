@@ -1,4 +1,4 @@
-"""One run of an ablation as flat files: all that decides its result, the key hashed from that, and what it left.
+"""Describes one run of a study as flat files: all that decides its result, the key hashed from that, and what it left.
 
 Anything may start a run, a person, tools/ablate.py, or another optimizer on another machine: spec.json goes in, and
 result.json comes out in the folder that the run was given, last of all its files.
@@ -7,7 +7,7 @@ result.json comes out in the folder that the run was given, last of all its file
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,27 @@ UNDECIDING_KNOBS = {
 }
 """By section: names, places and limits, which no study run reads; the seed counts apart, the data by its identity."""
 UNDECIDING_FIELDS = ("name", "source", "keeps_weights")
-"""Of a spec: they change nothing of a run's result."""
+"""Fields of a spec that change nothing of a run's result."""
 RUN_ENTRIES = ("lab/study/training.py", "lab/study/rounding.py", "lab/study/running.py")
-"""What a run is made from, with all that these import."""
+"""A run is made from these files, with all that they import."""
 FINISHED, FAILED, INVALID, KILLED = "finished", "failed", "invalid", "killed"
-"""What became of a run. invalid: a feature that was switched on did not act; killed: from outside, so it may be tried
+"""States of a run. invalid: a feature that was switched on did not act; killed: from outside, so it may be tried
 again."""
 
 
-class AblationError(UserError):
-    """A study that can't be run or read as it is; what to do is said."""
+class StudyError(UserError):
+    """The study can't be run or read as it is; the message says what to do."""
+
+
+def require(holds: object, message: str) -> None:
+    """Raises StudyError with the message unless `holds`."""
+    if not holds:
+        raise StudyError(message)
 
 
 @dataclass(frozen=True)
-class AblationSpec:
-    """All that decides about one run, and its name."""
+class RunSpec:
+    """Holds all that decides about one run, and its name."""
 
     name: str
     """The first row of the study that asked for it."""
@@ -48,13 +54,13 @@ class AblationSpec:
     stop_step: int = 0
     """Steps after which training ends, whatever the schedule's length; 0: that length."""
     look_every: int = 0
-    """Steps between two looks at validation loss and codes; 0: none."""
+    """Steps between two evaluations of validation loss and codes; 0: none."""
     look_tokens: int = 0
     """Targets of the validation stream's beginning that a look scores."""
     val_tokens: int = 0
     """Targets of the validation stream's beginning that the artifact is scored on; 0: all."""
     method: str = ""
-    """How the trained weights of `source` are quantized, as tools/compare_quant.py calls it; empty: a training."""
+    """Quantizer of the trained weights of `source`, as tools/compare_quant.py names it; empty: a training."""
     act_order: bool = True
     """GPTQ rounds columns in the order of their inputs' power."""
     calibration_sequences: int = 0
@@ -69,10 +75,13 @@ class AblationSpec:
     @property
     def key(self) -> str:
         """32 hex digits: SHA-256 over everything that decides about the result."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in (*UNDECIDING_FIELDS, "config"):
-            del values[name]
-        content = values | {"format": SPEC_FORMAT, "knobs": deciding_knobs(self.config), "seed": self.config.run.seed}
+        decides = [field.name for field in fields(self) if field.name not in (*UNDECIDING_FIELDS, "config")]
+        knobs = {
+            section: {knob: value for knob, value in knobs.items() if knob not in UNDECIDING_KNOBS.get(section, ())}
+            for section, knobs in config_dict(self.config).items()
+        }
+        content = {"format": SPEC_FORMAT, "knobs": knobs, "seed": self.config.run.seed}
+        content |= {name: getattr(self, name) for name in decides}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
@@ -81,66 +90,55 @@ class AblationSpec:
         return min(self.stop_step, steps) if self.stop_step else steps
 
 
-def deciding_knobs(config: Config) -> dict[str, Any]:
-    """The knobs that shape a study run, by section, without the seed."""
-    sections = config_dict(config)
-    for section, knobs in UNDECIDING_KNOBS.items():
-        for knob in knobs:
-            del sections[section][knob]
-    return sections
-
-
 def study_code_sha256(root: Path) -> str:
-    """Hash over the files that a run is made from; `root` is the repository."""
+    """Hashes the files that a run is made from; `root` is the repository."""
     return code_sha256(root, *RUN_ENTRIES)
 
 
-def save_spec(spec: AblationSpec, path: Path) -> None:
-    """Write a spec that read_spec reads, at once."""
+def save_spec(spec: RunSpec, path: Path) -> None:
     content = {"format": SPEC_FORMAT, "key": spec.key} | asdict(spec)
     write_file_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_spec(path: Path) -> AblationSpec:
-    """The run that a file describes. Raises AblationError, OSError."""
-    content = read_study_json(path)
+def read_spec(path: Path) -> RunSpec:
+    """Reads the run that a file describes. Raises StudyError, OSError."""
+    content = read_object(path)
     key = content.pop("key", None)
-    if content.pop("format", None) != SPEC_FORMAT:
-        raise AblationError(f"{path}: not a run's description of format {SPEC_FORMAT}: let tools/ablate.py write it")
+    known = content.pop("format", None) == SPEC_FORMAT
+    require(known, f"{path}: not a run's description of format {SPEC_FORMAT}: let tools/ablate.py write it")
     try:
         config = config_from_dict(content.pop("config"))
         check_config(config)
-        spec = AblationSpec(config=config, **content)
+        spec = RunSpec(config=config, **content)
     except ConfigError as error:
-        raise AblationError(f"{path}: {error}") from None
+        raise StudyError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError):
-        raise AblationError(f"{path}: damaged, not all of a run's description is there") from None
-    if spec.key != key:
-        raise AblationError(f"{path}: its key is not that of its content: it was changed; let tools/ablate.py write it")
+        raise StudyError(f"{path}: damaged, not all of a run's description is there") from None
+    changed = "its key is not that of its content: it was changed; let tools/ablate.py write it"
+    require(spec.key == key, f"{path}: {changed}")
     return spec
 
 
 def spec_config(path: Path) -> Config:
-    """The configuration of a run that is over, which may be of an earlier version. Raises AblationError."""
+    """Reads the configuration of a run that is over, which may be of an earlier version. Raises StudyError."""
     try:
-        return config_from_dict(read_study_json(path)["config"])
+        return config_from_dict(read_object(path)["config"])
     except (UserError, KeyError, TypeError, AttributeError) as error:
-        raise AblationError(f"{path}: its configuration can't be read ({error}): run the study again") from None
+        raise StudyError(f"{path}: its configuration can't be read ({error}): run the study again") from None
 
 
-def read_study_json(path: Path) -> dict[str, Any]:
-    """Raises AblationError for a file that holds none, OSError."""
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises StudyError for a file that holds none, OSError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         content = None
-    if not isinstance(content, dict):
-        raise AblationError(f"{path}: damaged, it is no JSON object: remove it")
+    require(isinstance(content, dict), f"{path}: damaged, it is no JSON object: remove it")
     return content
 
 
-def failed_result(spec: AblationSpec, status: str, error: str) -> dict[str, Any]:
-    """result.json of a run that did not come to its end."""
+def failed_result(spec: RunSpec, status: str, error: str) -> dict[str, Any]:
+    """Returns what result.json says of a run that did not come to its end."""
     return {"format": SPEC_FORMAT, "key": spec.key, "name": spec.name, "seed": spec.config.run.seed,
             "status": status, "error": " ".join(error.split())[:500]}  # fmt: skip
 
@@ -149,17 +147,19 @@ def save_result(folder: Path, result: Mapping[str, Any]) -> None:
     write_file_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
-def load_result(folder: Path, key: str) -> dict[str, Any] | None:
-    """The result in a run's folder; None where there is none. Raises AblationError."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    result = read_study_json(path)
-    if result.get("format") != SPEC_FORMAT or result.get("key") != key or not isinstance(result.get("status"), str):
-        raise AblationError(f"{path}: damaged, it is not the result of run {key}: remove its folder")
+def save_failure(folder: Path, spec: RunSpec, status: str, error: str) -> dict[str, Any]:
+    """Writes and returns the result of a run that did not come to its end."""
+    result = failed_result(spec, status, error)
+    save_result(folder, result)
     return result
 
 
-def with_source(spec: AblationSpec, folder: Path) -> AblationSpec:
-    """The same run with its weights to be read from `folder`."""
-    return replace(spec, source=str(folder))
+def load_result(folder: Path, key: str) -> dict[str, Any] | None:
+    """Reads the result in a run's folder; None where there is none. Raises StudyError."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    result = read_object(path)
+    own = (result.get("format"), result.get("key")) == (SPEC_FORMAT, key) and isinstance(result.get("status"), str)
+    require(own, f"{path}: damaged, it is not the result of run {key}: remove its folder")
+    return result

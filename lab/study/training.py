@@ -17,14 +17,15 @@ from golf.run.trainer import Trainer, new_trainer
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings
 from lab.rates.targets import first_targets, target_nats
-from lab.study.codes import CodeWatch, current_state
 from lab.study.measures import (
     ByteCounter,
+    CodeWatch,
+    current_state,
     measure_artifact,
     median_and_tails,
     open_validation,
 )
-from lab.study.spec import FINISHED, INVALID, AblationError, AblationSpec
+from lab.study.spec import FINISHED, INVALID, RunSpec, StudyError
 
 WARM_STEPS = 5
 """First steps, which no figure of speed counts."""
@@ -46,7 +47,7 @@ TAIL_SHARE = 0.05
 class CurveKeeper:
     """What a run's curve.jsonl is made from: training loss of each step; validation loss and codes at each look."""
 
-    def __init__(self, trainer: Trainer, spec: AblationSpec, validation: tuple[np.ndarray, ByteCounter]):
+    def __init__(self, trainer: Trainer, spec: RunSpec, validation: tuple[np.ndarray, ByteCounter]):
         self.trainer, self.spec = trainer, spec
         self.tokens_N1, self.counter = first_targets(*validation, spec.look_tokens)
         self.watch = CodeWatch(spec.config.quant)
@@ -86,9 +87,9 @@ class CurveKeeper:
         return figures | {"train_tokens_per_s": rate, "steps_timed": len(counted)}
 
 
-def check_training_data(spec: AblationSpec, data: TrainingData) -> None:
+def check_training_data(spec: RunSpec, data: TrainingData) -> None:
     if data.data_id != spec.data_id:
-        raise AblationError(
+        raise StudyError(
             f"{spec.config.data.data_path}: the training data is not the study's ({data.data_id}, not {spec.data_id}): "
             "give the data that the study was planned on"
         )
@@ -99,7 +100,7 @@ def artifact_room(config: Config) -> float:
     return config.run.limit_bytes if config.quant.quantizer == "waterfill" else math.inf
 
 
-def run_training(spec: AblationSpec, runtime: Runtime, folder: Path) -> tuple[dict[str, Any], list, list[float], bytes]:
+def run_training(spec: RunSpec, runtime: Runtime, folder: Path) -> tuple[dict[str, Any], list, list[float], bytes]:
     """(figures, rows of the curve, nats of the blocks, artifact) of a training. Raises UserError."""
     config, clock = spec.config, [time.perf_counter()]
     data = open_training_data(config)
