@@ -254,7 +254,9 @@ def test_invalid_runs_are_compared_on_demand_and_named(tmp_path):
 )
 def test_settings_without_sense_are_refused(settings):
     with pytest.raises(ComparisonError, match=next(iter(settings))):
-        ComparisonSettings(**settings)
+        ComparisonSettings(**settings).check()
+    with pytest.raises(ComparisonError, match=next(iter(settings))):
+        compare([], [], **settings)
 
 
 def run_tool(repository: Path, *arguments: object) -> subprocess.CompletedProcess:

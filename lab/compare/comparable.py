@@ -1,21 +1,23 @@
-"""What may be compared: results of runs, read from disk, and the reasons to refuse a comparison of them."""
+"""Reads the results of runs that are to be compared, and refuses a comparison that would say nothing."""
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from golf.config.config import UserError
+from lab.cli import read_json_object
 from lab.compare.statistics import bpb_per_nat
 
 MUST_BE_EQUAL = ("data_id", "val_data_id", "tokenizer_sha256", "val_tokens", "val_bytes", "eval_seq_len", "eval_stride")
 """Keys of result.json; runs that differ in one were not asked the same question."""
+FIGURE_KINDS = (str, int, float, bool)
+"""Types of the fields of ComparedRun that are keys of result.json."""
 
 
 class ComparisonError(UserError):
-    """Runs that can't be compared, or a file that is no result of a run."""
+    """Raised for runs that can't be compared, and for a file that is no result of a run."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class ComparedRun:
 
 
 def result_files(path: Path) -> list[Path]:
-    """result.json files of an argument: the file itself, that of a run folder, or all below. Raises ComparisonError."""
+    """Finds result.json: the path itself, that of a run folder, or all below it. Raises ComparisonError."""
     if path.is_file():
         return [path]
     if not path.exists():
@@ -57,46 +59,30 @@ def result_files(path: Path) -> list[Path]:
 
 
 def read_compared_run(path: Path) -> ComparedRun:
-    """Raises ComparisonError where the file is damaged, lacks a key, or contradicts itself."""
-    try:
-        result = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ComparisonError(f"{path} is not JSON: {error}") from error
-    if not isinstance(result, dict):
-        raise ComparisonError(f"{path} holds no JSON object: it is no result of a run")
+    """Reads a result.json. Raises ComparisonError where it is damaged, lacks a key, or contradicts itself."""
+    result = read_json_object(path, ComparisonError)
 
-    def take(key: str, *kinds: type) -> Any:
+    def take(key: str, kind: type) -> Any:
         if key not in result:
             raise ComparisonError(f"{path} lacks {key}: a run of this version has it, so run again")
-        value = result[key]
-        if type(value) not in kinds or (float in kinds and not math.isfinite(value)):
-            raise ComparisonError(f"{path}: {key} is {value!r}, not a value of kind {kinds[-1].__name__}")
+        value, kinds = result[key], (int, float) if kind is float else (kind,)
+        if type(value) not in kinds or (kind is float and not math.isfinite(value)):
+            raise ComparisonError(f"{path}: {key} is {value!r}, not a value of kind {kind.__name__}")
         return value
 
     fingerprint = result.get("fingerprint")
+    result["machine_id"] = str(fingerprint.get("machine_id") or "") if isinstance(fingerprint, dict) else ""
     run = ComparedRun(
         path=path,
-        run_id=take("run_id", str),
-        seed=take("seed", int),
-        valid=take("valid", bool),
-        partial=take("partial", bool),
-        val_loss=take("val_loss", int, float),
-        val_bpb=take("val_bpb", int, float),
-        steps=take("steps", int),
-        train_seconds=take("train_seconds", int, float),
-        train_tokens=take("train_tokens", int),
-        config_hash=take("config_hash", str),
-        code_sha256=take("code_sha256", str),
-        artifact_sha256=take("artifact_sha256", str),
-        machine_id=str(fingerprint.get("machine_id") or "") if isinstance(fingerprint, dict) else "",
         question={key: take(key, str if key.endswith(("_id", "sha256")) else int) for key in MUST_BE_EQUAL},
+        **{field.name: take(field.name, field.type) for field in fields(ComparedRun) if field.type in FIGURE_KINDS},
     )
     check_arithmetic(run)
     return run
 
 
 def check_arithmetic(run: ComparedRun) -> None:
-    """val_loss and val_bpb are one figure in two units; where they disagree, one was not measured."""
+    """Raises ComparisonError where val_loss and val_bpb, one figure in two units, disagree: one was not measured."""
     tokens, byte_count = run.question["val_tokens"], run.question["val_bytes"]
     if min(tokens, byte_count) < 1:
         raise ComparisonError(f"{run.path}: val_tokens is {tokens} and val_bytes {byte_count}: nothing was scored")
@@ -122,7 +108,7 @@ def check_comparable(arms: dict[str, list[ComparedRun]], include_invalid: bool) 
 
 
 def given_twice(runs: list[ComparedRun]) -> Iterator[str]:
-    """A copy of a run looks like a second sample without any noise of its own."""
+    """Finds copies of a run, which look like second samples without any noise of their own."""
     first: dict[Any, ComparedRun] = {}
     for run in runs:
         other = first.setdefault(run.path.resolve(), run)

@@ -36,12 +36,18 @@ NOT_RESOLVED = "not resolved"
 @dataclass(frozen=True)
 class ComparisonSettings:
     alpha: float = 0.05
+    """Chance of calling a difference real where there is none, two-sided."""
     variants_tried: int = 1
+    """How many variants were tried to find this one; alpha is divided by it (Bonferroni)."""
     margin_nats: float = 0.005
+    """Nats per token within which the arms count as equivalent; the competition's rule is in nats, not in bpb."""
     power: float = 0.8
+    """Chance of showing the smallest detectable difference."""
     include_invalid: bool = False
+    """Compare INVALID runs too; they are labelled."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ComparisonError for settings under which no test has a meaning."""
         if not 0 < self.alpha < 1:
             raise ComparisonError(f"alpha must lie between 0 and 1, not {self.alpha}")
         if self.variants_tried < 1:
@@ -223,6 +229,7 @@ def measure_arms(
 
 def compare_runs(a: Sequence[Path], b: Sequence[Path], settings: ComparisonSettings) -> Comparison:
     """Compare the runs found at the paths of arm A with those of arm B. Raises ComparisonError, OSError."""
+    settings.check()
     paths = dict(zip(ARMS, (a, b), strict=True))
     arms = {arm: [read_compared_run(file) for path in paths[arm] for file in result_files(path)] for arm in ARMS}
     check_comparable(arms, settings.include_invalid)
