@@ -18,7 +18,7 @@ from lab.record.evidence import SubmissionOrder, SubmissionOutcome, make_record
 from lab.record.finding import EvidenceError
 from lab.record.folder_check import check_record
 from lab.record.record_folder import read_record
-from lab.record.run_check import expected_result_line
+from lab.record.run_check import RESULT_FIGURES, RESULT_PAIR, result_line_differences
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 READABLE = "train_gpt_readable.py"
@@ -92,7 +92,15 @@ def test_times_of_many_digits_survive_their_rounding(tmp_path):
 
 def test_the_last_line_is_read_as_the_run_writes_it():
     result = run_result("r", 42, "0" * 16, b"code", b"artifact")
-    assert expected_result_line(result) == result_line(result) == log_lines(result)[-1]
+    line = result_line(result)
+    assert line == log_lines(result)[-1] and result_line_differences(line, result) == []
+    assert [key for key, _ in RESULT_PAIR.findall(line)] == list(RESULT_FIGURES)
+    for key, figure in RESULT_PAIR.findall(line):
+        digits = {"val_loss": f"{result['val_loss']:.7f}"}.get(key, figure + "1")
+        (difference,) = result_line_differences(line.replace(f"{key}:{figure}", f"{key}:{digits}"), result)
+        assert difference == f"{key} {digits} in the log, {figure} in result.json"
+    (difference,) = result_line_differences(line, result | {"valid": False})
+    assert "status" in difference
 
 
 def test_submission_json_is_measured(tmp_path):

@@ -1,12 +1,13 @@
-"""Checks of the logs themselves: whether they end, how long they took, whether they are one experiment."""
+"""Checks the logs themselves: whether they end, how long they took, whether they are one experiment."""
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from lab.record.finding import SubmissionFinding, doubt, fault
+from lab.record.finding import Findings, error, group_by, warning
 from lab.record.log_reading import LogReading
 from lab.record.record_folder import RecordFolder
+from lab.record.run_check import feature_audit
 
 MOST_TRAIN_SECONDS, MOST_EVAL_SECONDS = 600.5, 600.0
 """Published timers read 600.0 to 600.5 s where the clock stopped the last step."""
@@ -18,94 +19,81 @@ SETTING_LINE = re.compile(r"^\s*\w+:\s*(?:[-+\d.\[({'\"/]\S*|True|False|None)\s*
 LEAST_COMMON_LOSSES = 3
 
 
-def ending_findings(record: RecordFolder) -> Iterator[SubmissionFinding]:
-    """Every log must reach a final score; what went wrong on the way is told."""
+def ending_findings(record: RecordFolder) -> Findings:
+    """Finds logs that do not reach a final score, and what went wrong on the way."""
     for log in record.logs:
         final = log.last_final
         if final is None:
             last = log.last_line.strip()[:80]
-            yield fault("S10-truncated", f"{log.name} has no final score: it ends with {last!r}")
-        for number, text in first_troubles(log):
-            make = fault if final is None or number > final.line else doubt
+            yield error("S10-truncated", f"{log.name} has no final score: it ends with {last!r}")
+        # the first and the last alone: the ranks of one job repeat each other
+        for number, text in dict.fromkeys(log.troubles[:1] + log.troubles[-1:]):
+            make = error if final is None or number > final.line else warning
             after = ", after the final score" if final and number > final.line else ""
             yield make("S11-trouble", f"{log.name} line {number}{after}: {text[:120]}")
 
 
-def first_troubles(log: LogReading) -> list[tuple[int, str]]:
-    """The first and the last: the ranks of one job repeat each other."""
-    return list(dict.fromkeys(log.troubles[:1] + log.troubles[-1:]))
-
-
-def clock_findings(record: RecordFolder) -> Iterator[SubmissionFinding]:
-    """Training and evaluation within the time of the track (of the run's own caps where it has result.json)."""
-    if record.runs:
-        return  # held against result.json and its caps
-    make = doubt if "non" in record.track else fault
-    for log in record.logs:
-        if log.train_seconds is not None and log.train_seconds > MOST_TRAIN_SECONDS:
-            yield make(
-                "S30-train-time", f"{log.name}: trained {log.train_seconds:.1f} s, over {MOST_TRAIN_SECONDS:g} s"
-            )
-        longest = max((*log.eval_seconds, log.total_eval_seconds or 0.0), default=0.0)
+def clock_findings(record: RecordFolder) -> Findings:
+    """Holds training and evaluation against the time of the track; runs are held against their own caps elsewhere."""
+    make = warning if "non" in record.track else error
+    for log in record.logs if not record.runs else ():
+        trained, longest = log.train_seconds or 0.0, max((*log.eval_seconds, log.total_eval_seconds or 0.0))
+        if trained > MOST_TRAIN_SECONDS:
+            yield make("S30-train-time", f"{log.name}: trained {trained:.1f} s, over {MOST_TRAIN_SECONDS:g} s")
         together = sum(log.eval_seconds)
         if longest > MOST_EVAL_SECONDS:
             yield make("S31-eval-time", f"{log.name}: evaluated {longest:.1f} s, over {MOST_EVAL_SECONDS:g} s")
         elif together > MOST_EVAL_SECONDS:
             text = f"{log.name}: its {len(log.eval_seconds)} evaluations took {together:.1f} s together"
-            yield doubt("S32-eval-sum", f"{text}: say which of them the score needs")
+            yield warning("S32-eval-sum", f"{text}: say which of them the score needs")
 
 
-def experiment_findings(record: RecordFolder) -> Iterator[SubmissionFinding]:
-    """Several logs must be several runs of one configuration."""
+def experiment_findings(record: RecordFolder) -> Findings:
+    """Checks that several logs are several runs of one configuration."""
     yield from duplicate_findings(record.logs)
     yield from difference_findings(record.logs)
     count = len(record.logs)
     if 0 < count < 3:
-        yield doubt("S43-few-seeds", f"{count} log{'s' * (count > 1)}: records are asked for three seeds")
-    stated = (record.claims or {}).get("seeds")
+        yield warning("S43-few-seeds", f"{count} log{'s' * (count > 1)}: records are asked for three seeds")
+    stated = record.claim("seeds")
     numbers = sorted(int(seed) for seed in stated if str(seed).isdecimal()) if isinstance(stated, list | dict) else []
     found = sorted({log.seed for log in record.logs if log.seed is not None})
     if numbers and found and not set(numbers) <= set(found):
         absent = ", ".join(str(seed) for seed in numbers if seed not in found)
-        yield fault("S44-seed-list", f"submission.json names seed {absent}, but the logs are of {found}")
+        yield error("S44-seed-list", f"submission.json names seed {absent}, but the logs are of {found}")
 
 
-def duplicate_findings(logs: Sequence[LogReading]) -> Iterator[SubmissionFinding]:
+def duplicate_findings(logs: Sequence[LogReading]) -> Findings:
     for code, what, key in (
         ("S41-log-twice", "are the same file", lambda log: log.sha256),
         ("S41-log-twice", "have the same training losses, so they are one run", training_losses),
         ("S40-seed-twice", "are of the same seed", lambda log: log.seed),
     ):
-        groups: dict[object, list[str]] = {}
-        for log in logs:
-            groups.setdefault(key(log), []).append(log.name)
+        groups = group_by(logs, key, "name")
         doubles = [names for value, names in groups.items() if value not in (None, "") and len(names) > 1]
-        yield from (fault(code, f"{' and '.join(names)} {what}") for names in doubles)
+        yield from (error(code, f"{' and '.join(names)} {what}") for names in doubles)
         if doubles:
             return
 
 
 def training_losses(log: LogReading) -> str:
-    """The losses and times of the step lines; empty where there are too few to tell two runs apart."""
+    """Hashes the losses and times of the step lines; empty where there are too few to tell two runs apart."""
     lines = [line.strip() for line in log.lines if "train_loss:" in line and "train_time:" in line]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if len(lines) >= LEAST_COMMON_LOSSES else ""
 
 
-def difference_findings(logs: Sequence[LogReading]) -> Iterator[SubmissionFinding]:
-    """Settings that not all logs share (a setting that a log does not print is no difference)."""
+def difference_findings(logs: Sequence[LogReading]) -> Findings:
+    """Finds settings that not all logs share (a setting that a log does not print is no difference)."""
     for key in sorted({key for log in logs for key in log.config}):
-        values: dict[str, list[str]] = {}
-        for log in logs:
-            if key in log.config:
-                values.setdefault(log.config[key], []).append(log.name)
+        values = group_by((log for log in logs if key in log.config), lambda log, key=key: log.config[key], "name")
         if len(values) > 1:
             texts = "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
-            yield fault("S42-config-differs", f"the logs are of different configurations: {key} is {texts}")
+            yield error("S42-config-differs", f"the logs are of different configurations: {key} is {texts}")
 
 
-def announcement_findings(record: RecordFolder) -> Iterator[SubmissionFinding]:
-    """A feature that a log announces must have a line in which it acts, or a witness that it did."""
-    proven = {run.seed: run.result["witness"] for run in record.runs}
+def announcement_findings(record: RecordFolder) -> Findings:
+    """Finds features that a log announces and that act in no line of it, and in no feature audit either."""
+    proven = {run.seed: feature_audit(run.result) for run in record.runs}
     silent: dict[str, list[str]] = {}
     for log in record.logs:
         for feature in announced_features(log):
@@ -113,9 +101,8 @@ def announcement_findings(record: RecordFolder) -> Iterator[SubmissionFinding]:
             if not acts and not has_acting_line(log, feature):
                 silent.setdefault(feature, []).append(log.name)
     for feature, names in silent.items():
-        yield doubt(
-            "S61-never-acted", f"{feature} is announced as on in {', '.join(names)}, and no line says that it acted"
-        )
+        text = f"{feature} is announced as on in {', '.join(names)}, and no line says that it acted"
+        yield warning("S61-never-acted", text)
 
 
 def announced_features(log: LogReading) -> list[str]:

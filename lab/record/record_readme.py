@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from golf.config.config import changed_knobs, config_from_dict
+from lab.record.run_check import feature_audit
 
 PLACE_KNOBS = frozenset({"run_id", "runs_root", "seed"})
 """Knobs that name a run: the command to reproduce gives the seed itself."""
@@ -122,7 +123,7 @@ def experiment_section(facts: RecordFacts) -> str:
 
 def feature_section(facts: RecordFacts) -> str:
     """Every switched-on feature, and what proves that it acted."""
-    witnesses = [result["witness"] for result in facts.results]
+    witnesses = [feature_audit(result) for result in facts.results]
     rows = []
     for feature, seen in witnesses[0].items():
         acts = shared_or_each([f"{witness[feature]['count']:,}" for witness in witnesses])
