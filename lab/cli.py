@@ -65,8 +65,12 @@ def read_json_object(path: Path, error_type: type[UserError]) -> dict[str, Any]:
     return content
 
 
+def markdown_cell(value: object) -> str:
+    """Writes a value so that it stays in its cell of a Markdown table."""
+    return str(value).replace("|", "\\|")
+
+
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
     """Returns a Markdown table whose first `texts` columns hold words and the others figures, aligned right."""
     marks = ["---" if column < texts else "--:" for column in range(len(header))]
-    lines = [header, marks, *rows]
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(markdown_cell, line)) + " |\n" for line in [header, marks, *rows])

@@ -1,13 +1,13 @@
 """README.md of a record: every number in it comes from result.json, none from a person; words are in templates/."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from golf.config.config import changed_knobs, config_from_dict
-from lab.cli import lab_library, markdown_table
+from lab.cli import lab_library, markdown_cell, markdown_table
 from lab.record.run_check import feature_audit
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -31,82 +31,45 @@ class RecordFacts:
     def seeds(self) -> list[str]:
         return [str(result["seed"]) for result in self.results]
 
-    def column(self, key: str, form: str = "") -> list[str]:
-        """Returns a value of each result as text."""
-        return [format(result[key], form) for result in self.results]
-
 
 def render_readme(facts: RecordFacts) -> str:
     """Fills in templates/record_readme.md.j2. Raises UserError where jinja2 is not installed."""
     jinja2, results = lab_library("jinja2"), facts.results
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+        lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters["figure"] = format
+    environment.filters |= {"figure": format, "cell": markdown_cell, "each": shared_or_each}
+    processes = results[0]["world_size"]
+    unquantized = [result.get("unquantized") for result in results]
     return environment.get_template("record_readme.md.j2").render(
         claims=facts.claims,
         results=results,
+        first=results[0],
+        several=len(results) > 1,
         seeds=facts.seeds,
         seed_headings=[f"seed {seed}" for seed in facts.seeds],
-        several=len(results) > 1,
-        several_machines=len({(result["fingerprint"] or {}).get("machine_id") for result in results}) > 1,
+        knobs=knob_words(facts),
+        fitted=[{"by": "; ".join(result.get("fit_actions") or ()) or "nothing"} for result in results],
+        unquantized=unquantized if all(unquantized) else [],
+        fingerprints=[result["fingerprint"] or {} for result in results],
         resumed=[f"seed {result['seed']}: {result['resumes']}" for result in results if result.get("resumes")],
-        command=reproduction_command(facts),
+        launcher="python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}",
         corpus=facts.config.get("data", {}).get("corpus"),
         hashes=facts.hashes,
         table=markdown_table,
-        score_rows=score_rows(facts),
-        experiment_rows=experiment_rows(facts),
         feature_rows=feature_rows(facts),
         parity_rows=parity_rows(facts),
         probe_rows=probe_rows(facts),
         time_rows=time_rows(facts),
-        machine_rows=machine_rows(facts),
     )
 
 
-def shared_or_each(values: Sequence[Any]) -> str:
-    """Returns one value where all seeds agree, else one for each, in the order of the seeds."""
-    return str(values[0]) if len(set(map(str, values))) == 1 else " / ".join(map(str, values))
-
-
-def score_rows(facts: RecordFacts) -> list[Row]:
-    rows: list[Row] = [
-        (
-            result["seed"], f"{result['val_bpb']:.8f}", f"{result['val_loss']:.8f}", f"{result['steps']:,}",
-            f"{result['train_seconds']:.1f}", f"{result['eval_seconds']:.1f}", f"{result['bytes_code']:,}",
-            f"{result['bytes_model']:,}", f"{result['bytes_total']:,}", f"`{result['artifact_sha256'][:16]}`",
-        )
-        for result in facts.results
-    ]  # fmt: skip
-    for name, ending in (("mean", ""), ("sample sd", "_std")) if len(rows) > 1 else ():
-        rows.append((name, *(f"{facts.claims[key + ending]:.8f}" for key in ("val_bpb", "val_loss")), *[""] * 7))
-    return rows
-
-
-def experiment_rows(facts: RecordFacts) -> list[Row]:
-    first, results = facts.results[0], facts.results
-    rows = [
-        ("preset", f"`{first['preset']}`"),
-        ("knobs changed from the preset", f"`{' '.join(knob_words(facts)) or 'none'}`"),
-        ("parameters", f"{first['params']:,}"),
-        ("training tokens", shared_or_each(facts.column("train_tokens", ","))),
-        ("training data", f"`{first['data_id']}`"),
-        ("validation data", f"`{first['val_data_id']}`"),
-        ("validation tokens, bytes, documents", ", ".join(f"{first[f'val_{unit}']:,}" for unit in VALIDATION_UNITS)),
-        ("bytes per token", f"{first['val_bytes'] / first['val_tokens']:.6f}"),
-        ("scoring windows", f"{first['eval_seq_len']} tokens, stride {shared_or_each(facts.column('eval_stride'))}"),
-        ("size was fitted by", shared_or_each(["; ".join(r.get("fit_actions") or ()) or "nothing" for r in results])),
-        ("caps", f"{first['max_wallclock_seconds']:g} s training, {first['max_eval_seconds']:g} s scoring (0: none)"),
-    ]
-    if all(result.get("unquantized") for result in results):
-        before = shared_or_each([f"{result['unquantized']['val_bpb']:.6f}" for result in results])
-        rows.append(("val_bpb before quantization", f"{before} ({first['unquantized'].get('note', '')})"))
-    return rows
-
-
-VALIDATION_UNITS = ("tokens", "bytes", "docs")
+def shared_or_each(rows: Sequence[Mapping[str, Any]], *keys: str, form: str = "") -> str:
+    """Returns the values of `keys` as a table's cell: once where all seeds agree, else for each, in their order."""
+    values = [[row.get(key) for key in keys] for row in rows]
+    texts = [", ".join("-" if v in (None, "") else format(v, form) for v in of_seed) for of_seed in values]
+    return markdown_cell(" / ".join(texts[:1] if len(set(texts)) == 1 else texts))
 
 
 def feature_rows(facts: RecordFacts) -> list[Row]:
@@ -114,10 +77,10 @@ def feature_rows(facts: RecordFacts) -> list[Row]:
     audits = [feature_audit(result) for result in facts.results]
     rows = []
     for feature, seen in audits[0].items():
-        records = [audit[feature] for audit in audits]
-        acts = shared_or_each([f"{record['count']:,}" for record in records])
+        records = [audit[feature] | {"steps": step_span(audit[feature])} for audit in audits]
         proven = "yes" if all(record["proven"] for record in records) else "NO"
-        rows.append((feature, acts, shared_or_each(list(map(step_span, records))), proven, seen["effect"]))
+        acts, steps = shared_or_each(records, "count", form=","), shared_or_each(records, "steps")
+        rows.append((feature, acts, steps, proven, seen["effect"]))
     return rows
 
 
@@ -158,28 +121,6 @@ def time_rows(facts: RecordFacts) -> list[Row]:
             sums = (f"{ledger[kind].get(budget, 0.0):.1f}" for ledger in ledgers)
             rows.append((f"**{budget}, {text}**", "", "", *sums))
     return [*rows, ("**whole process**", "", "", *(f"{ledger['process_seconds']:.1f}" for ledger in ledgers))]
-
-
-def machine_rows(facts: RecordFacts) -> list[Row]:
-    prints = [result["fingerprint"] or {} for result in facts.results]
-    values = {
-        "machine": facts.column("machine"),
-        "processes": facts.column("world_size"),
-        "machine id": [found.get("machine_id", "-") for found in prints],
-        "CPU": [found.get("cpu") or "-" for found in prints],
-        "driver, CUDA": [f"{found.get('driver') or '-'}, {found.get('cuda') or '-'}" for found in prints],
-        "torch, Python": [f"{result['torch']}, {result['python']}" for result in facts.results],
-        "compiled": [result.get("compiled", "-") for result in facts.results],
-    }
-    return [(name, shared_or_each(of_seeds)) for name, of_seeds in values.items()]
-
-
-def reproduction_command(facts: RecordFacts) -> str:
-    """Returns the exact command but for the seed."""
-    first = facts.results[0]
-    processes = first["world_size"]
-    launcher = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
-    return " ".join([launcher, "train_gpt.py", "--preset", first["preset"], *knob_words(facts)])
 
 
 def knob_words(facts: RecordFacts) -> list[str]:
