@@ -98,54 +98,39 @@ def check_comparable(arms: dict[str, list[ComparedRun]], include_invalid: bool) 
     for arm, runs in arms.items():
         if not runs:
             raise ComparisonError(f"arm {arm} has no run: compare.py RUN ... --vs RUN ...")
-    everything = [run for runs in arms.values() for run in runs]
-    for reason in (*given_twice(everything), *not_finished(everything), *other_question(everything)):
+    for reason in refusals(arms, include_invalid):
         raise ComparisonError(reason)
-    for reason in () if include_invalid else not_valid(everything):
-        raise ComparisonError(reason)
-    for reason in other_configuration(arms):
-        raise ComparisonError(reason)
+
+
+def refusals(arms: dict[str, list[ComparedRun]], include_invalid: bool) -> Iterator[str]:
+    """Finds runs that are no samples of their own, not finished, asked another question, or no single configuration."""
+    runs = [run for arm in arms.values() for run in arm]
+    yield from given_twice(runs)
+    for run in runs:
+        if run.partial:
+            yield f"{run.path} is a partial score: finish it (python train_gpt.py --resume {run.run_id}), then compare"
+    for key in MUST_BE_EQUAL:
+        for run in runs:
+            mine, other = run.question[key], runs[0].question[key]
+            if mine != other:
+                yield f"{run.path} has {key} {mine}, but {runs[0].path} {other}: their scores are not comparable"
+    for run in runs:
+        if not run.valid and not include_invalid:
+            yield f"{run.path} is INVALID (see its findings): leave it out, or compare it with --include-invalid"
+    for arm, (first, *others) in arms.items():
+        for run in others:
+            if run.config_hash != first.config_hash:
+                hashes = f"{run.path} has config_hash {run.config_hash}, but {first.path} {first.config_hash}"
+                yield f"arm {arm} mixes configurations: {hashes}: an arm is one configuration"
 
 
 def given_twice(runs: list[ComparedRun]) -> Iterator[str]:
     """Finds copies of a run, which look like second samples without any noise of their own."""
     first: dict[Any, ComparedRun] = {}
     for run in runs:
-        other = first.setdefault(run.path.resolve(), run)
-        if other is not run:
+        if first.setdefault(run.path.resolve(), run) is not run:
             yield f"{run.path} is given twice: name every run once"
         other = first.setdefault(run.artifact_sha256, run)
         if other is not run:
             seeds = f"seed {run.seed}" if run.seed == other.seed else f"seeds {other.seed} and {run.seed}"
             yield f"{run.path} has the artifact of {other.path} ({seeds}): it is the same run, name it once"
-
-
-def not_finished(runs: list[ComparedRun]) -> Iterator[str]:
-    for run in runs:
-        if run.partial:
-            yield f"{run.path} is a partial score: finish it (python train_gpt.py --resume {run.run_id}), then compare"
-
-
-def not_valid(runs: list[ComparedRun]) -> Iterator[str]:
-    for run in runs:
-        if not run.valid:
-            yield f"{run.path} is INVALID (see its findings): leave it out, or compare it with --include-invalid"
-
-
-def other_question(runs: list[ComparedRun]) -> Iterator[str]:
-    first = runs[0]
-    for key in MUST_BE_EQUAL:
-        for run in runs:
-            mine, other = run.question[key], first.question[key]
-            if mine != other:
-                yield f"{run.path} has {key} {mine}, but {first.path} {other}: their scores are not comparable"
-
-
-def other_configuration(arms: dict[str, list[ComparedRun]]) -> Iterator[str]:
-    for arm, runs in arms.items():
-        for run in runs:
-            if run.config_hash != runs[0].config_hash:
-                yield (
-                    f"arm {arm} mixes configurations: {run.path} has config_hash {run.config_hash}, but {runs[0].path} "
-                    f"{runs[0].config_hash}: an arm is one configuration"
-                )

@@ -4,7 +4,8 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from lab.record.finding import Findings, error, warning
@@ -52,8 +53,6 @@ FIGURE_DIGITS = 8
 """Decimals of scores: as many as a log's exact line has."""
 Column = Sequence[tuple[str, float]]
 """(log, figure) of final lines that have one name."""
-SHARED_CLAIMS = ("preset", "data_id", "val_data_id", "tokenizer_sha256", "config_hash", "code_sha256")
-"""Keys that submission.json and every result.json share."""
 
 
 def key_findings(record: RecordFolder) -> Findings:
@@ -212,56 +211,53 @@ def spread_findings(record: RecordFolder, values: list[float]) -> Findings:
 # ---- the claims that follow from results ----
 
 
+def rounded_mean(values: Sequence[float]) -> float:
+    return round(statistics.fmean(values), FIGURE_DIGITS)
+
+
+def rounded_spread(values: Sequence[float]) -> float | None:
+    """Returns the sample standard deviation; None where one seed has none."""
+    return round(statistics.stdev(values), FIGURE_DIGITS) if len(values) > 1 else None
+
+
+MEASURED_CLAIMS: dict[str, tuple[str, Callable[[list[Any]], Any]]] = {
+    "val_loss": ("val_loss", rounded_mean), "val_bpb": ("val_bpb", rounded_mean),
+    "val_loss_std": ("val_loss", rounded_spread), "val_bpb_std": ("val_bpb", rounded_spread),
+    "seeds": ("seed", list), "seed_results": ("seed", list), "bytes_total": ("bytes_total", max),
+    "bytes_code": ("bytes_code", itemgetter(0)), "artifact_bytes_max": ("bytes_total", max),
+    "artifact_bytes_mean": ("bytes_total", lambda values: round(statistics.fmean(values), 1)),
+    "limit_bytes": ("limit_bytes", min), "step_stop": ("steps", max),
+    "train_steps_mean": ("steps", lambda values: round(statistics.fmean(values), 1)),
+    "wallclock_seconds": ("train_seconds", lambda values: round(max(values), 3)),
+    "eval_time_seconds": ("eval_seconds", lambda values: round(max(values), 3)),
+    "model_params": ("params", itemgetter(0)), "eval_seq_len": ("eval_seq_len", itemgetter(0)),
+    "eval_stride": ("eval_stride", max), "hardware": ("machine", lambda values: "; ".join(sorted(set(values)))),
+    "pytorch_version": ("torch", lambda values: ", ".join(sorted(set(values)))),
+    "python_version": ("python", lambda values: ", ".join(sorted(set(values)))),
+    **{key: (key, itemgetter(0)) for key in ("preset", "data_id", "val_data_id", "tokenizer_sha256", "config_hash",
+                                             "code_sha256")},
+}  # fmt: skip
+"""Key of submission.json -> (key of result.json, how the seeds' values make one)."""
+SEED_CLAIMS = {
+    "val_bpb": ("val_bpb", FIGURE_DIGITS), "val_loss": ("val_loss", FIGURE_DIGITS),
+    "artifact_bytes": ("bytes_total", None), "bytes_model": ("bytes_model", None), "steps": ("steps", None),
+    "train_seconds": ("train_seconds", 3), "eval_time_seconds": ("eval_seconds", 3),
+    "artifact_sha256": ("artifact_sha256", None),
+}  # fmt: skip
+"""Key of an entry of seed_results -> (key of result.json, decimals); the artifact's bytes are those of the code too."""
+
+
 def measured_claims(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Computes what submission.json says of results, in the field's keys: code and weights together are the artifact's
-    bytes; of bytes, step_stop and both times the largest over the seeds counts, of scores the mean."""
-    shared = results[0]
-
-    def column(key: str) -> list[Any]:
-        return [result[key] for result in results]
-
-    def texts(key: str, separator: str) -> str:
-        return separator.join(sorted(set(column(key))))
-
-    return {
-        **{key: round(statistics.fmean(column(key)), FIGURE_DIGITS) for key in ("val_loss", "val_bpb")},
-        **{
-            f"{key}_std": round(statistics.stdev(column(key)), FIGURE_DIGITS) if len(results) > 1 else None
-            for key in ("val_loss", "val_bpb")
-        },
-        "seeds": column("seed"),
-        "seed_results": {str(result["seed"]): seed_claims(result) for result in results},
-        "bytes_total": max(column("bytes_total")),
-        "bytes_code": shared["bytes_code"],
-        "artifact_bytes_max": max(column("bytes_total")),
-        "artifact_bytes_mean": round(statistics.fmean(column("bytes_total")), 1),
-        "limit_bytes": min(column("limit_bytes")),
-        "step_stop": max(column("steps")),
-        "train_steps_mean": round(statistics.fmean(column("steps")), 1),
-        "wallclock_seconds": round(max(column("train_seconds")), 3),
-        "eval_time_seconds": round(max(column("eval_seconds")), 3),
-        "model_params": shared["params"],
-        "eval_seq_len": shared["eval_seq_len"],
-        "eval_stride": max(column("eval_stride")),
-        "hardware": texts("machine", "; "),
-        "pytorch_version": texts("torch", ", "),
-        "python_version": texts("python", ", "),
-        **{key: shared[key] for key in SHARED_CLAIMS},
+    """Computes what submission.json says of results, in the field's keys."""
+    claims = {key: combine([result[name] for result in results]) for key, (name, combine) in MEASURED_CLAIMS.items()}
+    claims["seed_results"] = {
+        str(result["seed"]): {
+            key: result[name] if digits is None else round(result[name], digits)
+            for key, (name, digits) in SEED_CLAIMS.items()
+        }
+        for result in results
     }
-
-
-def seed_claims(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Computes one entry of seed_results."""
-    return {
-        "val_bpb": round(result["val_bpb"], FIGURE_DIGITS),
-        "val_loss": round(result["val_loss"], FIGURE_DIGITS),
-        "artifact_bytes": result["bytes_total"],
-        "bytes_model": result["bytes_model"],
-        "steps": result["steps"],
-        "train_seconds": round(result["train_seconds"], 3),
-        "eval_time_seconds": round(result["eval_seconds"], 3),
-        "artifact_sha256": result["artifact_sha256"],
-    }
+    return claims
 
 
 def agreement_findings(record: RecordFolder) -> Findings:

@@ -212,23 +212,21 @@ def python_text(data: bytes) -> str | None:
 
 def find_neighbours(script: ScriptReading, folder: Path) -> Neighbours:
     """Follows imports, importlib, runpy and exec of files in the folder, through packed layers too."""
-    modules: dict[str, int] = {}
-    files: dict[str, int] = {}
+    sizes: dict[Path, int] = {}
     missing: set[str] = set()
     waiting = [script]
     while waiting:
-        current = waiting.pop()
-        for tree in current.trees:
+        for tree in waiting.pop().trees:
             missing |= set(missing_modules(tree, folder))
             for path in named_files(tree, folder):
-                name = path.relative_to(folder).as_posix()
-                if path == script.path or name in modules:
-                    continue
-                if path.suffix == ".py":
-                    modules[name] = path.stat().st_size
-                    waiting.append(read_script(path, folder))
-                else:
-                    files[name] = path.stat().st_size
+                if path != script.path and path not in sizes:
+                    sizes[path] = path.stat().st_size
+                    if path.suffix == ".py":
+                        waiting.append(read_script(path, folder))
+    modules, files = (
+        {path.relative_to(folder).as_posix(): size for path, size in sizes.items() if (path.suffix == ".py") == is_code}
+        for is_code in (True, False)
+    )
     return Neighbours(modules, files, tuple(sorted(missing)))
 
 
@@ -287,32 +285,21 @@ def string_arguments(call: ast.Call) -> list[str]:
 # ---- knobs ----
 
 
-@dataclass
-class KnobUse:
-    """Holds whether anything in the source reads or prints a knob from the environment."""
-
-    declarations: set[int]
-    """Identities of the statements that take it from the environment."""
-    read: bool = False
-    printed: bool = False
-
-
 def ghost_knobs(script: ScriptReading) -> tuple[list[str], list[str]]:
     """Lists (knobs from the environment that nothing reads, those that are only printed), sorted.
 
     A name that is used as an attribute, a variable or a whole string anywhere counts as read, so that a knob is named
     here only where no way of reading it was seen.
     """
-    uses: dict[str, KnobUse] = {}
+    declared: dict[str, set[int]] = {}  # name -> identities of the statements that take it from the environment
     for tree in script.trees:
         helpers = environment_helpers(tree)
         for name, statement in declared_knobs(tree, helpers):
-            uses.setdefault(name, KnobUse(set())).declarations.add(id(statement))
-    for tree in script.trees:
-        mark_uses(tree, uses)
-    unread = {name: use for name, use in uses.items() if not use.read}
-    printed = sorted(name for name, use in unread.items() if use.printed)
-    return sorted(set(unread) - set(printed)), printed
+            declared.setdefault(name, set()).add(id(statement))
+    uses = {use for tree in script.trees for use in knob_uses(tree, declared)}
+    unread = {name for name in declared if (name, False) not in uses}
+    printed = {name for name in unread if (name, True) in uses}
+    return sorted(unread - printed), sorted(printed)
 
 
 def environment_helpers(tree: ast.Module) -> set[str]:
@@ -333,33 +320,30 @@ def reads_environment(node: ast.AST, helpers: set[str]) -> bool:
 def declared_knobs(tree: ast.Module, helpers: set[str]) -> Iterator[tuple[str, ast.AST]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value and reads_environment(node.value, helpers):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name | ast.Attribute):
                     yield getattr(target, "id", getattr(target, "attr", "")), node
 
 
-def mark_uses(tree: ast.Module, uses: dict[str, KnobUse]) -> None:
-    """Notes every use in a source; what stands in the arguments of a call that prints is only printed."""
+def knob_uses(tree: ast.Module, declared: Mapping[str, set[int]]) -> Iterator[tuple[str, bool]]:
+    """Finds uses of knobs, as (name, whether it is only printed: it stands in the arguments of a call that prints)."""
     waiting: list[tuple[ast.AST, bool, ast.AST | None]] = [(tree, False, None)]
     while waiting:
-        current, prints, statement = waiting.pop()
-        if isinstance(current, ast.Assign | ast.AnnAssign):
-            statement = current
-        for name in used_names(current):
-            use = uses.get(name)
-            if use is not None and not (id(statement) in use.declarations and isinstance(current, ast.Constant)):
-                use.printed |= prints
-                use.read |= not prints
-        if isinstance(current, ast.Call):
-            prints = is_printer(current) or (prints and call_name(current) in FORMATTERS)
-        waiting.extend((child, prints, statement) for child in ast.iter_child_nodes(current))
+        node, prints, statement = waiting.pop()
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            statement = node
+        name, text = loaded_name(node), constant_text(node)
+        if name in declared or (text in declared and id(statement) not in declared[text]):
+            yield name or text, prints
+        if isinstance(node, ast.Call):
+            prints = is_printer(node) or (prints and call_name(node) in FORMATTERS)
+        waiting.extend((child, prints, statement) for child in ast.iter_child_nodes(node))
 
 
-def used_names(node: ast.AST) -> list[str]:
+def loaded_name(node: ast.AST) -> str:
     if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
-        return [node.attr if isinstance(node, ast.Attribute) else node.id]
-    return [constant_text(node)]
+        return node.attr if isinstance(node, ast.Attribute) else node.id
+    return ""
 
 
 def is_printer(call: ast.Call) -> bool:
