@@ -123,17 +123,15 @@ def difference_test(method: str, difference: float, error: float, df: float, sca
 def welch(a: Sequence[float], b: Sequence[float]) -> MeanDifference:
     """Runs Welch's t test of two independent samples of unequal variances (Welch 1947). Raises StatisticsError.
 
-    df = (va + vb)^2 / (va^2 / (na - 1) + vb^2 / (nb - 1)) with v = sd^2 / n (Satterthwaite 1946).
+    1 / df = s^2 / (na - 1) + (1 - s)^2 / (nb - 1) with s = va / (va + vb) and v = sd^2 / n (Satterthwaite 1946).
     """
     if min(len(a), len(b)) < 2:
         raise StatisticsError("needs 2 runs an arm")
     first, second = summarize_sample(a), summarize_sample(b)
     error_a, error_b = first.sd / math.sqrt(first.n), second.sd / math.sqrt(second.n)
-    error, largest = math.hypot(error_a, error_b), max(error_a, error_b)
-    df = math.nan
-    if largest > 0:  # the ratios, not the variances themselves: fourth powers of small numbers underflow
-        ratio_a, ratio_b = (error_a / largest) ** 2, (error_b / largest) ** 2
-        df = (ratio_a + ratio_b) ** 2 / (ratio_a**2 / (first.n - 1) + ratio_b**2 / (second.n - 1))
+    error = math.hypot(error_a, error_b)
+    share = (error_a / error) ** 2 if error else 0.0  # not the variances: fourth powers of small numbers underflow
+    df = 1 / (share**2 / (first.n - 1) + (1 - share) ** 2 / (second.n - 1))
     scale = max(map(abs, [*a, *b]))
     return difference_test("Welch", first.mean - second.mean, error, df, scale)
 

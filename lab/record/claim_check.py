@@ -100,6 +100,7 @@ def headline_findings(record: RecordFolder) -> Findings:
     if claim is None or not scored:
         return
     columns = final_columns(scored, "val_bpb")
+    unquantized = [(log, score) for log in scored for score in log.scores if not score.is_final]
     columns["last"] = [(log.name, log.last_final.val_bpb) for log in scored]
     if any(is_near(mean_of(column), claim) for column in columns.values()):
         return
@@ -109,10 +110,11 @@ def headline_findings(record: RecordFolder) -> Findings:
                 text = f"is that of {log} alone; the mean over the {len(column)} logs is {mean_of(column):.6f}"
                 yield warning("S15-one-of-many", f"val_bpb {claim:.6g} {text}")
             return
+    earlier = [f"line {score.line} of {log.name}" for log, score in unquantized if is_near(score.val_bpb, claim)]
     if subset := matching_subset(columns, claim):
         text = f"is the mean of {', '.join(subset)} alone: say why the other logs do not count, or take them out"
-    elif earlier := score_before_export(scored, claim):
-        text = f"is a score of weights before quantization ({earlier}), not of the artifact"
+    elif earlier:
+        text = f"is a score of weights before quantization ({earlier[0]}), not of the artifact"
     else:
         text = "is the final value of no log, and no mean of them"
     yield error("S12-headline", f"val_bpb {claim:.6g} of submission.json {text}; {describe_endings(columns['last'])}")
@@ -148,11 +150,6 @@ def matching_subset(columns: Mapping[str, Column], claim: float) -> list[str]:
                 if is_near(mean_of(subset), claim):
                     return [name for name, _ in subset]
     return []
-
-
-def score_before_export(logs: Sequence[LogReading], claim: float) -> str:
-    places = ((log.name, score) for log in logs for score in log.scores if not score.is_final)
-    return next((f"line {score.line} of {name}" for name, score in places if is_near(score.val_bpb, claim)), "")
 
 
 def describe_endings(column: Column) -> str:
@@ -299,13 +296,8 @@ def arithmetic_findings(record: RecordFolder) -> Findings:
         for score in log.finals.values():
             places.append((f"line {score.line} of {log.name}", score.val_loss, score.val_bpb, tokenizer))
     for place, loss, bpb, tokenizer in places:
-        if loss and bpb:
-            yield from ratio_findings(place, bytes_per_token(loss, bpb), tokenizer, exact)
-
-
-def bytes_per_token(val_loss: float, val_bpb: float) -> float:
-    """Divides nats per token by nats per byte."""
-    return val_loss / (math.log(2) * val_bpb) if val_bpb > 0 and val_loss > 0 else math.nan
+        if loss and bpb and min(loss, bpb) > 0:
+            yield from ratio_findings(place, loss / (math.log(2) * bpb), tokenizer, exact)
 
 
 def tokenizer_of(log: LogReading) -> str:

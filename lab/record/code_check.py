@@ -5,25 +5,22 @@ from lab.bundle.parts import BundleError
 from lab.record.finding import Findings, error, group_by, warning
 from lab.record.record_folder import DOCUMENTS, SCRIPT_NAME, RecordFolder
 from lab.record.run_check import COMPETITION_BYTES
-from lab.record.script_reading import READABLE_NAME, ScriptReading, ghost_knobs, oldest_grammar_error
+from lab.record.script_reading import READABLE_NAME, ghost_knobs, oldest_grammar_error
 
 MOST_NAMES = 12
 
 
-def limit_of(record: RecordFolder) -> int:
-    """Returns the bytes that code and artifact may have: what the runs were held to, never more than the track's."""
-    own = min((run.result["limit_bytes"] for run in record.runs), default=COMPETITION_BYTES)
-    return min(own, COMPETITION_BYTES) if "16mb" in record.track else own
-
-
 def total_findings(record: RecordFolder) -> Findings:
-    """Checks that what is shipped fits: by the logs' model bytes and the script on the disk, and by what is claimed."""
-    limit, code = limit_of(record), record.bytes_code
-    stated = record.claim("bytes_total")
-    totals = set()
+    """Checks that what is shipped fits: by the logs' model bytes and the script on the disk, and by what is claimed.
+
+    The limit is what the runs were held to, and never more than the track's.
+    """
+    limit = min((run.result["limit_bytes"] for run in record.runs), default=COMPETITION_BYTES)
+    limit = min(limit, COMPETITION_BYTES) if "16mb" in record.track else limit
+    code, stated, totals = record.bytes_code, record.claim("bytes_total"), set()
     for log in record.logs:
-        counted = log.model_bytes + code if log.model_bytes is not None and code is not None else None
-        totals |= {log.total_bytes, counted}
+        counted = None if log.model_bytes is None or code is None else log.model_bytes + code
+        totals |= {log.total_bytes, counted} - {None}
         total = log.total_bytes if counted is None else counted
         if total is None:
             yield warning("S24-no-size", f"{log.name} does not say how many bytes the artifact has")
@@ -35,40 +32,33 @@ def total_findings(record: RecordFolder) -> Findings:
             yield warning("S22-logged-over", text)
     if isinstance(stated, int) and stated > limit:
         yield error("S20-over-limit", f"bytes_total {stated:,} of submission.json is {stated - limit:,} over {limit:,}")
-    elif isinstance(stated, int) and totals - {None} and stated not in totals:
-        known = ", ".join(f"{total:,}" for total in sorted(total for total in totals if total is not None))
+    elif isinstance(stated, int) and totals and stated not in totals:
+        known = ", ".join(f"{total:,}" for total in sorted(totals))
         yield error("S21-bytes-total", f"bytes_total {stated:,} of submission.json is in no log ({known})")
 
 
 def code_size_findings(record: RecordFolder) -> Findings:
     """Checks that the code that was counted is the code that is shipped, local modules included."""
-    script, modules = record.script, record.neighbours.modules
-    if script is None or record.bytes_code is None:
+    script, modules, whole = record.script, record.neighbours.modules, record.bytes_code
+    if script is None or whole is None:
         return
-    claim = record.claim("bytes_code")
-    counted = {record.bytes_code}
+    claim, alone = record.claim("bytes_code"), len(script.data)
     if modules:
         names = ", ".join(f"{name} ({size:,} bytes)" for name, size in modules.items())
-        text = f"{SCRIPT_NAME} runs {names}: code is {record.bytes_code:,} bytes with it, {len(script.data):,} without"
-        logged = {size for log in record.logs for size in log.code_bytes} | {claim}
-        yield (warning if record.bytes_code in logged else error)("S25-local-module", text)
-    if isinstance(claim, int) and claim not in counted | {len(script.data)}:
-        text = f"bytes_code {claim:,} of submission.json is not what the code has: {record.bytes_code:,}"
+        logged = {claim, *(size for log in record.logs for size in log.code_bytes)}
+        text = f"{SCRIPT_NAME} runs {names}: code is {whole:,} bytes with it, {alone:,} without"
+        yield (warning if whole in logged else error)("S25-local-module", text)
+    if isinstance(claim, int) and claim not in (whole, alone):
+        text = f"bytes_code {claim:,} of submission.json is not what the code has: {whole:,}"
         yield error("S23-code-size", text)
-    yield from logged_size_findings(record, script, counted | {len(script.data)})
-
-
-def logged_size_findings(record: RecordFolder, script: ScriptReading, shipped: set[int]) -> Findings:
-    """Finds code sizes in the logs that are not the shipped script's; logs with the same sizes are one finding."""
     unpacked = {len(layer.encode()) for layer in script.layers[1:]}
     for sizes, names in group_by(record.logs, lambda log: log.code_bytes, "name").items():
-        if not sizes or set(sizes) & shipped:
-            continue
-        text = f"{', '.join(names)}: logged code size {sizes[-1]:,} bytes, but {SCRIPT_NAME} has {len(script.data):,}"
-        if set(sizes) & unpacked:
-            yield warning("S23-code-size", f"{text}: it was packed after the run")
-        else:
-            yield error("S23-code-size", f"{text}: it is not the script that ran")
+        if sizes and not set(sizes) & {whole, alone}:
+            text = f"{', '.join(names)}: logged code size {sizes[-1]:,} bytes, but {SCRIPT_NAME} has {alone:,}"
+            if set(sizes) & unpacked:
+                yield warning("S23-code-size", f"{text}: it was packed after the run")
+            else:
+                yield error("S23-code-size", f"{text}: it is not the script that ran")
 
 
 def neighbour_findings(record: RecordFolder) -> Findings:

@@ -93,7 +93,11 @@ def readable_script(paths: Sequence[Path], runs: Sequence[RunEvidence]) -> tuple
     packed = (runs[0].code or b"").decode("utf-8", errors="replace")
     sources = {path: file.read_text("utf-8", "replace") for path in paths if (file := path / READABLE_NAME).is_file()}
     for source in dict.fromkeys(sources.values()):
-        if not packs_to(source, packed):
+        try:
+            sound = pack_source(source) == packed  # takes some seconds for a whole program
+        except BundleError:
+            sound = source == packed
+        if not sound:
             places = ", ".join(str(path) for path, text in sources.items() if text == source)
             reasons.append(error("R16-readable-differs", f"{places}: {READABLE_NAME} does not pack to {SCRIPT_NAME}"))
     if sources:
@@ -102,14 +106,6 @@ def readable_script(paths: Sequence[Path], runs: Sequence[RunEvidence]) -> tuple
         return unpack_source(packed), reasons
     except BundleError:
         return packed, reasons  # started from a readable bundle: it is its own source
-
-
-def packs_to(source: str, packed: str) -> bool:
-    """Says whether packing `source` gives `packed`, byte for byte (some seconds for a whole program)."""
-    try:
-        return pack_source(source) == packed
-    except BundleError:
-        return source == packed
 
 
 # ---- what is claimed ----
@@ -149,7 +145,6 @@ def record_files(
     order: SubmissionOrder, runs: Sequence[RunEvidence], claims: dict[str, Any], readable: str
 ) -> Iterator[tuple[str, bytes]]:
     """Makes (path in the folder, content) of every file but the list of hashes. No weights and no artifact go in."""
-    folders = {str(path): path for path in order.runs}
     facts = RecordFacts(claims, [run.result for run in runs], runs[0].config, hash_list({}, runs))
     yield README_NAME, render_readme(facts).encode()
     yield CLAIMS_NAME, as_json(claims).encode()
@@ -157,7 +152,7 @@ def record_files(
     yield READABLE_NAME, readable.encode()
     yield "requirements.txt", order.requirements.read_bytes()
     for run in runs:
-        folder = folders[run.label]
+        folder = Path(run.label)
         yield f"train_seed{run.seed}.log", (folder / "train.log").read_bytes()
         for name in ("result.json", "config.json"):
             yield f"runs/seed{run.seed}/{name}", (folder / name).read_bytes()

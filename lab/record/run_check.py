@@ -22,14 +22,13 @@ WHOLE_KEYS = (
     "eval_stride", "bytes_code", "bytes_model", "bytes_total", "limit_bytes",
 )  # fmt: skip
 NUMBER_KEYS = ("train_seconds", "eval_seconds", "val_loss", "val_bpb", "max_wallclock_seconds", "max_eval_seconds")
-FLAG_KEYS, TABLE_KEYS, OBJECT_KEYS = ("valid", "partial"), ("features", "probes"), ("parity", "ledger", "fingerprint")
 RESULT_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(TEXT_KEYS, ("text", lambda value: isinstance(value, str))),
     **dict.fromkeys(WHOLE_KEYS, ("a whole number", lambda value: is_number(value) and isinstance(value, int))),
     **dict.fromkeys(NUMBER_KEYS, ("a finite number", lambda value: is_number(value))),
-    **dict.fromkeys(FLAG_KEYS, ("true or false", lambda value: isinstance(value, bool))),
-    **dict.fromkeys(TABLE_KEYS, ("an object of objects", lambda value: is_table(value))),
-    **dict.fromkeys(OBJECT_KEYS, ("an object", lambda value: isinstance(value, dict))),
+    **dict.fromkeys(("valid", "partial"), ("true or false", lambda value: isinstance(value, bool))),
+    **dict.fromkeys(("features", "probes"), ("an object of objects", lambda value: is_table(value))),
+    **dict.fromkeys(("parity", "ledger", "fingerprint"), ("an object", lambda value: isinstance(value, dict))),
     "findings": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)),
 }
 """What a result.json must hold to be evidence: key -> (kind in words, whether a value is of it)."""
@@ -135,32 +134,26 @@ def changed_files(folder: Path) -> Iterator[str]:
 
 def finished_run_findings(run: RunEvidence) -> Findings:
     """Finds everything that makes a run no evidence, in a fixed order."""
-    for check in (status_reasons, size_reasons, time_reasons, log_reasons, file_reasons, config_reasons, probe_reasons):
+    for check in (figure_reasons, log_reasons, file_reasons, config_reasons, probe_reasons):
         for code, text in check(run):
             yield error(code, f"{run.label}: {text}")
 
 
-def status_reasons(run: RunEvidence) -> Reasons:
+def figure_reasons(run: RunEvidence) -> Reasons:
+    """Checks the run's own verdict, and its bytes and seconds against its own limits."""
     result = run.result
+    total, limit, parts = result["bytes_total"], result["limit_bytes"], result["bytes_code"] + result["bytes_model"]
     if not result["valid"] or result["findings"]:
         yield "R01-invalid", f"the run is INVALID: {'; '.join(result['findings']) or 'no reason given'}"
     if result["partial"]:
         scored, of_all = result["val_tokens"], result.get("of_tokens") or "all"
         yield "R02-partial", f"only {scored:,} of {of_all} validation tokens were scored"
-
-
-def size_reasons(run: RunEvidence) -> Reasons:
-    total, limit = run.result["bytes_total"], run.result["limit_bytes"]
     if total > limit:
         yield "R03-over-size", f"{total:,} bytes are {total - limit:,} over the limit of {limit:,}"
-    parts = run.result["bytes_code"] + run.result["bytes_model"]
     if parts != total:
         yield "R09-bytes-sum", f"bytes_total is {total:,}, but code and model are {parts:,}"
-
-
-def time_reasons(run: RunEvidence) -> Reasons:
     for measured, cap in (("train_seconds", "max_wallclock_seconds"), ("eval_seconds", "max_eval_seconds")):
-        seconds, most = run.result[measured], run.result[cap]
+        seconds, most = result[measured], result[cap]
         if most and seconds > most:
             yield "R04-over-time", f"{measured} {seconds:.2f} is over {cap} {most:g}"
 
