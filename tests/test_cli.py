@@ -1,6 +1,7 @@
 """What the commands share: libraries that only they need, JSON objects, Markdown tables."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -45,3 +46,11 @@ def test_a_markdown_table():
     text = markdown_table(("what", "how", "much"), [("a|b", "", 1.5), ("c", None, 2)], texts=2)
     assert text == "| what | how | much |\n| --- | --- | --: |\n| a\\|b |  | 1.5 |\n| c | None | 2 |\n"
     assert markdown_table(("a", "b"), []) == "| a | b |\n| --- | --: |\n"
+
+
+@pytest.mark.parametrize("tool", ["make_submission", "check_submission", "compare"])
+def test_a_tool_starts_without_the_libraries_of_a_run_and_of_others(repository, tool):
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'torch', 'scipy', 'jinja2'} & sys.modules.keys())"
+    command = [sys.executable, "-c", code, f"tools/{tool}.py"]
+    finished = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    assert finished.stdout == "set()\n", finished.stderr

@@ -63,7 +63,7 @@ def run_table(comparison: Comparison) -> Table:
 
 
 def measure_heading(name: str, comparison: Comparison) -> str:
-    """What a column holds; where step counts differ, under which condition."""
+    """Says what a column holds; where step counts differ, under which condition."""
     kind = "equal time" if comparison.equal_steps and comparison.equal_time else "final score"
     return f"{'equal steps' if name == 'train_loss' else kind}\n{UNITS_SHOWN[name]}"
 
@@ -114,7 +114,7 @@ def shown(value: float | None, form: str, absent: str = "undefined") -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the tables leave unsaid: corrections, pairing, warnings."""
+    """Lists what the tables leave unsaid: corrections, pairing, warnings."""
     settings, alpha = comparison.settings, comparison.corrected_alpha
     lines = [f"{arm} is the configuration {comparison.arms[arm][0].config_hash}" for arm in ARMS]
     if settings.variants_tried > 1:

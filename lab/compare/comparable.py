@@ -48,11 +48,10 @@ class ComparedRun:
 
 def result_files(path: Path) -> list[Path]:
     """Finds result.json: the path itself, that of a run folder, or all below it. Raises ComparisonError."""
-    if path.is_file():
-        return [path]
     if not path.exists():
         raise ComparisonError(f"there is no {path}: name a scored run, or a folder of them")
-    found = [path / "result.json"] if (path / "result.json").is_file() else sorted(path.rglob("result.json"))
+    own = path if path.is_file() else path / "result.json"
+    found = [own] if own.is_file() else sorted(path.rglob("result.json"))
     if not found:
         raise ComparisonError(f"{path} holds no result.json: name a scored run, or a folder of them")
     return found

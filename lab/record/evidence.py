@@ -51,7 +51,8 @@ def make_record(order: SubmissionOrder) -> SubmissionOutcome:
     if not order.runs:
         raise EvidenceError("name the folder of at least one finished run")
     runs = sorted((read_run(path) for path in order.runs), key=lambda run: (run.seed, run.label))
-    date = order.date or newest_day(order.runs)
+    newest = max((path / "result.json").stat().st_mtime for path in order.runs)
+    date = order.date or datetime.fromtimestamp(newest, timezone.utc).strftime("%Y-%m-%d")
     target = order.records / order.track / folder_name(order.name, date)
     if target.exists():
         raise EvidenceError(f"{target} exists: records are frozen, choose another --name or --date")
@@ -64,11 +65,6 @@ def make_record(order: SubmissionOrder) -> SubmissionOutcome:
     claims = submission_claims(order, runs, date)
     reasons = build_folder(target, order, runs, claims, readable)
     return SubmissionOutcome(target, tuple(reasons), claims)
-
-
-def newest_day(paths: Sequence[Path]) -> str:
-    newest = max((path / "result.json").stat().st_mtime for path in paths)
-    return datetime.fromtimestamp(newest, timezone.utc).strftime("%Y-%m-%d")
 
 
 def folder_name(name: str, date: str) -> str:

@@ -27,7 +27,7 @@ class RecordFolder:
     logs: tuple[LogReading, ...]
     script: ScriptReading | None
     runs: tuple[RunEvidence, ...]
-    """Of runs/seed<N>/, which only our records have."""
+    """Those of runs/seed<N>/, which only our records have."""
     problems: tuple[SubmissionFinding, ...]
 
     @cached_property
@@ -69,9 +69,14 @@ def read_record(path: Path) -> RecordFolder:
     runs = []
     for folder in sorted(path.glob("runs/seed*")):
         try:
-            runs.append(read_recorded_run(folder, logs, script))
+            result = read_result(folder / "result.json")
+            config = read_json_object(folder / "config.json", EvidenceError)
         except EvidenceError as problem:
             problems.append(error("S80-run-record", str(problem)))
+            continue
+        log = next((log for log in logs if log.name == f"train_seed{result['seed']}.log"), None)
+        files = {SCRIPT_NAME: script.data if script else None}
+        runs.append(RunEvidence(f"runs/{folder.name}", result, config, log, files))
     return RecordFolder(path, claims, logs, script, tuple(runs), tuple(problems))
 
 
@@ -81,15 +86,3 @@ def find_logs(path: Path) -> list[Path]:
         if found := sorted(file for file in path.glob(pattern) if file.is_file()):
             return found
     return []
-
-
-def read_recorded_run(folder: Path, logs: tuple[LogReading, ...], script: ScriptReading | None) -> RunEvidence:
-    """Reads runs/seed<N>/ of a record, whose script and log lie at its top. Raises EvidenceError."""
-    result = read_result(folder / "result.json")
-    return RunEvidence(
-        label=f"runs/{folder.name}",
-        result=result,
-        config=read_json_object(folder / "config.json", EvidenceError),
-        log=next((log for log in logs if log.name == f"train_seed{result['seed']}.log"), None),
-        files={SCRIPT_NAME: script.data if script else None},
-    )

@@ -19,7 +19,7 @@ Row = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class RecordFacts:
-    """What the README is made from."""
+    """Holds what the README is made from."""
 
     claims: dict[str, Any]
     results: list[dict[str, Any]]
@@ -60,7 +60,7 @@ def render_readme(facts: RecordFacts) -> str:
         table=markdown_table,
         feature_rows=feature_rows(facts),
         parity_rows=parity_rows(facts),
-        probe_rows=probe_rows(facts),
+        probes=list(dict.fromkeys(name for result in results for name in result["probes"])),
         time_rows=time_rows(facts),
     )
 
@@ -96,14 +96,6 @@ def parity_rows(facts: RecordFacts) -> list[Row]:
 
     rows = [(text, *figures(name, ".6f")) for name, text in PARITY_ROWS.items()]
     return [*rows, ("largest difference", *figures("largest_difference", ".2g"))]
-
-
-def probe_rows(facts: RecordFacts) -> list[Row]:
-    """Lists the legality probes of every seed."""
-    probes = [result["probes"] for result in facts.results]
-    names = list(dict.fromkeys(name for probe in probes for name in probe))
-    verdicts = {name: [probe.get(name, {}).get("verdict", "-") for probe in probes] for name in names}
-    return [(name, *verdicts[name], probes[0].get(name, {}).get("detail", "")) for name in names]
 
 
 def time_rows(facts: RecordFacts) -> list[Row]:

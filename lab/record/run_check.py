@@ -48,7 +48,7 @@ Reasons = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class RunEvidence:
-    """What one run left behind, read from its folder or from a record."""
+    """Holds what one run left behind, read from its folder or from a record."""
 
     label: str
     """How findings name it: its folder."""

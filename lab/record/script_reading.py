@@ -24,6 +24,8 @@ MOST_UNPACKED_BYTES = 16_000_000
 MOST_SOURCE_LAYERS = 4
 SHORTEST_PAYLOAD = 12
 MOST_PAYLOADS = 16
+MOST_NEIGHBOUR_BYTES = 4_000_000
+"""Of a file at the top of the folder that a loader could take its source from."""
 
 PRINTERS = ("print", "log")
 NO_PRINTERS = frozenset({"math", "torch", "np", "numpy", "cmath"})
@@ -73,18 +75,12 @@ class Neighbours:
 
 def read_script(path: Path, folder: Path) -> ScriptReading:
     """Reads and unpacks a script. Raises OSError."""
-    data = path.read_bytes()
-    text = data.decode("utf-8-sig", errors="replace")
-    layers, opaque = source_layers(text, small_neighbours(folder))
+    data, texts = path.read_bytes(), (".md", ".json", ".log", ".txt")
+    files = [file for file in folder.iterdir() if file.is_file() and file.suffix not in texts]
+    neighbours = {file.name: file.read_bytes() for file in files if file.stat().st_size < MOST_NEIGHBOUR_BYTES}
+    layers, opaque = source_layers(data.decode("utf-8-sig", errors="replace"), neighbours)
     trees = tuple(tree for layer in layers if (tree := parse_quietly(layer)) is not None)
     return ScriptReading(path, data, tuple(layers), opaque, trees)
-
-
-def small_neighbours(folder: Path) -> dict[str, bytes]:
-    """Reads the files at the top of the folder that a loader could take its source from."""
-    texts = (".md", ".json", ".log", ".txt")
-    files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in texts]
-    return {path.name: path.read_bytes() for path in files if path.stat().st_size < 4_000_000}
 
 
 def oldest_grammar_error(script: ScriptReading) -> str:
@@ -236,7 +232,7 @@ def named_files(tree: ast.Module, folder: Path) -> Iterator[Path]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from (path for module in imported_names(node) for path in module_files(module, folder))
         elif isinstance(node, ast.Call) and call_name(node) in LOADERS:
-            yield from (path for text in string_arguments(node) for path in module_files(text, folder))
+            yield from (path for text in map(constant_text, node.args) for path in module_files(text, folder))
         elif isinstance(node, ast.Constant) and node.value != READABLE_NAME:
             # (A run writes a file of that name. In a record it is held against the packed script.)
             yield from file_named(node.value, folder)
@@ -278,11 +274,7 @@ def missing_modules(tree: ast.Module, folder: Path) -> Iterator[str]:
                 yield text
 
 
-def string_arguments(call: ast.Call) -> list[str]:
-    return [text for node in call.args if (text := constant_text(node))]
-
-
-# ---- knobs ----
+# ---- knobs ----# ---- knobs ----
 
 
 def ghost_knobs(script: ScriptReading) -> tuple[list[str], list[str]]:
@@ -313,7 +305,7 @@ def reads_environment(node: ast.AST, helpers: set[str]) -> bool:
         if getattr(inner, "attr", getattr(inner, "id", "")) in ("environ", "getenv"):
             return True
         if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id in helpers:
-            return bool(string_arguments(inner))
+            return any(map(constant_text, inner.args))
     return False
 
 
