@@ -2,6 +2,7 @@
 
 import math
 import sys
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def mixture_tail(t: float, df: float, noncentrality: float = 0.0) -> float:
     Given S = s, it is Phi(noncentrality - t s). The mean of that over S is an integral over u = ln s of an analytic
     function that vanishes at both ends, where the trapezoidal rule converges exponentially.
     """
-    share = 40 / df  # the density of u falls below e^-40 of its peak outside of these ends
+    share = 100 / df  # the density of u falls below e^-100 of its peak outside of these ends
     low, high = -(share + math.sqrt(share)), math.sqrt(share)
     log_peak = math.log(2) + df / 2 * math.log(df / 2) - df / 2 - math.lgamma(df / 2)
 
@@ -65,7 +66,7 @@ def mixture_tail(t: float, df: float, noncentrality: float = 0.0) -> float:
     while True:
         points = (height(low + (high - low) * k / intervals) for k in range(intervals + 1))
         total = math.fsum(points) * (high - low) / intervals
-        if abs(total - previous) <= 1e-9:  # every halving squares the error: this one is far below that
+        if abs(total - previous) <= 1e-9 * max(total, 1e-40):  # a halving squares the error
             return total
         previous, intervals = total, 2 * intervals
 
@@ -86,7 +87,10 @@ def pairs_by_formula(a, b, shift: float = 0.0) -> float:
 @given(t=strategies.floats(1e-4, 1e3), sign=strategies.sampled_from((-1, 1)))
 @settings(max_examples=15)
 def test_tail_is_the_integral_of_the_density(t, df, sign):
-    assert student_t_tail(sign * t, df) == pytest.approx(mixture_tail(sign * t, df), abs=EXACT)
+    expected = mixture_tail(sign * t, df)
+    assert student_t_tail(sign * t, df) == pytest.approx(expected, abs=EXACT)
+    if expected > 1e-30:
+        assert student_t_tail(sign * t, df) == pytest.approx(expected, rel=1e-9)
 
 
 @given(t=strategies.floats(1e-4, 1e4))
@@ -135,6 +139,20 @@ def test_quantile_inverts_the_tail(p, df):
 def test_quantile_refuses_what_is_no_probability(p):
     with pytest.raises(StatisticsError, match="between 0 and 1"):
         student_t_quantile(p, 3)
+
+
+@pytest.mark.parametrize("p", [1e-12, 1e-6, 0.025, 0.4])
+def test_quantile_of_many_degrees_of_freedom_is_close_to_the_normal_one(p):
+    """z + (z^3 + z) / (4 df) + (5 z^5 + 16 z^3 + 3 z) / (96 df^2): Abramowitz and Stegun 26.7.5."""
+    z, df = NormalDist().inv_cdf(p), 1e6
+    expected = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    assert student_t_quantile(p, df) == pytest.approx(expected, rel=EXACT)
+
+
+def test_quantile_refuses_what_it_can_not_compute():
+    assert student_t_quantile(1e-100, 1) == pytest.approx(-1e100 / math.pi, rel=EXACT)
+    with pytest.raises(StatisticsError, match="so far out"):
+        student_t_quantile(1e-300, 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -31,24 +31,37 @@ def student_t_tail(t: float, df: float) -> float:
     """Returns P(T > t) for Student's t with `df` degrees of freedom, with all digits at both ends.
 
     P(|T| > t) is I_x(df/2, 1/2) with x = df / (df + t^2), and P(|T| < t) is I_(1-x)(1/2, df/2) (DLMF 8.17.4). scipy's
-    own stdtr and betaincc lose up to half of the digits near t = 0.
+    own stdtr and betaincc lose up to half of the digits near t = 0, where the smaller probability keeps them.
     """
-    betainc, square = lab_library("scipy.special").betainc, t * t
+    special, square = lab_library("scipy.special"), t * t
     if square > df:
-        tail = float(betainc(df / 2, 0.5, df / (df + square))) / 2
+        tail = float(special.betainc(df / 2, 0.5, df / (df + square))) / 2
+    elif square > 0.1:
+        tail = float(special.betaincc(0.5, df / 2, square / (df + square))) / 2
     else:
-        tail = 0.5 - float(betainc(0.5, df / 2, square / (df + square))) / 2
+        tail = 0.5 - float(special.betainc(0.5, df / 2, square / (df + square))) / 2
     return tail if t > 0 else 1 - tail
 
 
 def student_t_quantile(p: float, df: float) -> float:
-    """Returns the t with P(T <= t) = p. Raises StatisticsError.
+    """Returns the t with P(T <= t) = p. Raises StatisticsError for a p that is none, or below 1e-150 or so.
 
     A small p keeps all its digits; for a p near 1 take the quantile of 1 - p with the other sign.
     """
     if not 0 < p < 1:
         raise StatisticsError(f"a quantile needs a probability between 0 and 1, not {p}")
-    return float(lab_library("scipy.special").stdtrit(df, p))
+    special, outside = lab_library("scipy.special"), 2 * min(p, 1 - p)
+    x = float(special.betaincinv(df / 2, 0.5, outside))  # as in student_t_tail; stdtrit has 11 digits before scipy 1.17
+    if not x:
+        raise StatisticsError(f"a quantile so far out can't be computed: probability {p}, {df} degrees of freedom")
+    if x < 0.5:
+        ratio = (1 - x) / x
+    else:  # of the probabilities inside and outside of t, the smaller one has more digits
+        inside = outside > 0.5
+        inverse = special.betaincinv if inside else special.betainccinv
+        y = float(inverse(0.5, df / 2, 1 - outside if inside else outside))
+        ratio = y / (1 - y)
+    return math.copysign(math.sqrt(df * ratio), p - 0.5)
 
 
 def noncentral_t_tail(t: float, df: float, noncentrality: float) -> float:
