@@ -9,9 +9,11 @@ from typing import Any
 
 from golf.config.config import build_config, config_dict, config_hash
 from lab.bundle.packer import pack_source
+from lab.record.evidence import SubmissionOrder, SubmissionOutcome, make_record
 from lab.record.folder_check import check_record
 from lab.record.record_folder import read_record
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = '"""A program."""\n\nimport math\n\n\ndef main():\n    print(math.pi)  # a comment\n\n\nmain()\n'
 DATA_ID, VAL_DATA_ID, TOKENIZER = "d" * 16, "e" * 16, "ab" * 32
 VAL_TOKENS, VAL_BYTES = 119_473, 398_277
@@ -73,7 +75,7 @@ def run_result(run_id: str, seed: int, hashed: str, code: bytes, artifact: bytes
         "bytes_model": len(artifact), "bytes_total": len(code) + len(artifact), "limit_bytes": 500_000,
         "tokenizer_sha256": TOKENIZER, "artifact_sha256": digest(artifact), "code_sha256": digest(code),
         "machine": "1 x x86_64 CPU process, 2 threads, linux", "pruned_codes": 10, "sizes": {}, "fit_actions": [],
-        "witness": {
+        "features": {
             "qat": {"first": 1, "last": 1340, "count": 1340, "effect": "logits moved by 0.1", "proven": True},
             "prune": {"first": None, "last": None, "count": 1, "effect": "10 codes", "proven": True},
         },
@@ -122,6 +124,31 @@ def log_lines(result: dict[str, Any]) -> list[str]:
         f"eval_seconds:{result['eval_seconds']:.1f} config_hash:{result['config_hash']} "
         f"code_sha256:{result['code_sha256']} artifact_sha256:{result['artifact_sha256']}",
     ]  # fmt: skip
+
+
+# ---- records made from runs ----
+
+
+def order_of(tmp_path: Path, *runs: Path, **changes: Any) -> SubmissionOrder:
+    texts = {"name": "A record", "author": "Somebody", "github_id": "some-body", "blurb": "What it is."}
+    values = texts | {"track": "track_local", "date": "2026-04-01"} | changes
+    return SubmissionOrder(runs, **values, records=tmp_path / "records", requirements=REPOSITORY / "requirements.txt")
+
+
+def build(tmp_path: Path, *runs: Path, **changes: Any) -> SubmissionOutcome:
+    return make_record(order_of(tmp_path, *runs, **changes))
+
+
+def three_seeds(tmp_path: Path) -> list[Path]:
+    return [write_run(tmp_path / "runs" / f"seed{seed}", seed) for seed in (42, 43, 44)]
+
+
+def edit_result(run: Path, log: bool = True, **changes: Any) -> None:
+    """Change result.json and, as an honest run would have, the log with it."""
+    result = json.loads((run / "result.json").read_text()) | changes
+    write_json(run / "result.json", result)
+    if log:
+        (run / "train.log").write_text("\n".join(log_lines(result)) + "\n")
 
 
 # ---- the shape of published records ----

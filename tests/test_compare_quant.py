@@ -25,8 +25,7 @@ from golf.quant.tensor_classes import QuantError
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
 from lab.cli import run_command
-from lab.compare.bootstrap import block_numbers, bootstrap_ratio
-from lab.compare.statistics import StatisticsError
+from lab.compare.statistics import StatisticsError, block_numbers, bootstrap_ratio
 from lab.rates.quant_comparison import (
     ComparisonSubject,
     compare_variants,

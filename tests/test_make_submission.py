@@ -7,45 +7,32 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from evidence_fixtures import SOURCE, digest, log_lines, packed_source, run_result, write_json, write_run
+from evidence_fixtures import (
+    SOURCE,
+    build,
+    digest,
+    edit_result,
+    log_lines,
+    packed_source,
+    run_result,
+    three_seeds,
+    write_json,
+    write_run,
+)
 
 from golf.run.log_lines import result_line
 from lab.bundle.packer import unpack_source
-from lab.record.evidence import SubmissionOrder, SubmissionOutcome, make_record
 from lab.record.finding import EvidenceError
 from lab.record.folder_check import check_record
 from lab.record.record_folder import read_record
-from lab.record.run_check import expected_result_line
+from lab.record.run_check import RESULT_FIGURES, RESULT_PAIR, result_line_differences
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 READABLE = "train_gpt_readable.py"
 NEWEST = 1_790_000_000  # 2026-09-21 UTC
 OTHER_SOURCE = SOURCE.replace("math.pi", "math.tau")
-
-
-def order_of(tmp_path: Path, *runs: Path, **changes: Any) -> SubmissionOrder:
-    texts = {"name": "A record", "author": "Somebody", "github_id": "some-body", "blurb": "What it is."}
-    values = texts | {"track": "track_local", "date": "2026-04-01"} | changes
-    return SubmissionOrder(runs, **values, records=tmp_path / "records", requirements=REPOSITORY / "requirements.txt")
-
-
-def build(tmp_path: Path, *runs: Path, **changes: Any) -> SubmissionOutcome:
-    return make_record(order_of(tmp_path, *runs, **changes))
-
-
-def three_seeds(tmp_path: Path) -> list[Path]:
-    return [write_run(tmp_path / "runs" / f"seed{seed}", seed) for seed in (42, 43, 44)]
-
-
-def edit_result(run: Path, log: bool = True, **changes: Any) -> None:
-    """Change result.json and, as an honest run would have, the log with it."""
-    result = json.loads((run / "result.json").read_text()) | changes
-    write_json(run / "result.json", result)
-    if log:
-        (run / "train.log").write_text("\n".join(log_lines(result)) + "\n")
 
 
 def edit_text(path: Path, before: str, after: str) -> None:
@@ -92,7 +79,15 @@ def test_times_of_many_digits_survive_their_rounding(tmp_path):
 
 def test_the_last_line_is_read_as_the_run_writes_it():
     result = run_result("r", 42, "0" * 16, b"code", b"artifact")
-    assert expected_result_line(result) == result_line(result) == log_lines(result)[-1]
+    line = result_line(result)
+    assert line == log_lines(result)[-1] and result_line_differences(line, result) == []
+    assert [key for key, _ in RESULT_PAIR.findall(line)] == list(RESULT_FIGURES)
+    for key, figure in RESULT_PAIR.findall(line):
+        digits = {"val_loss": f"{result['val_loss']:.7f}"}.get(key, figure + "1")
+        (difference,) = result_line_differences(line.replace(f"{key}:{figure}", f"{key}:{digits}"), result)
+        assert difference == f"{key} {digits} in the log, {figure} in result.json"
+    (difference,) = result_line_differences(line, result | {"valid": False})
+    assert "status" in difference
 
 
 def test_submission_json_is_measured(tmp_path):
@@ -123,31 +118,6 @@ def test_hashes_are_those_of_the_files(tmp_path):
     expected = {name: digest(data) for name, data in tree(folder).items() if name != "HASHES.json"}
     assert hashes["files"] == expected
     assert hashes["artifact_sha256"]["43"] == digest(b"artifact of seed 43")
-
-
-def test_the_readme_has_the_figures_and_the_commands(tmp_path):
-    changed = {"num_layers": "3", "matrix_lr": "0.05"}
-    runs = [write_run(tmp_path / "runs" / str(seed), seed, changed) for seed in (42, 43, 44)]
-    text = (build(tmp_path, *runs).folder / "README.md").read_text()
-    assert "| 43 | 1.45000000 | 3.35049459 | 1,343 | 179.9 | 8.8 |" in text
-    assert "sample sd | 0.00100000" in text
-    assert "\npython train_gpt.py --preset local num_layers=3 matrix_lr=0.05 seed=44\n" in text
-    assert "| C1 future | PASS | PASS | PASS |" in text and "| qat | 1,340 | 1 to 1,340 | yes |" in text
-    assert digest(b"artifact of seed 44") in text and "test of significance" not in text
-
-
-def test_several_processes_are_started_by_torchrun(tmp_path):
-    run = write_run(tmp_path / "r", world_size=8)
-    text = (build(tmp_path, run).folder / "README.md").read_text()
-    assert "torchrun --standalone --nproc_per_node=8 train_gpt.py --preset local seed=42" in text
-
-
-@pytest.mark.parametrize(("seeds", "said"), [((42,), "One seed"), ((42, 43), "Two seeds")])
-def test_few_seeds_are_said_to_be_few(tmp_path, seeds, said):
-    outcome = build(tmp_path, *(write_run(tmp_path / str(seed), seed) for seed in seeds))
-    text = (outcome.folder / "README.md").read_text()
-    assert said in text and "no test of significance was made" in text
-    assert (outcome.claims["val_bpb_std"] is None) == (len(seeds) == 1)
 
 
 def test_a_run_of_a_packed_file_shows_what_is_packed(tmp_path):

@@ -1,21 +1,23 @@
-"""Student's t and its tests against scipy, against closed forms, and against simulated runs without a difference."""
+"""Student's t and its tests against integrals, closed forms, tables, and simulated runs without a difference."""
 
 import math
+import sys
+from statistics import NormalDist
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies
-from scipy import special, stats
+from hypothesis import given, settings, strategies
 
+from golf.config.knobs import UserError
 from lab.compare.statistics import (
     StatisticsError,
     bpb_per_nat,
     confidence_interval,
+    detectable_noncentrality,
     minimum_detectable_difference,
     noncentral_t_tail,
     paired,
     power_of_t_test,
-    regularized_incomplete_beta,
     student_t_quantile,
     student_t_tail,
     summarize_sample,
@@ -30,6 +32,13 @@ THREE_ERRORS = 3 * math.sqrt(ALPHA * (1 - ALPHA) / NULLS)
 DEGREES = (1, 1.01, 1.7, 2, 3.3, 4, 8, 25.5, 100, 1_000, 10_000)
 SHAPES = [(2, 2, 1.0), (3, 3, 1.0), (3, 3, 0.05), (2, 5, 7.0), (4, 12, 0.2), (10, 10, 1.0), (40, 25, 3.0)]
 """Runs in A, runs in B, and the spread of B against that of A."""
+QUANTILES = [
+    (0.025, 1, -12.706204736174698), (0.025, 2, -4.302652729749462), (0.025, 3, -3.182446305283709),
+    (0.025, 4, -2.776445105197793), (0.025, 8, -2.306004135204166), (0.025, 100, -1.983971518523553),
+    (0.005, 1, -63.656741162871526), (0.005, 2, -9.924843200918287), (0.005, 4, -4.604094871349994),
+    (0.05, 5, -2.015048373333024), (0.1, 10, -1.372183641110336), (0.0005, 3, -12.923978636687485),
+]  # fmt: skip
+"""(probability below, degrees of freedom, t), as tables print them, with more digits."""
 
 
 def arms(seed: int, shape: tuple[int, int, float], shift: float = 0.0) -> tuple[list[float], list[float]]:
@@ -39,26 +48,66 @@ def arms(seed: int, shape: tuple[int, int, float], shift: float = 0.0) -> tuple[
     return (random.normal(2.1, 2e-3, n_a).tolist(), random.normal(2.1 + shift, 2e-3 * ratio, n_b).tolist())
 
 
-@given(
-    a=strategies.floats(0.5, 500),
-    b=strategies.floats(0.5, 500),
-    x=strategies.floats(1e-6, 1 - 1e-6),
-)
-def test_incomplete_beta_is_that_of_scipy(a, b, x):
-    assert regularized_incomplete_beta(a, b, x, 1 - x) == pytest.approx(special.betainc(a, b, x), abs=EXACT)
+def mixture_tail(t: float, df: float, noncentrality: float = 0.0) -> float:
+    """P(T > t) of T = (Z + noncentrality) / S, Z a standard normal, S^2 a chi-square over its df, without any library.
+
+    Given S = s, it is Phi(noncentrality - t s). The mean of that over S is an integral over u = ln s of an analytic
+    function that vanishes at both ends, where the trapezoidal rule converges exponentially.
+    """
+    share = 100 / df  # the density of u falls below e^-100 of its peak outside of these ends
+    low, high = -(share + math.sqrt(share)), math.sqrt(share)
+    log_peak = math.log(2) + df / 2 * math.log(df / 2) - df / 2 - math.lgamma(df / 2)
+
+    def height(u: float) -> float:
+        density = math.exp(log_peak + df * (u - math.expm1(2 * u) / 2))
+        return density * math.erfc((t * math.exp(u) - noncentrality) / math.sqrt(2)) / 2
+
+    total, intervals, previous = 0.0, 256, math.inf
+    while True:
+        points = (height(low + (high - low) * k / intervals) for k in range(intervals + 1))
+        total = math.fsum(points) * (high - low) / intervals
+        if abs(total - previous) <= 1e-9 * max(total, 1e-40):  # a halving squares the error
+            return total
+        previous, intervals = total, 2 * intervals
 
 
-@given(t=strategies.floats(1e-4, 1e4), df=strategies.floats(1, 10_000), sign=strategies.sampled_from((-1, 1)))
-def test_tail_is_that_of_scipy(t, df, sign):
-    expected = stats.t.sf(sign * t, df)
+def welch_by_formula(a, b, shift: float = 0.0) -> tuple[float, float]:
+    """(t, degrees of freedom) as Welch and Satterthwaite wrote them, for mean A - mean B + shift."""
+    v_a, v_b = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
+    df = (v_a + v_b) ** 2 / (v_a**2 / (len(a) - 1) + v_b**2 / (len(b) - 1))
+    return (np.mean(a) - np.mean(b) + shift) / math.sqrt(v_a + v_b), df
+
+
+def pairs_by_formula(a, b, shift: float = 0.0) -> float:
+    differences = np.subtract(a, b)
+    return (np.mean(differences) + shift) / (np.std(differences, ddof=1) / math.sqrt(len(a)))
+
+
+@pytest.mark.parametrize("df", DEGREES)
+@given(t=strategies.floats(1e-4, 1e3), sign=strategies.sampled_from((-1, 1)))
+@settings(max_examples=15)
+def test_tail_is_the_integral_of_the_density(t, df, sign):
+    expected = mixture_tail(sign * t, df)
     assert student_t_tail(sign * t, df) == pytest.approx(expected, abs=EXACT)
-    if expected > 1e-250:
+    if expected > 1e-30:
         assert student_t_tail(sign * t, df) == pytest.approx(expected, rel=1e-9)
+
+
+@given(t=strategies.floats(1e-4, 1e4))
+def test_a_far_tail_keeps_its_digits(t):
+    """4 and 6 degrees of freedom: the polynomials of Abramowitz and Stegun 26.7.4 in s = t / sqrt(df + t^2)."""
+    for df, polynomial in ((4, (1, 1 / 2)), (6, (1, 1 / 2, 3 / 8))):
+        cosine2 = df / (df + t * t)
+        sine = t / math.sqrt(df + t * t)
+        inside = sine * sum(factor * cosine2**power for power, factor in enumerate(polynomial))
+        assert student_t_tail(t, df) == pytest.approx((1 - inside) / 2, abs=1e-14)
+    rest = 1 / (math.hypot(t, math.sqrt(2)) + t)  # 2 degrees: (1 - t / sqrt(2 + t^2)) / 2 without the difference
+    assert student_t_tail(t, 2) == pytest.approx(rest / math.hypot(t, math.sqrt(2)), rel=1e-12)
 
 
 @given(t=strategies.floats(-1e6, 1e6))
 def test_tail_keeps_its_digits_where_closed_forms_exist(t):
-    """Near zero scipy itself loses digits; 1 and 2 degrees of freedom have formulas."""
+    """Near zero scipy's own tail loses digits; 1 and 2 degrees of freedom have formulas."""
     assert student_t_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, abs=1e-14)
     assert student_t_tail(t, 2) == pytest.approx(0.5 - t / (2 * math.hypot(t, math.sqrt(2))), abs=1e-14)
 
@@ -69,10 +118,16 @@ def test_tail_at_its_ends():
     assert student_t_tail(1e300, 3) == 0
 
 
+@pytest.mark.parametrize(("p", "df", "t"), QUANTILES)
+def test_quantile_is_that_of_printed_tables(p, df, t):
+    assert student_t_quantile(p, df) == pytest.approx(t, rel=EXACT)
+    assert student_t_quantile(1 - p, df) == pytest.approx(-t, rel=EXACT)
+
+
 @pytest.mark.parametrize("df", DEGREES)
 @pytest.mark.parametrize("p", [1e-9, 1e-4, 0.005, 0.025, 0.1, 0.25, 0.49, 0.6, 0.975, 0.9995])
-def test_quantile_is_that_of_scipy(df, p):
-    assert student_t_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=EXACT)
+def test_quantile_cuts_off_its_share_of_the_density(df, p):
+    assert mixture_tail(-student_t_quantile(p, df), df) == pytest.approx(p, abs=EXACT)
 
 
 @given(p=strategies.floats(1e-8, 0.5), df=strategies.floats(1, 1_000))
@@ -86,57 +141,75 @@ def test_quantile_refuses_what_is_no_probability(p):
         student_t_quantile(p, 3)
 
 
+@pytest.mark.parametrize("p", [1e-12, 1e-6, 0.025, 0.4])
+def test_quantile_of_many_degrees_of_freedom_is_close_to_the_normal_one(p):
+    """z + (z^3 + z) / (4 df) + (5 z^5 + 16 z^3 + 3 z) / (96 df^2): Abramowitz and Stegun 26.7.5."""
+    z, df = NormalDist().inv_cdf(p), 1e6
+    expected = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    assert student_t_quantile(p, df) == pytest.approx(expected, rel=EXACT)
+
+
+def test_quantile_refuses_what_it_can_not_compute():
+    assert student_t_quantile(1e-100, 1) == pytest.approx(-1e100 / math.pi, rel=EXACT)
+    with pytest.raises(StatisticsError, match="so far out"):
+        student_t_quantile(1e-300, 1)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(8))
-def test_welch_is_that_of_scipy(shape, seed):
+def test_welch_is_its_formula(shape, seed):
     a, b = arms(seed, shape, shift=seed * 1e-3)
-    test, expected = welch(a, b), stats.ttest_ind(a, b, equal_var=False)
+    test, (t, df) = welch(a, b), welch_by_formula(a, b)
     assert test.difference == pytest.approx(np.mean(a) - np.mean(b), abs=1e-15)
-    assert test.t == pytest.approx(expected.statistic, rel=1e-9) and test.df == pytest.approx(expected.df, rel=1e-9)
-    assert test.p_two_sided == pytest.approx(expected.pvalue, abs=EXACT)
-    lower = stats.ttest_ind(a, b, equal_var=False, alternative="less")
-    assert test.p_a_lower == pytest.approx(lower.pvalue, abs=EXACT)
+    assert test.t == pytest.approx(t, rel=1e-9) and test.df == pytest.approx(df, rel=1e-9)
+    assert test.p_two_sided == pytest.approx(2 * mixture_tail(abs(t), df), abs=EXACT)
+    assert test.p_a_lower == pytest.approx(mixture_tail(-t, df), abs=EXACT)
+    check_intervals(test)
+
+
+def check_intervals(test):
+    """The interval is centred on the difference, and its end is what a test at alpha just rejects."""
     for alpha in (0.05, 0.005):
-        interval = expected.confidence_interval(1 - alpha)
-        assert confidence_interval(test, alpha) == pytest.approx((interval.low, interval.high), abs=EXACT)
+        low, high = confidence_interval(test, alpha)
+        assert (low + high) / 2 == pytest.approx(test.difference, abs=EXACT)
+        half = (high - low) / 2
+        assert 2 * mixture_tail(half / test.standard_error, test.df) == pytest.approx(alpha, abs=EXACT)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
 @pytest.mark.parametrize("seed", range(8))
-def test_paired_is_that_of_scipy(n, seed):
+def test_paired_is_its_formula(n, seed):
     a, b = arms(seed, (n, n, 1.0), shift=seed * 1e-3)
-    test, expected = paired(a, b), stats.ttest_rel(a, b)
-    assert test.t == pytest.approx(expected.statistic, rel=1e-9) and test.df == n - 1
-    assert test.p_two_sided == pytest.approx(expected.pvalue, abs=EXACT)
-    assert test.p_a_lower == pytest.approx(stats.ttest_rel(a, b, alternative="less").pvalue, abs=EXACT)
-    interval = expected.confidence_interval(0.95)
-    assert confidence_interval(test, 0.05) == pytest.approx((interval.low, interval.high), abs=EXACT)
+    test, t = paired(a, b), pairs_by_formula(a, b)
+    assert test.t == pytest.approx(t, rel=1e-9) and test.df == n - 1
+    assert test.p_two_sided == pytest.approx(2 * mixture_tail(abs(t), n - 1), abs=EXACT)
+    assert test.p_a_lower == pytest.approx(mixture_tail(-t, n - 1), abs=EXACT)
+    check_intervals(test)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("margin", [0.0005, 0.005, 0.02])
 def test_equivalence_is_two_one_sided_tests(shape, margin):
     a, b = arms(3, shape, shift=1e-3)
-    above = stats.ttest_ind(np.add(a, margin), b, equal_var=False, alternative="greater").pvalue
-    below = stats.ttest_ind(np.subtract(a, margin), b, equal_var=False, alternative="less").pvalue
-    assert tost(welch(a, b), margin).p == pytest.approx(max(above, below), abs=EXACT)
+    (above, df), (below, _) = welch_by_formula(a, b, margin), welch_by_formula(a, b, -margin)
+    expected = max(mixture_tail(above, df), mixture_tail(-below, df))
+    assert tost(welch(a, b), margin).p == pytest.approx(expected, abs=EXACT)
     with pytest.raises(StatisticsError, match="margin"):
         tost(welch(a, b), 0.0)
 
 
 def test_equivalence_of_pairs():
     a, b = arms(4, (5, 5, 1.0))
-    differences = np.subtract(a, b)
-    above = stats.ttest_1samp(differences, -0.005, alternative="greater").pvalue
-    below = stats.ttest_1samp(differences, 0.005, alternative="less").pvalue
-    assert tost(paired(a, b), 0.005).p == pytest.approx(max(above, below), abs=EXACT)
+    above, below = pairs_by_formula(a, b, 0.005), pairs_by_formula(a, b, -0.005)
+    assert tost(paired(a, b), 0.005).p == pytest.approx(max(mixture_tail(above, 4), mixture_tail(-below, 4)), abs=EXACT)
 
 
 @pytest.mark.parametrize("df", DEGREES[:-1])
 @pytest.mark.parametrize("t", [0.0, 0.5, 2.776, 12.7])
-@pytest.mark.parametrize("noncentrality", [-3.0, 0.0, 0.7, 4.0, 16.0])
-def test_noncentral_tail_is_that_of_scipy(t, df, noncentrality):
-    assert noncentral_t_tail(t, df, noncentrality) == pytest.approx(stats.nct.sf(t, df, noncentrality), abs=1e-9)
+@pytest.mark.parametrize("noncentrality", [-50.0, -3.0, 0.0, 0.7, 4.0, 16.0, 200.0])
+def test_noncentral_tail_is_the_integral_of_the_density(t, df, noncentrality):
+    expected = mixture_tail(t, df, noncentrality)
+    assert noncentral_t_tail(t, df, noncentrality) == pytest.approx(expected, abs=1e-9)
 
 
 def test_power_without_a_difference_is_alpha():
@@ -144,11 +217,12 @@ def test_power_without_a_difference_is_alpha():
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(2, 0.05), (3, 0.05), (3, 0.005), (10, 0.05)])
-def test_detectable_difference_has_the_power_by_scipy(n, alpha):
+def test_detectable_difference_has_the_power(n, alpha):
     test = paired(*arms(5, (n, n, 1.0)))
     noncentrality = minimum_detectable_difference(test, alpha) / test.standard_error
-    critical = stats.t.ppf(1 - alpha / 2, n - 1)  # the other tail, where scipy has NaN, is below 1e-6
-    assert stats.nct.sf(critical, n - 1, noncentrality) == pytest.approx(0.8, abs=1e-6)
+    critical = -student_t_quantile(alpha / 2, n - 1)
+    power = mixture_tail(critical, n - 1, noncentrality) + mixture_tail(critical, n - 1, -noncentrality)
+    assert power == pytest.approx(0.8, abs=1e-6)
 
 
 def test_detectable_difference_refuses_a_power_that_is_none():
@@ -221,13 +295,15 @@ def test_pairs_that_differ_by_rounding_alone_have_no_spread():
 
 def test_spread_in_one_arm_is_enough():
     a, b = [3.1, 3.1, 3.1], [3.2, 3.21, 3.22]
-    assert welch(a, b).p_two_sided == pytest.approx(stats.ttest_1samp(b, 3.1).pvalue, abs=EXACT)
+    t = 0.11 / (0.01 / math.sqrt(3))  # a test of B against the constant 3.1; 2 degrees of freedom have a closed form
+    assert welch(a, b).p_two_sided == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=EXACT)
 
 
 def test_a_tiny_spread_does_not_underflow():
     a, b = [1e-90, 2e-90, 4e-90], [2e-90, 3e-90, 5e-90]
-    scaled = stats.ttest_ind([1, 2, 4], [2, 3, 5], equal_var=False)
-    assert welch(a, b).p_two_sided == pytest.approx(scaled.pvalue, abs=EXACT)
+    t = 1 / math.sqrt(14 / 9)  # both variances are 7/3, so that there are 4 degrees of freedom, with a closed form
+    sine = t / math.sqrt(4 + t * t)
+    assert welch(a, b).p_two_sided == pytest.approx(1 - sine * (1 + 2 / (4 + t * t)), abs=EXACT)
 
 
 def test_one_run_has_no_spread_and_no_test():
@@ -243,3 +319,11 @@ def test_one_run_has_no_spread_and_no_test():
 def test_the_margin_in_bits_per_byte(bytes_per_token, bpb):
     """The competition's 0.005 nats in its three tokenizers."""
     assert 0.005 * bpb_per_nat(1_000_000, round(1_000_000 * bytes_per_token)) == pytest.approx(bpb, abs=6e-6)
+
+
+@pytest.mark.parametrize("module", ["scipy.special", "scipy.stats", "scipy.optimize"])
+def test_without_scipy_one_line_says_what_to_install(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    detectable_noncentrality.cache_clear()
+    with pytest.raises(UserError, match=r"^scipy can't be imported .*pip install -r requirements-lab.txt$"):
+        minimum_detectable_difference(welch(*arms(5, (3, 3, 1.0))), 0.05)

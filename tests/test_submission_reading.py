@@ -22,8 +22,7 @@ from evidence_fixtures import (
 
 from lab.bundle.packer import pack_source
 from lab.record.log_reading import read_log
-from lab.record.payloads import source_layers
-from lab.record.script_reading import find_neighbours, ghost_knobs, read_script
+from lab.record.script_reading import find_neighbours, ghost_knobs, read_script, source_layers
 
 MEAN = sum(PUBLISHED_SCORES.values()) / len(PUBLISHED_SCORES)
 

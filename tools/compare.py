@@ -41,16 +41,7 @@ class Options(ToolOptions):
     """Runs of arm A: run folders, result.json files, or folders that hold several."""
     vs: tuple[Path, ...] = ()
     """Runs of arm B."""
-    alpha: float = 0.05
-    """Chance of calling a difference real where there is none, two-sided."""
-    variants_tried: int = 1
-    """How many variants were tried to find this one; alpha is divided by it (Bonferroni)."""
-    margin_nats: float = 0.005
-    """Nats per token within which the arms count as equivalent; the competition's rule is in nats, not in bpb."""
-    power: float = 0.8
-    """Chance of showing the smallest detectable difference."""
-    include_invalid: bool = False
-    """Compare INVALID runs too; they are labelled."""
+    settings: tyro.conf.OmitArgPrefixes[ComparisonSettings] = ComparisonSettings()
 
 
 def run_table(comparison: Comparison) -> Table:
@@ -72,7 +63,7 @@ def run_table(comparison: Comparison) -> Table:
 
 
 def measure_heading(name: str, comparison: Comparison) -> str:
-    """What a column holds; where step counts differ, under which condition."""
+    """Says what a column holds; where step counts differ, under which condition."""
     kind = "equal time" if comparison.equal_steps and comparison.equal_time else "final score"
     return f"{'equal steps' if name == 'train_loss' else kind}\n{UNITS_SHOWN[name]}"
 
@@ -123,7 +114,7 @@ def shown(value: float | None, form: str, absent: str = "undefined") -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the tables leave unsaid: corrections, pairing, warnings."""
+    """Lists what the tables leave unsaid: corrections, pairing, warnings."""
     settings, alpha = comparison.settings, comparison.corrected_alpha
     lines = [f"{arm} is the configuration {comparison.arms[arm][0].config_hash}" for arm in ARMS]
     if settings.variants_tried > 1:
@@ -161,10 +152,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def work(options: Options) -> int:
-    settings = ComparisonSettings(
-        options.alpha, options.variants_tried, options.margin_nats, options.power, options.include_invalid
-    )
-    comparison = compare_runs(options.a, options.vs, settings)
+    comparison = compare_runs(options.a, options.vs, options.settings)
     if options.json:
         print(json.dumps(asdict(comparison), default=str, allow_nan=False))
     else:

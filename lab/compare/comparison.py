@@ -1,4 +1,4 @@
-"""Two arms of runs against each other: what they show, and what so few runs can't show.
+"""Compares two arms of runs: what they show, and what so few runs can't show.
 
 Welch's test decides, always, so that nobody picks a test after seeing the figures; the paired test stands beside it.
 """
@@ -36,12 +36,18 @@ NOT_RESOLVED = "not resolved"
 @dataclass(frozen=True)
 class ComparisonSettings:
     alpha: float = 0.05
+    """Chance of calling a difference real where there is none, two-sided."""
     variants_tried: int = 1
+    """How many variants were tried to find this one; alpha is divided by it (Bonferroni)."""
     margin_nats: float = 0.005
+    """Nats per token within which the arms count as equivalent; the competition's rule is in nats, not in bpb."""
     power: float = 0.8
+    """Chance of showing the smallest detectable difference."""
     include_invalid: bool = False
+    """Compare INVALID runs too; they are labelled."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ComparisonError for settings under which no test has a meaning."""
         if not 0 < self.alpha < 1:
             raise ComparisonError(f"alpha must lie between 0 and 1, not {self.alpha}")
         if self.variants_tried < 1:
@@ -107,7 +113,7 @@ def share_machines(a: list[ComparedRun], b: list[ComparedRun]) -> bool:
 
 
 def comparison_warnings(a: list[ComparedRun], b: list[ComparedRun]) -> Iterator[str]:
-    """What does not forbid the comparison, but may explain its outcome."""
+    """Finds what does not forbid the comparison, but may explain its outcome."""
     unknown = sum(not run.machine_id for run in a + b)
     if unknown:
         yield f"{unknown} of {len(a + b)} runs don't say on which machine they ran"
@@ -128,7 +134,7 @@ def comparison_warnings(a: list[ComparedRun], b: list[ComparedRun]) -> Iterator[
 
 
 def pairs_by_seed(a: list[ComparedRun], b: list[ComparedRun]) -> tuple[list[tuple[int, int]], str]:
-    """(index in a and in b of each pair, reason why there are none): every run has a twin of its seed and machine."""
+    """Pairs runs of one seed and machine: (index in a and in b of each pair, reason why there are none)."""
     seeds_a, seeds_b = [run.seed for run in a], [run.seed for run in b]
     for arm, seeds in zip(ARMS, (seeds_a, seeds_b), strict=True):
         if len(set(seeds)) < len(seeds):
@@ -145,14 +151,8 @@ def pairs_by_seed(a: list[ComparedRun], b: list[ComparedRun]) -> tuple[list[tupl
     return (pairs, "") if len(pairs) > 1 else ([], NEEDS_RUNS)
 
 
-def equal_step_window(runs: Sequence[ComparedRun]) -> tuple[int, int]:
-    """(first, last) step of the window: the last tenth of the smallest step count."""
-    last = min(run.steps for run in runs)
-    return last - max(1, round(WINDOW_SHARE * last)) + 1, last
-
-
 def window_losses(run: ComparedRun, window: tuple[int, int]) -> dict[int, float]:
-    """Training loss by step, inside the window, from metrics.jsonl. Raises ComparisonError, OSError."""
+    """Reads training losses by step, inside the window, from metrics.jsonl. Raises ComparisonError, OSError."""
     path, losses = run.path.with_name("metrics.jsonl"), {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -167,12 +167,16 @@ def window_losses(run: ComparedRun, window: tuple[int, int]) -> dict[int, float]
 
 
 def losses_at_equal_steps(runs: list[ComparedRun]) -> tuple[list[float], str]:
-    """(mean training loss of each run over the same steps, what that is); ([], why not) where it can't be had."""
-    first, last = window = equal_step_window(runs)
+    """Returns (mean training loss of each run over the same steps, what that is); ([], why not) where there is none.
+
+    The steps are the last tenth of the smallest step count.
+    """
+    last = min(run.steps for run in runs)
+    first = last - max(1, round(WINDOW_SHARE * last)) + 1
     missing = [run.path.with_name("metrics.jsonl") for run in runs if not run.path.with_name("metrics.jsonl").is_file()]
     if missing:
         return [], f"step counts differ, and equal steps can't be shown: {missing[0]} is missing"
-    losses = [window_losses(run, window) for run in runs]
+    losses = [window_losses(run, (first, last)) for run in runs]
     shared = sorted(set.intersection(*map(set, losses)))
     if not shared:
         return [], f"step counts differ, and equal steps can't be shown: no step of {first} to {last} is in all runs"
@@ -205,7 +209,7 @@ def figures_of_test(test: MeanDifference, margin: float, settings: ComparisonSet
 def measure_arms(
     name: str, values: dict[str, list[float]], pairs: list[tuple[int, int]], margin: float, settings: ComparisonSettings
 ) -> Measure:
-    """Both tests of one quantity; `margin` is in its unit."""
+    """Runs both tests of one quantity; `margin` is in its unit."""
     a, b = (values[arm] for arm in ARMS)
     arms = {arm: summarize_sample(values[arm]) for arm in ARMS}
     independent = figures_of_test(welch(a, b), margin, settings) if min(len(a), len(b)) > 1 else None
@@ -222,7 +226,8 @@ def measure_arms(
 
 
 def compare_runs(a: Sequence[Path], b: Sequence[Path], settings: ComparisonSettings) -> Comparison:
-    """Compare the runs found at the paths of arm A with those of arm B. Raises ComparisonError, OSError."""
+    """Compares the runs found at the paths of arm A with those of arm B. Raises ComparisonError, OSError."""
+    settings.check()
     paths = dict(zip(ARMS, (a, b), strict=True))
     arms = {arm: [read_compared_run(file) for path in paths[arm] for file in result_files(path)] for arm in ARMS}
     check_comparable(arms, settings.include_invalid)

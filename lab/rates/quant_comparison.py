@@ -23,7 +23,7 @@ from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer
 from golf.quant.tensor_classes import FP16_BITS, QuantError, tensor_class
 from golf.runtime import Runtime
 from golf.score.scorer import ScoreSettings, evaluation_mode
-from lab.compare.bootstrap import BootstrapInterval, block_numbers, bootstrap_ratio
+from lab.compare.statistics import BootstrapInterval, block_numbers, bootstrap_ratio
 from lab.rates.targets import first_targets, target_nats
 from lab.rates.trained_run import TrainedRun, TrainedRunError
 

@@ -1,13 +1,14 @@
-"""What is wrong with evidence: one line with a stable code, and how bad it is."""
+"""Findings about evidence: one line each, with a stable code and how bad it is."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from golf.config.knobs import UserError
 
 
 class EvidenceError(UserError):
-    """Input that can't be judged at all: a folder or a file that is missing or unreadable."""
+    """Raised for input that can't be judged at all: a folder or a file that is missing or unreadable."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,22 @@ class SubmissionFinding:
     text: str
 
 
-def fault(code: str, text: str) -> SubmissionFinding:
-    """A finding that makes the evidence unsound."""
+Findings = Iterator[SubmissionFinding]
+
+
+def error(code: str, text: str) -> SubmissionFinding:
+    """Makes a finding that the evidence is unsound."""
     return SubmissionFinding(code, "error", text)
 
 
-def doubt(code: str, text: str) -> SubmissionFinding:
-    """A finding that a reviewer would ask about."""
+def warning(code: str, text: str) -> SubmissionFinding:
+    """Makes a finding that a reviewer would ask about."""
     return SubmissionFinding(code, "warning", text)
+
+
+def group_by(items: Iterable[Any], key: Callable[[Any], Any], name: str) -> dict[Any, list[str]]:
+    """Groups items by a value of theirs: value -> what the attribute `name` of each is, in their order."""
+    groups: dict[Any, list[str]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(getattr(item, name))
+    return groups

@@ -1,4 +1,4 @@
-"""What a training log says. Reads our logs and those of the competition's published records: they share its lines."""
+"""Reads training logs: ours, and those of the competition's published records, which share their lines."""
 
 import hashlib
 import re
@@ -37,7 +37,7 @@ SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0}
 
 @dataclass(frozen=True)
 class FinalScore:
-    """A score that a log gives after training: `name` is the line's, without `_exact`."""
+    """Holds a score that a log gives; `name` is the line's, without `_exact`."""
 
     name: str
     val_loss: float | None
@@ -47,13 +47,13 @@ class FinalScore:
 
     @property
     def is_final(self) -> bool:
-        """Whether the line speaks of the artifact, and not of weights in training or before quantization."""
+        """Says whether the line speaks of the artifact, and not of weights in training or before quantization."""
         return FINAL_NAME.match(self.name) is not None and "pre_quant" not in self.name.lower()
 
 
 @dataclass(frozen=True)
 class LogReading:
-    """One log; figures that it does not give are None or empty."""
+    """Holds what one log says; figures that it does not give are None or empty."""
 
     name: str
     sha256: str
@@ -81,7 +81,7 @@ class LogReading:
 
     @property
     def finals(self) -> dict[str, FinalScore]:
-        """The last score under each name; the one with all digits where a line has both forms."""
+        """Returns the last score under each name; the one with all digits where a line has both forms."""
         found: dict[str, FinalScore] = {}
         for score in self.scores:
             earlier = found.get(score.name)
@@ -95,7 +95,7 @@ class LogReading:
 
 
 def read_log(path: Path) -> LogReading:
-    """Read a log of any length; bytes that are not UTF-8 are replaced. Raises OSError."""
+    """Reads a log of any length; bytes that are not UTF-8 are replaced. Raises OSError."""
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"  # what PowerShell's tee writes
     source, text = split_source(data.decode(encoding, errors="replace").replace("\r\n", "\n"))
@@ -122,11 +122,11 @@ def read_log(path: Path) -> LogReading:
 
 
 def split_source(text: str) -> tuple[str, str]:
-    """(source of the script, the rest): the competition's logs begin with the source and a bar of 100 signs."""
-    parts = BAR.split(text)
-    sources = [part for part in parts[:-1] if SOURCE_LINE.search(part)]
-    rest = [part for part in parts[:-1] if not SOURCE_LINE.search(part)] + parts[-1:]
-    return (sources[-1] if sources else ""), "\n".join(rest)
+    """Splits a log in (source of the script, the rest): the competition's begin with it and a bar of 100 signs."""
+    *parts, last = BAR.split(text)
+    sources = [part for part in parts if SOURCE_LINE.search(part)]
+    rest = [part for part in parts if not SOURCE_LINE.search(part)]
+    return (sources[-1] if sources else ""), "\n".join([*rest, last])
 
 
 def read_scores(lines: tuple[str, ...]) -> Iterator[FinalScore]:
@@ -135,16 +135,14 @@ def read_scores(lines: tuple[str, ...]) -> Iterator[FinalScore]:
         if not match or line.startswith("result:"):
             continue
         words = match["name"].strip().rstrip(":").split()
-        name = words[-1] if words and FINAL_NAME.match(words[-1]) else " ".join(words)
-        if "diagnostic" in match["name"].lower():
-            name = " ".join(words)
-        loss = float(match["loss"].replace(",", "")) if match["loss"] else None
-        bpb = float(match["bpb"].replace(",", ""))
+        named = words and FINAL_NAME.match(words[-1]) and "diagnostic" not in match["name"].lower()
+        name = words[-1] if named else " ".join(words)
+        loss, bpb = (float(text.replace(",", "")) if text else None for text in (match["loss"], match["bpb"]))
         yield FinalScore(name.removesuffix("_exact"), loss, bpb, number, name.endswith("_exact"))
 
 
 def read_total(lines: tuple[str, ...]) -> int | None:
-    """Bytes of the compressed total: the last line that names a codec, or else the last one (the raw sum is first)."""
+    """Reads the compressed total: of the last line that names a codec, or else the last one (the raw sum is first)."""
     totals = [(match["what"].strip(), whole(match[2])) for line in lines if (match := TOTAL_SIZE.search(line))]
     named = [count for what, count in totals if what] or [count for _, count in totals]
     return named[-1] if named else None
@@ -156,7 +154,7 @@ def read_seed(name: str, lines: tuple[str, ...]) -> int | None:
 
 
 def read_settings(lines: tuple[str, ...]) -> dict[str, str]:
-    """Settings that the log's opening lines give, but for names and places."""
+    """Reads the settings that the log's opening lines give, but for names and places."""
     pairs: dict[str, str] = {}
     for line in lines:
         if line.startswith(("step:", "warmup_step:")):
@@ -170,7 +168,7 @@ def read_settings(lines: tuple[str, ...]) -> dict[str, str]:
 
 
 def last_number(lines: tuple[str, ...], pattern: re.Pattern[str], group: int = 0) -> int | None:
-    """The last whole number that the pattern finds; group 0: the first group that matched."""
+    """Returns the last whole number that the pattern finds; group 0: the first group that matched."""
     for line in reversed(lines):
         if match := pattern.search(line):
             return whole(match[group] if group else next(text for text in match.groups() if text))

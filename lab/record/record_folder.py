@@ -1,13 +1,14 @@
-"""A record folder as it lies on the disk: ours, or one in the shape of the competition's published records."""
+"""Reads a record folder as it lies on the disk: ours, or one in the shape of the competition's published records."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lab.record.finding import EvidenceError, SubmissionFinding, fault
+from lab.cli import read_json_object
+from lab.record.finding import EvidenceError, SubmissionFinding, error
 from lab.record.log_reading import LogReading, read_log
-from lab.record.run_check import RunEvidence, bytes_if_there, read_json_object, read_result
+from lab.record.run_check import RunEvidence, read_result
 from lab.record.script_reading import READABLE_NAME, Neighbours, ScriptReading, find_neighbours, read_script
 
 SCRIPT_NAME, CLAIMS_NAME, README_NAME, HASHES_NAME = "train_gpt.py", "submission.json", "README.md", "HASHES.json"
@@ -18,7 +19,7 @@ DOCUMENTS = frozenset(
 
 @dataclass(frozen=True)
 class RecordFolder:
-    """What a reviewer finds; reading problems are findings already."""
+    """Holds what a reviewer finds; reading problems are findings already."""
 
     path: Path
     claims: dict[str, Any] | None
@@ -26,7 +27,7 @@ class RecordFolder:
     logs: tuple[LogReading, ...]
     script: ScriptReading | None
     runs: tuple[RunEvidence, ...]
-    """Of runs/seed<N>/, which only our records have."""
+    """Those of runs/seed<N>/, which only our records have."""
     problems: tuple[SubmissionFinding, ...]
 
     @cached_property
@@ -40,52 +41,48 @@ class RecordFolder:
 
     @property
     def track(self) -> str:
-        stated = (self.claims or {}).get("track")
+        stated = self.claim("track")
         return f"{stated if isinstance(stated, str) else ''} {self.path.resolve().parent.name}".lower()
 
-    def log_of_seed(self, seed: int) -> LogReading | None:
-        return next((log for log in self.logs if log.seed == seed), None)
+    def claim(self, key: str) -> Any:
+        """Returns a value of submission.json, None where there is none."""
+        return (self.claims or {}).get(key)
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in sorted(self.path.rglob("*")) if path.is_file()]
 
 
 def read_record(path: Path) -> RecordFolder:
-    """Read a record folder. Raises EvidenceError where there is no folder; all else that is wrong is a finding."""
+    """Reads a record folder. Raises EvidenceError where there is no folder; all else that is wrong is a finding."""
     if not path.is_dir():
         raise EvidenceError(f"{path} is not a folder: name the folder of a submission")
     problems: list[SubmissionFinding] = []
     claims = None
     if (path / CLAIMS_NAME).exists():
         try:
-            claims = read_json_object(path / CLAIMS_NAME)
-        except EvidenceError as error:
-            problems.append(fault("S02-json-invalid", str(error)))
+            claims = read_json_object(path / CLAIMS_NAME, EvidenceError)
+        except EvidenceError as problem:
+            problems.append(error("S02-json-invalid", str(problem)))
     logs = tuple(read_log(file) for file in find_logs(path))
     script = read_script(path / SCRIPT_NAME, path) if (path / SCRIPT_NAME).is_file() else None
     runs = []
     for folder in sorted(path.glob("runs/seed*")):
         try:
-            runs.append(read_recorded_run(folder, logs, script))
-        except EvidenceError as error:
-            problems.append(fault("S80-run-record", str(error)))
+            result = read_result(folder / "result.json")
+            config = read_json_object(folder / "config.json", EvidenceError)
+        except EvidenceError as problem:
+            problems.append(error("S80-run-record", str(problem)))
+            continue
+        log = next((log for log in logs if log.name == f"train_seed{result['seed']}.log"), None)
+        files = {SCRIPT_NAME: script.data if script else None}
+        runs.append(RunEvidence(f"runs/{folder.name}", result, config, log, files))
     return RecordFolder(path, claims, logs, script, tuple(runs), tuple(problems))
 
 
 def find_logs(path: Path) -> list[Path]:
-    """train*.log; where there is none any .log, then those in folders below, then texts that are called logs."""
+    """Finds train*.log; without any, other .log files, then those in folders below, then texts that are called logs."""
     for pattern in ("train*.log", "*.log", "**/*.log", "*log*.txt"):
         if found := sorted(file for file in path.glob(pattern) if file.is_file()):
             return found
     return []
-
-
-def read_recorded_run(folder: Path, logs: tuple[LogReading, ...], script: ScriptReading | None) -> RunEvidence:
-    result = read_result(folder / "result.json")
-    name = f"train_seed{result['seed']}.log"
-    return RunEvidence(
-        label=f"runs/{folder.name}",
-        result=result,
-        config=read_json_object(folder / "config.json"),
-        log=next((log for log in logs if log.name == name), None),
-        code=script.data if script else None,
-        artifact=bytes_if_there(folder / "model.golf"),
-        has_artifact=False,
-    )

@@ -1,19 +1,38 @@
-"""What a shipped script contains: packed sources, local modules, files that it names, knobs that nothing reads."""
+"""Reads a shipped script without running it: packed sources, local modules, named files, knobs that nothing reads.
+
+About a hundred published scripts are one `exec` of a compressed and printable source. Every long constant is tried
+with every printable code and every decompressor of the standard library, with bounds on memory and output, so that it
+does not matter how the loader spells its calls.
+"""
 
 import ast
+import base64
+import binascii
+import bz2
 import hashlib
-from collections.abc import Iterator
+import lzma
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lab.bundle.parts import OLDEST_PYTHON
-from lab.record.payloads import parse_quietly, source_layers
+
+MOST_UNPACKED_BYTES = 16_000_000
+MOST_SOURCE_LAYERS = 4
+SHORTEST_PAYLOAD = 12
+MOST_PAYLOADS = 16
+MOST_NEIGHBOUR_BYTES = 4_000_000
+"""Of a file at the top of the folder that a loader could take its source from."""
 
 PRINTERS = ("print", "log")
 NO_PRINTERS = frozenset({"math", "torch", "np", "numpy", "cmath"})
 """Modules whose log() is arithmetic."""
-LOADERS = frozenset({"import_module", "__import__", "run_module", "find_spec"})
-FORMATTERS = frozenset({"str", "repr", "int", "float", "bool", "round", "len", "format", "join", "dumps", "getattr"})
+RUNNERS = ("exec", "eval", "compile")
+LOADERS = ("import_module", "__import__", "run_module", "find_spec")
+FORMATTERS = ("str", "repr", "int", "float", "bool", "round", "len", "format", "join", "dumps", "getattr")
 """Calls that can stand inside a printing one without using the value for anything else."""
 MOST_FILE_NAME = 200
 READABLE_NAME = "train_gpt_readable.py"
@@ -22,7 +41,7 @@ READABLE_NAME = "train_gpt_readable.py"
 
 @dataclass(frozen=True)
 class ScriptReading:
-    """One script, with what is packed in it and what it imports beside it."""
+    """Holds one script with the sources that are packed in it."""
 
     path: Path
     data: bytes
@@ -44,7 +63,7 @@ class ScriptReading:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Files beside a script that belong to its code, or that its code names."""
+    """Holds the files beside a script that belong to its code, or that its code names."""
 
     modules: dict[str, int]
     """Path in the folder -> bytes, for Python files that it runs in any way, and that theirs run."""
@@ -55,24 +74,17 @@ class Neighbours:
 
 
 def read_script(path: Path, folder: Path) -> ScriptReading:
-    """Read and unpack a script. Raises OSError."""
-    data = path.read_bytes()
-    text = data.decode("utf-8-sig", errors="replace")
-    layers, opaque = source_layers(text, small_neighbours(folder))
+    """Reads and unpacks a script. Raises OSError."""
+    data, texts = path.read_bytes(), (".md", ".json", ".log", ".txt")
+    files = [file for file in folder.iterdir() if file.is_file() and file.suffix not in texts]
+    neighbours = {file.name: file.read_bytes() for file in files if file.stat().st_size < MOST_NEIGHBOUR_BYTES}
+    layers, opaque = source_layers(data.decode("utf-8-sig", errors="replace"), neighbours)
     trees = tuple(tree for layer in layers if (tree := parse_quietly(layer)) is not None)
     return ScriptReading(path, data, tuple(layers), opaque, trees)
 
 
-def small_neighbours(folder: Path) -> dict[str, bytes]:
-    """Files at the top of the folder that a loader could read its source from."""
-    files = [
-        path for path in folder.iterdir() if path.is_file() and path.suffix not in (".md", ".json", ".log", ".txt")
-    ]
-    return {path.name: path.read_bytes() for path in files if path.stat().st_size < 4_000_000}
-
-
 def oldest_grammar_error(script: ScriptReading) -> str:
-    """Why a layer is not Python 3.10; empty where all are."""
+    """Says why a layer is not Python 3.10; empty where all are."""
     for layer in script.layers:
         try:
             ast.parse(layer, feature_version=OLDEST_PYTHON)
@@ -83,45 +95,151 @@ def oldest_grammar_error(script: ScriptReading) -> str:
     return ""
 
 
+# ---- the syntax tree ----
+
+
+def parse_quietly(text: str) -> ast.Module | None:
+    """Parses by the grammar of the Python that runs this; None where the text has no syntax tree."""
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def calls_of(tree: ast.AST, *names: str, bare: bool = False) -> Iterator[ast.Call]:
+    """Finds the calls of functions by their names; `bare`: not as the attribute of anything."""
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.Call) and call_name(node) in names
+        if named and (isinstance(node.func, ast.Name) or not bare):
+            yield node
+
+
+def call_name(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
+def constant_text(node: ast.AST) -> str:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+# ---- what is packed in the script ----
+
+
+def source_layers(text: str, neighbours: Mapping[str, bytes]) -> tuple[list[str], bool]:
+    """Unpacks a script: ([it, the source packed in it, the one packed in that, ...], whether the last runs something
+    that was not found). `neighbours` are files beside the script that a loader may read its payload from."""
+    layers = [text]
+    while len(layers) < MOST_SOURCE_LAYERS:
+        tree = parse_quietly(layers[-1])
+        if tree is None or next(calls_of(tree, *RUNNERS, bare=True), None) is None:
+            return layers, False
+        inner = packed_source(tree, neighbours)
+        if inner is None:
+            return layers, runs_made_text(tree)
+        layers.append(inner)
+    return layers, True
+
+
+def runs_made_text(tree: ast.Module) -> bool:
+    """Says whether `exec` gets something that the script makes, not a constant or a file that is read as it is."""
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    calls = calls_of(tree, "exec", bare=True)
+    made = any(call.args and not isinstance(call.args[0], ast.Constant) for call in calls)
+    return made and any("decompress" in name or "decode" in name or name == "loads" for name in names)
+
+
+def packed_source(tree: ast.Module, neighbours: Mapping[str, bytes]) -> str | None:
+    """Returns the longest constant or neighbouring file that decodes to Python, decoded."""
+    constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [v.encode() if isinstance(v, str) else v for v in constants if isinstance(v, str | bytes)]
+    texts += [neighbours[v] for v in constants if isinstance(v, str) and v in neighbours]
+    for payload in sorted((t for t in texts if len(t) >= SHORTEST_PAYLOAD), key=len, reverse=True)[:MOST_PAYLOADS]:
+        for packed in printable_decodings(payload):
+            for data in decompressions(packed):
+                if (source := python_text(data)) is not None:
+                    return source
+    return None
+
+
+def printable_decodings(payload: bytes) -> Iterator[bytes]:
+    yield payload
+    strict_base64 = partial(base64.b64decode, validate=True)
+    compact = b"".join(payload.split())
+    for decode in (base64.b85decode, strict_base64, base64.a85decode, base64.b32decode, binascii.unhexlify):
+        with suppress(ValueError):  # binascii.Error is one
+            yield decode(compact)
+
+
+def decompressions(data: bytes) -> Iterator[bytes]:
+    for maker in (
+        partial(lzma.LZMADecompressor, lzma.FORMAT_AUTO, memlimit=1 << 28),
+        partial(lzma.LZMADecompressor, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}]),
+        bz2.BZ2Decompressor,
+        partial(zlib.decompressobj, zlib.MAX_WBITS | 32),  # zlib or gzip
+        partial(zlib.decompressobj, -zlib.MAX_WBITS),
+    ):
+        stream = maker()
+        try:
+            unpacked = stream.decompress(data, MOST_UNPACKED_BYTES)
+        except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error):
+            continue
+        if stream.eof:
+            yield unpacked
+    yield data
+
+
+def python_text(data: bytes) -> str | None:
+    """Decodes data that is Python which does something; None for all other."""
+    if len(data) < 8 or b"\0" in data:
+        return None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    tree = parse_quietly(text)
+    useful = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Call
+    if tree is None or not any(isinstance(node, useful) for node in ast.walk(tree)):
+        return None
+    return text
+
+
 # ---- what lies beside the script ----
 
 
 def find_neighbours(script: ScriptReading, folder: Path) -> Neighbours:
-    """Follow imports, importlib, runpy and exec of files, through packed layers too; only files in the folder count."""
-    modules: dict[str, int] = {}
-    files: dict[str, int] = {}
+    """Follows imports, importlib, runpy and exec of files in the folder, through packed layers too."""
+    sizes: dict[Path, int] = {}
     missing: set[str] = set()
     waiting = [script]
     while waiting:
-        current = waiting.pop()
-        for tree in current.trees:
+        for tree in waiting.pop().trees:
             missing |= set(missing_modules(tree, folder))
             for path in named_files(tree, folder):
-                name = path.relative_to(folder).as_posix()
-                if path == script.path or name in modules:
-                    continue
-                if path.suffix == ".py":
-                    modules[name] = path.stat().st_size
-                    waiting.append(read_script(path, folder))
-                else:
-                    files[name] = path.stat().st_size
+                if path != script.path and path not in sizes:
+                    sizes[path] = path.stat().st_size
+                    if path.suffix == ".py":
+                        waiting.append(read_script(path, folder))
+    modules, files = (
+        {path.relative_to(folder).as_posix(): size for path, size in sizes.items() if (path.suffix == ".py") == is_code}
+        for is_code in (True, False)
+    )
     return Neighbours(modules, files, tuple(sorted(missing)))
 
 
 def named_files(tree: ast.Module, folder: Path) -> Iterator[Path]:
-    """Files of the folder that a source imports, or names in a string."""
+    """Finds files of the folder that a source imports, or names in a string."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from (path for module in imported_names(node) for path in module_files(module, folder))
         elif isinstance(node, ast.Call) and call_name(node) in LOADERS:
-            yield from (path for text in string_arguments(node) for path in module_files(text, folder))
+            yield from (path for text in map(constant_text, node.args) for path in module_files(text, folder))
         elif isinstance(node, ast.Constant) and node.value != READABLE_NAME:
             # (A run writes a file of that name. In a record it is held against the packed script.)
             yield from file_named(node.value, folder)
 
 
 def imported_names(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """Modules that the statement may load: a name that is imported from a package may be one too."""
+    """Names modules that the statement may load: a name that is imported from a package may be one too."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     base = [node.module] if node.module else []
@@ -129,7 +247,7 @@ def imported_names(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def module_files(module: str, folder: Path) -> Iterator[Path]:
-    """The files in the folder that importing `a.b.c` runs: packages on the way, and the module."""
+    """Finds the files in the folder that importing `a.b.c` runs: packages on the way, and the module."""
     names = module.strip(".").split(".")
     for depth in range(1, len(names) + 1):
         place = folder.joinpath(*names[:depth])
@@ -139,7 +257,7 @@ def module_files(module: str, folder: Path) -> Iterator[Path]:
 
 
 def file_named(value: object, folder: Path) -> Iterator[Path]:
-    """The file of the folder that a constant names."""
+    """Finds the file of the folder that a constant names."""
     if isinstance(value, str) and 0 < len(value) < MOST_FILE_NAME and value.isprintable():
         path = folder / value.removeprefix("./")
         inside = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
@@ -148,58 +266,36 @@ def file_named(value: object, folder: Path) -> Iterator[Path]:
 
 
 def missing_modules(tree: ast.Module, folder: Path) -> Iterator[str]:
-    """Names of Python files that are run from a path and that are not in the folder."""
-    runs = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and call_name(node) in {"exec", "run_path"}]
-    runs += [n for n in ast.walk(tree) if isinstance(n, ast.Call) and call_name(n) == "spec_from_file_location"]
-    compiled = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and call_name(n) == "compile"]
-    labels = {id(argument) for call in compiled for argument in call.args[1:]}  # a name for tracebacks
-    for node in (inner for call in runs for inner in ast.walk(call) if id(inner) not in labels):
-        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-        if text.endswith(".py") and len(text) < MOST_FILE_NAME and not (folder / text).is_file():
-            yield text
+    """Names Python files that are run from a path and that are not in the folder."""
+    labels = {id(argument) for call in calls_of(tree, "compile") for argument in call.args[1:]}  # a name for tracebacks
+    for call in calls_of(tree, "exec", "run_path", "spec_from_file_location"):
+        for text in (constant_text(inner) for inner in ast.walk(call) if id(inner) not in labels):
+            if text.endswith(".py") and len(text) < MOST_FILE_NAME and not (folder / text).is_file():
+                yield text
 
 
-def call_name(call: ast.Call) -> str:
-    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
-
-
-def string_arguments(call: ast.Call) -> list[str]:
-    return [node.value for node in call.args if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-
-
-# ---- knobs ----
-
-
-@dataclass
-class KnobUse:
-    """A knob from the environment, and whether anything in the source reads or prints it."""
-
-    declarations: set[int]
-    """Identities of the statements that take it from the environment."""
-    read: bool = False
-    printed: bool = False
+# ---- knobs ----# ---- knobs ----
 
 
 def ghost_knobs(script: ScriptReading) -> tuple[list[str], list[str]]:
-    """(knobs from the environment that nothing reads, those that are only printed), sorted.
+    """Lists (knobs from the environment that nothing reads, those that are only printed), sorted.
 
     A name that is used as an attribute, a variable or a whole string anywhere counts as read, so that a knob is named
     here only where no way of reading it was seen.
     """
-    uses: dict[str, KnobUse] = {}
+    declared: dict[str, set[int]] = {}  # name -> identities of the statements that take it from the environment
     for tree in script.trees:
         helpers = environment_helpers(tree)
         for name, statement in declared_knobs(tree, helpers):
-            uses.setdefault(name, KnobUse(set())).declarations.add(id(statement))
-    for tree in script.trees:
-        mark_uses(tree, uses, printing=False)
-    unread = {name: use for name, use in uses.items() if not use.read}
-    printed = sorted(name for name, use in unread.items() if use.printed)
-    return sorted(set(unread) - set(printed)), printed
+            declared.setdefault(name, set()).add(id(statement))
+    uses = {use for tree in script.trees for use in knob_uses(tree, declared)}
+    unread = {name for name in declared if (name, False) not in uses}
+    printed = {name for name in unread if (name, True) in uses}
+    return sorted(unread - printed), sorted(printed)
 
 
 def environment_helpers(tree: ast.Module) -> set[str]:
-    """Functions of the script that read the environment for their callers."""
+    """Names functions of the script that read the environment for their callers."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return {f.name for f in functions if f.args.args and len(f.body) < 12 and reads_environment(f, set())}
 
@@ -209,40 +305,37 @@ def reads_environment(node: ast.AST, helpers: set[str]) -> bool:
         if getattr(inner, "attr", getattr(inner, "id", "")) in ("environ", "getenv"):
             return True
         if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id in helpers:
-            return bool(string_arguments(inner))
+            return any(map(constant_text, inner.args))
     return False
 
 
 def declared_knobs(tree: ast.Module, helpers: set[str]) -> Iterator[tuple[str, ast.AST]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value and reads_environment(node.value, helpers):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name | ast.Attribute):
                     yield getattr(target, "id", getattr(target, "attr", "")), node
 
 
-def mark_uses(node: ast.AST, uses: dict[str, KnobUse], printing: bool) -> None:
-    """Note every use below `node`; what stands in the arguments of a call that prints is only printed."""
-    waiting: list[tuple[ast.AST, bool, ast.AST | None]] = [(node, printing, None)]
+def knob_uses(tree: ast.Module, declared: Mapping[str, set[int]]) -> Iterator[tuple[str, bool]]:
+    """Finds uses of knobs, as (name, whether it is only printed: it stands in the arguments of a call that prints)."""
+    waiting: list[tuple[ast.AST, bool, ast.AST | None]] = [(tree, False, None)]
     while waiting:
-        current, prints, statement = waiting.pop()
-        if isinstance(current, ast.Assign | ast.AnnAssign):
-            statement = current
-        for name in used_names(current):
-            use = uses.get(name)
-            if use is not None and not (id(statement) in use.declarations and isinstance(current, ast.Constant)):
-                use.printed |= prints
-                use.read |= not prints
-        if isinstance(current, ast.Call):
-            prints = is_printer(current) or (prints and call_name(current) in FORMATTERS)
-        waiting.extend((child, prints, statement) for child in ast.iter_child_nodes(current))
+        node, prints, statement = waiting.pop()
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            statement = node
+        name, text = loaded_name(node), constant_text(node)
+        if name in declared or (text in declared and id(statement) not in declared[text]):
+            yield name or text, prints
+        if isinstance(node, ast.Call):
+            prints = is_printer(node) or (prints and call_name(node) in FORMATTERS)
+        waiting.extend((child, prints, statement) for child in ast.iter_child_nodes(node))
 
 
-def used_names(node: ast.AST) -> list[str]:
+def loaded_name(node: ast.AST) -> str:
     if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
-        return [node.attr if isinstance(node, ast.Attribute) else node.id]
-    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+        return node.attr if isinstance(node, ast.Attribute) else node.id
+    return ""
 
 
 def is_printer(call: ast.Call) -> bool:

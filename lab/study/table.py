@@ -19,8 +19,7 @@ from golf.config.config import Config
 from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import WEIGHT_SITES
 from golf.quant.tensor_classes import FP16_BITS
-from lab.compare.bootstrap import bootstrap_ratio
-from lab.compare.statistics import confidence_interval, paired, student_t_quantile, summarize_sample
+from lab.compare.statistics import bootstrap_ratio, confidence_interval, paired, student_t_quantile, summarize_sample
 from lab.cost.energy import energy_estimate
 from lab.cost.kv_bytes import kv_bytes_per_token
 from lab.rates.quant_comparison import parse_variant
