@@ -6,17 +6,10 @@ import torch
 from golf.config.config import Config, ModelConfig, with_knobs
 from golf.model.init import build_model
 from golf.model.layers import rms_norm
-from golf.quant.calibration import (
-    SETTLING,
-    calibrate,
-    calibrate_within,
-    collect_hessians,
-    generated_rows,
-    seconds_left,
-    training_rows,
-)
+from golf.quant.calibration import SETTLING, calibrate, calibrate_within, generated_rows, seconds_left, training_rows
 from golf.quant.tensor_classes import QuantError
 from golf.runtime import Runtime
+from lab.rates.quant_comparison import collect_hessians
 
 TINY = ModelConfig(
     vocab_size=40, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2, bigram_vocab_size=24,

@@ -29,7 +29,7 @@ from lab.cli import run_command
 from lab.rates import rate_points
 from lab.rates.methods import METHODS, prepare_method_input
 from lab.rates.rate_curve import ANCHORS, FEWEST_RATES, build_curves, parse_rates
-from lab.rates.rate_difference import MonotoneCubic, RateError, bjontegaard_percent, loss_curve
+from lab.rates.rate_difference import RateError, bjontegaard_percent, loss_curve
 from lab.rates.rate_points import RatePoint, RateSubject, scoring_code_sha256
 from lab.rates.trained_run import open_trained_run
 from tests.trained_run_fixtures import copied_run, make_trained_run
@@ -45,22 +45,31 @@ points_of_a_function = st.lists(st.tuples(st.floats(0.01, 10), tenths), min_size
 """Widths of the pieces, and heights."""
 
 
-@given(points_of_a_function)
-def test_the_cubic_and_its_mean_are_scipys(pairs):
-    x_K, y_K = np.cumsum([width for width, _ in pairs]), np.array([height for _, height in pairs])
-    own, reference = MonotoneCubic(x_K, y_K), PchipInterpolator(x_K, y_K)
-    places = np.concatenate([x_K, np.linspace(x_K[0], x_K[-1], 40)]).clip(x_K[0], x_K[-1])
-    assert [own(x) for x in places] == pytest.approx(reference(places), abs=1e-9)
-    low, high = x_K[0] + 0.1 * np.ptp(x_K), x_K[-1] - 0.25 * np.ptp(x_K)
-    for a, b in ((low, high), (x_K[0], x_K[-1])):
-        assert own.mean(a, b) == pytest.approx(reference.integrate(a, b) / (b - a), abs=1e-9)
+def curve_of(x_K: list[float], y_K: list[float]):
+    """The curve through bytes exp(y) at losses x."""
+    return loss_curve("a", [(math.exp(y), x) for x, y in zip(x_K, y_K, strict=True)])
+
+
+def test_the_curve_is_its_closed_form():
+    """Fritsch and Butland's slopes, written out for three points, and the Hermite cubic on each piece."""
+    curve = curve_of([0, 1, 3], [2, 1, 0])
+    slopes = [-(4 * 1 - 0.5) / 3, -(5 + 4) / (5 / 1 + 4 / 0.5), -(5 * 0.5 - 2 * 1) / 3]
+    assert math.log(curve.bytes_at(0.5)) == pytest.approx(1.5 + (slopes[0] - slopes[1]) / 8, abs=1e-14)
+    assert math.log(curve.bytes_at(2)) == pytest.approx(0.5 + 2 * (slopes[1] - slopes[2]) / 8, abs=1e-14)
+    areas = [1.5 + (slopes[0] - slopes[1]) / 12, 1 + 4 * (slopes[1] - slopes[2]) / 12]
+    assert curve.mean_log_bytes(0, 1) == pytest.approx(areas[0], abs=1e-14)
+    assert curve.mean_log_bytes(0, 3) == pytest.approx(sum(areas) / 3, abs=1e-14)
+    assert curve.span == (0, 3) and curve.bytes_at(-0.1) is None and curve.bytes_at(3.1) is None
+    line = curve_of([0, 2], [1, 0])
+    assert math.log(line.bytes_at(0.5)) == pytest.approx(0.75) and line.mean_log_bytes(0, 1) == pytest.approx(0.75)
 
 
 @given(points_of_a_function)
-def test_the_cubic_is_monotone_where_its_points_are(pairs):
-    x_K, y_K = np.cumsum([width for width, _ in pairs]), np.cumsum([abs(height) for _, height in pairs])
-    values = [MonotoneCubic(x_K, y_K)(x) for x in np.linspace(x_K[0], x_K[-1], 100).clip(x_K[0], x_K[-1])]
-    assert (np.diff(values) >= -1e-9).all()
+def test_the_curve_is_monotone_between_its_points(pairs):
+    x_K, y_K = np.cumsum([width for width, _ in pairs]), -np.cumsum([abs(height) + 0.1 for _, height in pairs])
+    curve = curve_of(x_K, y_K)
+    values = [curve.bytes_at(x) for x in np.linspace(*curve.span, 100).clip(*curve.span)]
+    assert curve.left_out == 0 and (np.diff(np.log(values)) <= 1e-9).all()
 
 
 def power_law(size: float, exponent: float, excesses=(0.2, 0.1, 0.05, 0.02, 0.01, 0.004)) -> list[tuple[float, float]]:
@@ -189,13 +198,17 @@ def test_the_key_of_a_point_changes_with_all_that_decides_about_it():
 
 
 def test_the_hash_of_the_code_is_that_of_what_quantizes_packs_and_scores(tmp_path, write_tree):
+    entries = {"lab/rates/rate_points.py": "", "lab/rates/methods.py": ""}
     tree = {"golf/config/config.py": "a", "golf/quant/grid.py": "b", "golf/score/scorer.py": "c", "lab/cli.py": "d"}
-    write_tree(tmp_path, tree)
+    write_tree(tmp_path, tree | entries)
     first = scoring_code_sha256(tmp_path)
     write_tree(tmp_path, {"lab/cli.py": "changed", "tools/x.py": "new"})
     assert scoring_code_sha256(tmp_path) == first
-    write_tree(tmp_path, {"golf/quant/grid.py": "changed"})
-    assert scoring_code_sha256(tmp_path) != first
+    for changed in ("golf/quant/grid.py", "lab/rates/methods.py"):
+        write_tree(tmp_path, {changed: "changed"})
+        assert scoring_code_sha256(tmp_path) != first
+        write_tree(tmp_path, {changed: (tree | entries)[changed]})
+        assert scoring_code_sha256(tmp_path) == first
 
 
 # ---- the tool ----

@@ -28,6 +28,7 @@ from golf.quant.qat import quantized_gpt
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
 from golf.score.scorer import ScoreSettings, sliding_settings
 from lab.cli import ToolOptions, run_command
+from lab.rates.pictures import draw_variants
 from lab.rates.quant_comparison import (
     ComparisonSubject,
     QuantComparison,
@@ -37,7 +38,6 @@ from lab.rates.quant_comparison import (
     gptq_moments,
     parse_variants,
 )
-from lab.rates.quant_picture import draw_variants
 from lab.rates.trained_run import (
     TrainedRun,
     TrainedRunError,

@@ -28,6 +28,7 @@ from golf.quant.calibration import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
 from lab.cli import ToolOptions, run_command
 from lab.rates.methods import METHODS, prepare_method_input
+from lab.rates.pictures import draw_rate_curves
 from lab.rates.rate_curve import (
     ANCHORS,
     MOST_EXCESS,
@@ -40,7 +41,6 @@ from lab.rates.rate_curve import (
     parse_rates,
 )
 from lab.rates.rate_difference import RateError
-from lab.rates.rate_picture import draw_rate_curves
 from lab.rates.rate_points import (
     UNQUANTIZED,
     PointStore,

@@ -11,15 +11,14 @@ from golf.artifact.weights import SavedWeights
 from golf.config.config import CODECS, ModelConfig, QuantConfig
 from golf.quant.calibration import LayerStatistics, calibrate
 from golf.quant.export import prune_state, quantize_state
-from golf.quant.gptq import quantize_matrix
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
 from golf.quant.qat import quantized_gpt
-from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import tensor_class
 from golf.quant.waterfill import RD_LAMBDA
 from golf.runtime import Runtime
-from lab.rates.awq_columns import protected_steps
-from lab.rates.low_rank import correct_worst
+from lab.rates.corrections import correct_worst, protected_steps
+from lab.rates.grids import QuantSpec
+from lab.rates.quantizers import quantize_matrix
 
 FRONTIER_GRIDS = {"attn": (6, 13.0), "mlp": (6, 11.5), "embed": (7, 14.0), "bigram": (6, 13.0)}
 """Bits and k of SDClip, step = k * std(row) / largest code, by class (parameter-golf PR #1855)."""

@@ -1,4 +1,4 @@
-"""What `tools/pack_artifact.py --fit` does: calibrate weights, and fill a limit with them or keep a score."""
+"""Calibrates weights and fills a limit with them, or finds the smallest artifact that keeps a score."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.fill_limit import FittedArtifact, LevelSearch, fit_by_level
+from golf.artifact.fill_limit import (
+    COARSEST,
+    FINEST,
+    FitError,
+    FittedArtifact,
+    LevelArtifact,
+    LevelSearch,
+    fit_by_level,
+)
 from golf.artifact.weights import SavedWeights
 from golf.config.config import CODECS, ConfigError, QuantConfig
 from golf.data.loader import TokenStream
@@ -16,8 +24,11 @@ from golf.quant.calibration import LayerStatistics, calibrate, generated_rows, t
 from golf.quant.qat import quantized_gpt
 from golf.runtime import Runtime
 from golf.score.roundtrip import score_artifact
-from lab.rates.target_fit import smallest_at_score
 from lab.rates.trained_run import check_calibration_shards, scoring_config
+
+FIRST_TARGET_GUESS, STRIDE = -23.0, 2.0
+FINE_ENOUGH = 0.03
+"""Octaves of level between the artifact that is returned and one that misses the score: 0.015 bit a weight."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +111,31 @@ def fit_to_score(
     data, sizes = pack_artifact(found.stored, saved.model, saved.tokenizer_sha256, quant.codec)
     action = f"water level 2^{found.log_level:.4f} keeps {request.target_bpb:g} bits per byte"
     return FittedArtifact(data, sizes, found.stored, [], [action])
+
+
+def smallest_at_score(
+    search: LevelSearch, score_of: Callable[[bytes], float], target: float, log: Callable[[str], None]
+) -> LevelArtifact:
+    """Returns the smallest artifact met whose score is at most `target`, `score_of` being measured on its bytes.
+
+    Raises FitError where even the finest level misses it.
+    """
+    keeps = misses = None
+    guess = FIRST_TARGET_GUESS
+    while keeps is None or misses is None or misses - keeps > FINE_ENOUGH:
+        found = search.at(guess)
+        score = score_of(found.data)
+        log(f"fit: {len(found.data):,} bytes have {score:.5f} bits per byte, {target:.5f} are wanted")
+        keeps, misses = (guess, misses) if score <= target else (keeps, guess)
+        if keeps == COARSEST:
+            break
+        if misses == FINEST:
+            raise FitError(
+                f"no artifact of these weights has {target:g} bits per byte: the finest, of {len(found.data):,} bytes, "
+                f"has {score:.5f}; ask for no less than that"
+            )
+        if keeps is None or misses is None:
+            guess = min(COARSEST, guess + STRIDE) if misses is None else max(FINEST, guess - STRIDE)
+        else:
+            guess = (keeps + misses) / 2
+    return search.at(keeps)

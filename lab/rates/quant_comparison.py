@@ -10,20 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact, restore_model
 from golf.model.gpt import GPT
-from golf.quant.calibration import calibrate, collect_hessians
+from golf.model.layers import rms_norm
+from golf.quant.calibration import MomentRecorder, add_outer, calibrate, check_rows
 from golf.quant.export import check_storable
-from golf.quant.gptq import GPTQ_DEFAULTS, GptqOptions, quantize_matrix
 from golf.quant.grid import QuantizedState
 from golf.quant.qat import quantized_gpt
-from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer
 from golf.quant.tensor_classes import FP16_BITS, QuantError, tensor_class
 from golf.runtime import Runtime
 from golf.score.scorer import ScoreSettings, evaluation_mode
 from lab.compare.bootstrap import BootstrapInterval, block_numbers, bootstrap_ratio
+from lab.rates.grids import NAIVE_INT8, QuantSpec, parse_quantizer
+from lab.rates.quantizers import GPTQ_DEFAULTS, GptqOptions, quantize_matrix
 from lab.rates.targets import first_targets, target_nats
 from lab.rates.trained_run import TrainedRun, TrainedRunError
 
@@ -107,6 +109,22 @@ def parse_variant(word: str, keeps_embedding: bool) -> QuantVariant:
     except QuantError as error:
         raise QuantError(f"unknown method {word!r}: fp32, fp16, naive8, or a quantizer: {error}") from None
     return QuantVariant(word, method, spec, keeps_embedding)
+
+
+def collect_hessians(model: GPT, rows_NT: Tensor, batch_rows: int = 8) -> dict[str, Tensor]:
+    """Returns the mean of x x^T at every matrix product, by forward passes alone; the tied table's is the head's.
+
+    Raises QuantError for no rows.
+    """
+    check_rows(rows_NT, model)
+    recorder = MomentRecorder(model)
+    with torch.no_grad(), recorder.hooks():
+        for start in range(0, len(rows_NT), batch_rows):
+            model.logits(rows_NT[start : start + batch_rows])
+            x_PC = rms_norm(recorder.stream_BTD).flatten(0, 1).float()
+            add_outer(recorder.sums["head"], x_PC, torch.ones(len(x_PC), device=x_PC.device))
+    sums = recorder.sums | {"tok_emb.weight": recorder.sums.pop("head")}
+    return {name: (part.hessian_CC / part.weight).cpu() for name, part in sums.items() if part.weight > 0}
 
 
 def gptq_moments(model: GPT, rows_NT: Tensor, runtime: Runtime, table: bool) -> dict[str, Tensor]:

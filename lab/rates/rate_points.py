@@ -87,8 +87,8 @@ class RateSubject:
 
 
 def scoring_code_sha256(root: Path) -> str:
-    """Hash over the files that quantize, pack and score; `root` is the repository."""
-    return code_sha256(root, "lab/rates/rate_points.py")
+    """Returns a hash over the files that quantize, pack and score; `root` is the repository."""
+    return code_sha256(root, "lab/rates/rate_points.py", "lab/rates/methods.py")
 
 
 def rate_subject(run: TrainedRun, rows_NT: Any, score: ScoreConfig, runtime: Runtime, root: Path) -> RateSubject:

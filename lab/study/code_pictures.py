@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from lab.rates.pictures import line_style, shown_power, tidy_axes
 from lab.rates.quant_comparison import parse_variant
-from lab.rates.quant_picture import shown_power
-from lab.rates.rate_picture import line_style, tidy_axes
 from lab.study.codes import site_of_weight
 from lab.study.pictures import (
     BASE,

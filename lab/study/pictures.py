@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from lab.rates.rate_picture import LINE_COLOURS, round_ticks, save_picture, shown_bytes, tidy_axes
+from lab.rates.pictures import LINE_COLOURS, round_ticks, save_picture, shown_bytes, tidy_axes
 from lab.study.curves import band, differences
 from lab.study.table import RowDifference, Study, StudyRow, mean_interval, row_difference
 

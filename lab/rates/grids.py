@@ -1,51 +1,110 @@
-"""Steps by every rule of a QuantSpec, and rounding to nearest.
+"""Grids by a short text: bits, granularity, symmetry, the rule that chooses the steps; and rounding to nearest on them.
+
+A level is a code less its zero point, so that weight = level * step for every grid.
 
 R rows, C columns, S rows of scales (R, or 1 for all), G groups of columns, N weights that share a step.
-A level is a code less its zero point, so that weight = level * step for every grid.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from golf.quant.gptq import StepSizes
 from golf.quant.grid import FP16_MAX, FP16_TINY, QuantizedTensor, grid_clip, group_width, spread_groups
-from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import QuantError
+
+SCALE_RULES = {"absmax": 1.0, "percentile": 99.9, "mse": 1.0, "std": 3.0, "absmean": 1.0}
+"""Rules for the step, and the parameter that each has when none is given."""
+RULE_TEXTS = {"absmax": "absmax", "percentile": "pct", "mse": "mse", "std": "sd", "absmean": "absmean"}
+QUANTIZER_METHODS = ("rtn", "gptq")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A grid of 2^bits - 1 codes around 0, or with a zero point of 2^bits codes from 0 on (1 bit: -1 and 1).
+
+    Raises QuantError for what is no grid.
+    """
+
+    bits: int
+    """1 to 8. Symmetric: 1 is binary {-1, 1}, 2 is ternary {-1, 0, 1}, b is -(2^(b-1) - 1) .. 2^(b-1) - 1."""
+    granularity: str = "row"
+    """What shares a step: tensor, row, or group (of neighbouring columns of a row)."""
+    group_size: int = 0
+    """Most columns of a group; groups of a row are as equal as stored.group_width makes them."""
+    symmetric: bool = True
+    """False: each step comes with the code that stands for 0, itself a code of the grid."""
+    scale_rule: str = "absmax"
+    """absmax: the largest magnitude gets the largest code; percentile: that of all magnitudes; mse: the shrunk absmax
+    range of least squared error; std: k standard deviations get the largest code (the field's SDClip); absmean: a
+    multiple of the mean magnitude (ternary: BitNet b1.58, arXiv 2402.17764; binary: XNOR-Net, arXiv 1603.05279)."""
+    parameter: float | None = None
+    """percentile: 50 < p <= 100; std: k; absmean: the multiple; absmax and mse have none. None: SCALE_RULES."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise QuantError(f"bits are 1 to 8, not {self.bits}")
+        if self.granularity not in ("tensor", "row", "group"):
+            raise QuantError(f"granularity is tensor, row or group, not {self.granularity!r}")
+        if (self.group_size > 0) != (self.granularity == "group"):
+            raise QuantError(f"granularity {self.granularity!r} and group_size {self.group_size} do not fit together")
+        if self.scale_rule not in SCALE_RULES:
+            raise QuantError(f"scale rule is one of {', '.join(SCALE_RULES)}, not {self.scale_rule!r}")
+        self.check_parameter()
+
+    def check_parameter(self) -> None:
+        rule, value = self.scale_rule, self.rule_parameter
+        if rule in ("absmax", "mse") and self.parameter is not None:
+            raise QuantError(f"scale rule {rule!r} has no parameter, {self.parameter:g} was given")
+        if not (50 < value <= 100 if rule == "percentile" else 0 < value < 1e4):
+            raise QuantError(f"{value:g} is no parameter of scale rule {rule!r}")
+        if rule == "absmean" and (self.bits > 2 or not self.symmetric):
+            raise QuantError("scale rule 'absmean' is for symmetric grids of 1 and 2 bits")
+
+    @property
+    def rule_parameter(self) -> float:
+        return SCALE_RULES[self.scale_rule] if self.parameter is None else self.parameter
+
+
+NAIVE_INT8 = QuantSpec(8)
+"""The small-GPT study's naive quantizer: int8, per row, symmetric, max/127 (its zero rows are 0/0, ours are zero)."""
+
+METHOD_PATTERN = re.compile(
+    r"(?P<method>[a-z]+)(?P<bits>\d+)(?:-(?P<tensor>tensor)|-g(?P<group>\d+))?(?P<zero>-zp)?"
+    rf"(?:-(?P<rule>{'|'.join(RULE_TEXTS.values())})(?P<parameter>\d+(?:\.\d+)?)?)?"
+)
+
+
+def parse_quantizer(text: str) -> tuple[str, QuantSpec]:
+    """Method and grid of METHOD BITS [-tensor | -gN] [-zp] [-RULE[PARAMETER]], such as rtn8, gptq4-g64, rtn3-zp-mse.
+
+    Rules: absmax (the default), pctP, mse, sdK (gptq6-sd12.85), absmeanM. Raises QuantError.
+    """
+    match = METHOD_PATTERN.fullmatch(text)
+    if match is None or match["method"] not in QUANTIZER_METHODS:
+        raise QuantError(
+            f"no quantizer {text!r}: rtn or gptq, bits, then -tensor or -gN, -zp, and one of -absmax -pct99.9 -mse "
+            "-sd3 -absmean, such as gptq4-g64 or rtn3-zp-mse"
+        )
+    rules = {short: rule for rule, short in RULE_TEXTS.items()}
+    spec = QuantSpec(
+        bits=int(match["bits"]),
+        granularity="tensor" if match["tensor"] else "group" if match["group"] else "row",
+        group_size=int(match["group"] or 0),
+        symmetric=not match["zero"],
+        scale_rule=rules[match["rule"] or "absmax"],
+        parameter=None if match["parameter"] is None else float(match["parameter"]),
+    )
+    return match["method"], spec
+
 
 MSE_COARSE = tuple(0.92**k for k in range(30))
 """Shares of the full range that the search for the least squared error tries first, down to 0.09."""
 MSE_FINE = tuple(0.92 ** (k / 5) for k in (-4, -3, -2, -1, 1, 2, 3, 4))
 """And then, around the best of them."""
-
-
-@dataclass(frozen=True, eq=False)
-class StepSizes:
-    """Steps that somebody else chose: that of weight (r, c) is scale_rg * column_scale_c, g the group of column c."""
-
-    scale_SG: Tensor
-    """fp16, within FP16_TINY..FP16_MAX; S is R or 1."""
-    column_scale_C: Tensor | None = None
-    """fp16, positive."""
-
-
-def check_finite(weight: Tensor, what: str) -> None:
-    if not torch.isfinite(weight).all():
-        raise QuantError(f"{what} has NaN or infinite values: nothing to quantize")
-
-
-def check_step_sizes(scales: StepSizes, rows: int, columns: int) -> None:
-    """Raise QuantError unless the steps fit a matrix of that shape."""
-    scale_SG, column_scale_C = scales.scale_SG, scales.column_scale_C
-    fits = scale_SG.dim() == 2 and scale_SG.size(0) in (1, rows) and 1 <= scale_SG.size(1) <= max(columns, 1)
-    if column_scale_C is not None:
-        fits = fits and column_scale_C.shape == (columns,)
-    if not fits:
-        raise QuantError(f"steps of shape {tuple(scale_SG.shape)} do not fit {rows} x {columns} weights")
-    for name, part in (("scale_SG", scale_SG), ("column_scale_C", column_scale_C)):
-        if part is not None and (part.dtype != torch.float16 or not (part.isfinite() & (part > 0)).all()):
-            raise QuantError(f"{name} must be fp16, finite and above zero")
 
 
 def level_range(spec: QuantSpec, zero: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
@@ -157,23 +216,29 @@ def choose_steps(
     return step_and_zero(low_S1 * share_S1, high_S1 * share_S1, spec)
 
 
-def grid_of(weight_RC: Tensor, spec: QuantSpec, importance_C: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """scale_SG (fp32 values of fp16 steps) and zero_SG (codes of 0, or None) of fp32 weights by the spec's rule."""
-    rows, columns = weight_RC.shape
-    if spec.granularity == "tensor":
-        importance = None if importance_C is None else importance_C.expand(rows, columns).reshape(1, -1)
-        return choose_steps(weight_RC.reshape(1, -1), spec, importance)
-    width = columns
-    if spec.granularity == "group":
-        width = group_width(columns, -(-columns // spec.group_size))
-    parts = [
-        choose_steps(
-            weight_RC[:, c : c + width], spec, None if importance_C is None else importance_C[None, c : c + width]
-        )
-        for c in range(0, columns, width)
-    ]
-    zeros = [zero_S1 for _, zero_S1 in parts if zero_S1 is not None]
-    return torch.cat([step_S1 for step_S1, _ in parts], dim=1), torch.cat(zeros, dim=1) if zeros else None
+def group_columns(columns: int, spec: QuantSpec) -> int:
+    """Returns how many neighbouring columns share a row's step."""
+    return group_width(columns, -(-columns // spec.group_size)) if spec.group_size else columns
+
+
+def grid_of(weight_RC: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Returns scale_SG (fp32 values of fp16 steps) and zero_SG (codes of 0, or None) of fp32 weights by the rule."""
+    weight_SN = weight_RC.reshape(1, -1) if spec.granularity == "tensor" else weight_RC
+    parts = weight_SN.split(group_columns(weight_SN.size(1), spec), dim=1)
+    steps, zeros = zip(*(choose_steps(part_SN, spec) for part_SN in parts), strict=True)
+    return torch.cat(steps, dim=1), None if spec.symmetric else torch.cat(zeros, dim=1)
+
+
+def chosen_grid(
+    weight_RC: Tensor, spec: QuantSpec, scales: StepSizes | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns scale_SG and zero_SG by the spec's rule, or those of `scales`, and column_scale_C; fp32."""
+    if scales is None:
+        return *grid_of(weight_RC, spec), None
+    column_scale_C = scales.column_scale_C
+    if column_scale_C is not None:
+        column_scale_C = column_scale_C.to(weight_RC.device).float()
+    return scales.scale_SG.to(weight_RC.device).float(), None, column_scale_C
 
 
 def stored_form(
@@ -197,16 +262,10 @@ def step_matrix(scale_SG: Tensor, column_scale_C: Tensor | None, columns: int) -
 
 
 def round_to_nearest(weight_RC: Tensor, spec: QuantSpec, scales: StepSizes | None = None) -> QuantizedTensor:
-    """Codes of least error for each weight by itself. Rule "absmax" per row is grid.quantize_rows, bit for bit."""
+    """Returns each weight's code of least error. Rule "absmax" per row is grid.quantize_rows, bit for bit."""
     weight_RC = weight_RC.float()
-    if scales is None:
-        (scale_SG, zero_SG), column_scale_C = grid_of(weight_RC, spec), None
-    else:
-        scale_SG, zero_SG, column_scale_C = scales.scale_SG.to(weight_RC.device), None, scales.column_scale_C
-        if column_scale_C is not None:
-            column_scale_C = column_scale_C.to(weight_RC.device)
-    columns = weight_RC.size(1)
-    ratio_RC = weight_RC / step_matrix(scale_SG, column_scale_C, columns)
-    zero_SC = None if zero_SG is None else spread_groups(zero_SG, columns)
+    scale_SG, zero_SG, column_scale_C = chosen_grid(weight_RC, spec, scales)
+    ratio_RC = weight_RC / step_matrix(scale_SG, column_scale_C, weight_RC.size(1))
+    zero_SC = None if zero_SG is None else spread_groups(zero_SG, weight_RC.size(1))
     level_RC = nearest_level(ratio_RC, *level_range(spec, zero_SC), spec)
     return stored_form(level_RC, scale_SG, zero_SG, spec, column_scale_C)

@@ -1,7 +1,7 @@
-"""The picture of rate curves: loss against bytes, and bytes against an anchor's at equal loss."""
+"""Pictures of rate curves and of quantized forms: loss against bytes, and what each costs against another."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from golf.runtime import replacing
+from lab.rates.quant_comparison import QuantComparison
 from lab.rates.rate_curve import ANCHORS, FINEST_EXCESS, CurvePair, CurveSet, MethodCurve, fit_curves
 
 LINE_COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#c53030", "#b7791f", "#0987a0", "#4a5568")
@@ -17,6 +18,8 @@ LINE_MARKERS = "osD^vPX*"
 WIDTH_IN_LETTERS = 170
 """Of a legend in one row."""
 GRID_COLOUR = "#e2e8f0"
+FAMILY_COLOURS = {"gptq": "#2b6cb0", "rtn": "#dd6b20"}
+OTHER_COLOUR, UNRESOLVED_COLOUR = "#4a5568", "#a0aec0"
 
 
 def draw_rate_curves(curves: CurveSet, title: str, path: Path) -> None:
@@ -55,10 +58,7 @@ def draw_losses(axes: Axes, curves: CurveSet) -> None:
         axes.plot(sizes, curve.excess_bpb, label=curve_label(curve), **line_style(index))
     sizes = [point.bytes for curve in curves.methods for point in curve.points]
     if max(sizes) > 1.5 * min(sizes):
-        axes.set_xscale("log")
-        ticks = round_ticks(min(sizes), max(sizes))
-        axes.set_xticks(ticks, minor=False)
-        axes.set_xticks([], minor=True)
+        scale_bytes(axes, min(sizes), max(sizes))
     scale_excess(axes, [excess for curve in curves.methods for excess in curve.excess_bpb])
     axes.xaxis.set_major_formatter(FuncFormatter(shown_bytes))
     axes.set_xlabel("bytes of the artifact")
@@ -112,17 +112,11 @@ def draw_difference(axes: Axes, curve: CurvePair, anchor: CurvePair, style: dict
     low, high = max(curve.log.span[0], anchor.log.span[0]), min(curve.log.span[1], anchor.log.span[1])
     if low >= high:
         return
-    own = [x for x in curve.log.log_bytes.x_K if low <= x <= high]
+    own = [x for x in curve.log.log_bytes.x if low <= x <= high]
     for places, line in ((np.linspace(low, high, 200), {"marker": ""}), (own, {"linestyle": ""})):
         excesses = [math.exp(place) for place in places]
-        ratios = [bytes_at_excess_inside(curve, place) / bytes_at_excess_inside(anchor, place) for place in places]
+        ratios = [curve.log.bytes_at(place) / anchor.log.bytes_at(place) for place in places]
         axes.plot(excesses, [100 * (ratio - 1) for ratio in ratios], **(style | line))
-
-
-def bytes_at_excess_inside(curve: CurvePair, log_excess: float) -> float:
-    """bytes_at_excess, for an excess that is known to be on the curve but for rounding."""
-    low, high = curve.log.span
-    return curve.log.bytes_at(min(max(log_excess, low), high))
 
 
 def round_ticks(low: float, high: float) -> list[float]:
@@ -136,6 +130,89 @@ def round_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
+def scale_bytes(axes: Axes, low: float, high: float) -> None:
+    """Makes the axis of bytes logarithmic, with round ticks between low and high."""
+    axes.set_xscale("log")
+    axes.set_xticks(round_ticks(low, high), minor=False)
+    axes.set_xticks([], minor=True)
+
+
 def shown_bytes(value: float, _: object) -> str:
     """12.5 MB, 350 kB."""
     return f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB"
+
+
+def draw_variants(found: QuantComparison, run: str, path: Path) -> None:
+    """Write the picture to `path`, a .png: differences with intervals, and loss against bytes."""
+    figure = Figure(figsize=(12.5, max(3.8, 1.8 + 0.34 * len(found.results))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    figure.suptitle(f"{run}: {found.tokens:,} tokens, the same for every form", x=0.01, ha="left", fontsize=12)
+    draw_differences(left, found)
+    draw_sizes(right, found)
+    save_picture(figure, path)
+
+
+def family_colour(name: str) -> str:
+    return next((colour for family, colour in FAMILY_COLOURS.items() if name.startswith(family)), OTHER_COLOUR)
+
+
+def draw_differences(axes: Axes, found: QuantComparison) -> None:
+    """One row a form: the difference to fp32 and its interval, grey where it is not resolved."""
+    compared = [result for result in found.results if result.difference]
+    for row, result in enumerate(compared):
+        interval = result.difference
+        colour = family_colour(result.name) if interval.resolved else UNRESOLVED_COLOUR
+        axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot([interval.difference], [row], "o", color=colour, markersize=6)
+    axes.set_yticks(range(len(compared)), [result.name for result in compared])
+    axes.invert_yaxis()
+    axes.axvline(0, color="#718096", linewidth=1)
+    linear = linear_range(result.difference.difference for result in compared if result.difference.resolved)
+    axes.set_xscale("symlog", linthresh=linear)
+    ends = [end for result in compared for end in (result.difference.low, result.difference.high)]
+    axes.set_xlim(*roomy_limits(ends, linear))
+    axes.xaxis.set_major_formatter(FuncFormatter(shown_power))
+    axes.set_xlabel(f"nats per {found.token_unit} above fp32")
+    confidence = f"{100 * (1 - found.alpha):g} %"
+    axes.set_title(f"difference to fp32, {confidence} interval; grey: not resolved", loc="left", fontsize=10)
+    tidy_axes(axes)
+
+
+def linear_range(differences: Iterable[float]) -> float:
+    """Where an axis turns logarithmic: the power of ten at or below the smallest of these."""
+    return 10.0 ** math.floor(math.log10(max(1e-6, min(map(abs, differences), default=1e-3))))
+
+
+def roomy_limits(values: list[float], linear: float) -> tuple[float, float]:
+    """Ends of an axis that is linear up to `linear` on both sides of 0, with room around all values."""
+    return min(-linear, 2 * min(values, default=0.0)), max(linear, 2 * max(values, default=0.0))
+
+
+def shown_power(value: float, _: object) -> str:
+    """0, 0.1, 1e-3."""
+    return f"{value:g}" if value == 0 or abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def draw_sizes(axes: Axes, found: QuantComparison) -> None:
+    """Bits per byte of text above fp32's against bytes of the artifact."""
+    resolved = [result.bpb_difference for result in found.results if result.difference and result.difference.resolved]
+    for result in found.results:
+        colour = family_colour(result.name)
+        axes.plot([result.bytes], [result.bpb_difference], "o", color=colour, markersize=6)
+        above = not result.name.startswith("gptq")  # rtn and gptq of equal bits lie close together
+        place = {"xytext": (5, 5), "ha": "left"} if above else {"xytext": (-5, -11), "ha": "right"}
+        axes.annotate(
+            result.name, (result.bytes, result.bpb_difference), textcoords="offset points", color=colour, fontsize=8,
+            **place,
+        )  # fmt: skip
+    sizes = [result.bytes for result in found.results]
+    scale_bytes(axes, min(sizes), max(sizes))
+    axes.set_xlim(0.75 * min(sizes), 1.5 * max(sizes))
+    axes.xaxis.set_major_formatter(FuncFormatter(shown_bytes))
+    axes.set_xlabel("bytes, without optimizer state")
+    axes.set_yscale("symlog", linthresh=linear_range(resolved))
+    axes.set_ylim(*roomy_limits([result.bpb_difference for result in found.results], linear_range(resolved)))
+    axes.yaxis.set_major_formatter(FuncFormatter(shown_power))
+    axes.set_ylabel("bits per byte above fp32")
+    axes.set_title(f"loss against bytes (fp32: {found.results[0].bpb:.4f} bits per byte)", loc="left", fontsize=10)
+    tidy_axes(axes)
