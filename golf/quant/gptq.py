@@ -1,4 +1,4 @@
-"""GPTQ: round column after column and let the columns that are left make up for the error.
+"""GPTQ rounds column after column and lets the columns that are left make up for the error.
 
 Frantar et al. 2022, arXiv 2210.17323. With H the second moments of the inputs, H = sum x x^T, the error of a
 rounded row e is e H e^T. U is the upper factor of H^-1 = U^T U, and rounding column j moves the columns k > j by
@@ -101,7 +101,7 @@ class ColumnGrid:
 
 @dataclass(frozen=True, eq=False)
 class RatePrice:
-    """What codes cost: bits, and for each row the error in units of H that is worth a bit."""
+    """Holds what codes cost: bits, and for each row the error in units of H that is worth a bit."""
 
     costs: CodeCosts
     slope_1R: Tensor

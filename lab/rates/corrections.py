@@ -32,7 +32,7 @@ class LowRankOptions:
 
 
 def root_of_inputs(hessian_CC: Tensor | None, columns: int, damping: float) -> Tensor:
-    """S with S S^T = H damped; the identity without H."""
+    """Returns S with S S^T = H damped; the identity without H."""
     if hessian_CC is None:
         return torch.eye(columns, dtype=torch.float64)
     factor_CC, damped_CC = factor_and_damped(checked_hessian(hessian_CC.cpu(), columns), damping)
@@ -40,7 +40,7 @@ def root_of_inputs(hessian_CC: Tensor | None, columns: int, damping: float) -> T
 
 
 def leading_directions(error_RC: Tensor, rank: int) -> Tensor:
-    """left_RK, orthonormal: the first left singular vectors, the largest entry of each positive."""
+    """Returns left_RK, orthonormal: the first left singular vectors, the largest entry of each positive."""
     left_RK = torch.linalg.svd(error_RC, full_matrices=False).U[:, :rank]
     largest_1K = left_RK.abs().argmax(0, keepdim=True)
     return left_RK * left_RK.gather(0, largest_1K).sign()
@@ -52,7 +52,7 @@ def with_low_rank(
     hessian_CC: Tensor | None = None,
     options: LowRankOptions = LowRankOptions(),
 ) -> QuantizedTensor:
-    """`entry` with the rounded factors of what it lacks of `weight_RC`, in the metric of H where that is given.
+    """Returns `entry` with the rounded factors of what it lacks of `weight_RC`, in the metric of H where that is given.
 
     The right factor is fitted to the rounded left one by least squares. Raises QuantError.
     """
@@ -70,7 +70,7 @@ def with_low_rank(
 
 
 def weighted_error(weight_RC: Tensor, entry: QuantizedTensor, hessian_CC: Tensor | None = None) -> float:
-    """tr(E H E^T) of what `entry` lacks of the weights; without H the sum of squares."""
+    """Returns tr(E H E^T) of what `entry` lacks of the weights; without H the sum of squares."""
     error_RC = weight_RC.detach().cpu().double() - dequantize_tensor(entry).double()
     moved_RC = error_RC if hessian_CC is None else error_RC @ hessian_CC.cpu().double()
     return float((moved_RC * error_RC).sum())
@@ -83,7 +83,8 @@ def correct_worst(
     count: int,
     options: LowRankOptions = LowRankOptions(),
 ) -> dict[str, QuantizedTensor]:
-    """`entries` with corrections of those `count` tensors that lose the largest errors by it, in the metric of their H.
+    """Returns `entries` with corrections of those `count` tensors that lose the largest errors by it, in the metric of
+    their H.
 
     Tensors without H are measured by squares: give all or none.
     """
@@ -98,12 +99,12 @@ def correct_worst(
 
 
 def column_saliency(weight_RC: Tensor, hessian_CC: Tensor) -> Tensor:
-    """saliency_C, float64, in units of the root of H's."""
+    """Returns saliency_C, float64, in units of the root of H's."""
     return hessian_CC.diagonal().double().cpu().sqrt() * weight_RC.detach().cpu().double().abs().mean(dim=0)
 
 
 def most_salient_group(weight_RC: Tensor, hessian_CC: Tensor, width: int) -> slice:
-    """The group of at most `width` neighbouring columns of greatest mean saliency; of equal ones the first."""
+    """Returns the group of at most `width` neighbouring columns of greatest mean saliency; of equal ones the first."""
     columns = weight_RC.size(1)
     width = group_width(columns, -(-columns // width))
     saliency_C = column_saliency(weight_RC, hessian_CC)
@@ -114,7 +115,7 @@ def most_salient_group(weight_RC: Tensor, hessian_CC: Tensor, width: int) -> sli
 def protected_steps(
     weight_RC: Tensor, hessian_CC: Tensor, spec: QuantSpec, width: int = 64, finer_bits: int = 2
 ) -> tuple[QuantSpec, StepSizes]:
-    """The grid and steps for `quantize` that give the most salient group of columns `finer_bits` more bits.
+    """Returns the grid and steps for `quantize` that give the most salient group of columns `finer_bits` more bits.
 
     The other columns keep the steps of `spec`, and codes beyond its range only where its rule would have clipped.
     Raises QuantError.

@@ -1,4 +1,5 @@
-"""Grids by a short text: bits, granularity, symmetry, the rule that chooses the steps; and rounding to nearest on them.
+"""Describes grids by a short text: bits, granularity, symmetry, the rule that chooses the steps; and rounding to
+nearest on them.
 
 A level is a code less its zero point, so that weight = level * step for every grid.
 
@@ -79,7 +80,8 @@ METHOD_PATTERN = re.compile(
 
 
 def parse_quantizer(text: str) -> tuple[str, QuantSpec]:
-    """Method and grid of METHOD BITS [-tensor | -gN] [-zp] [-RULE[PARAMETER]], such as rtn8, gptq4-g64, rtn3-zp-mse.
+    """Returns the method and grid of METHOD BITS [-tensor | -gN] [-zp] [-RULE[PARAMETER]], such as rtn8, gptq4-g64,
+    rtn3-zp-mse.
 
     Rules: absmax (the default), pctP, mse, sdK (gptq6-sd12.85), absmeanM. Raises QuantError.
     """
@@ -108,32 +110,32 @@ MSE_FINE = tuple(0.92 ** (k / 5) for k in (-4, -3, -2, -1, 1, 2, 3, 4))
 
 
 def level_range(spec: QuantSpec, zero: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-    """Smallest and largest level, `zero` being the code in 0..2^bits - 1 that stands for 0."""
+    """Returns the smallest and largest level, `zero` being the code in 0..2^bits - 1 that stands for 0."""
     if zero is None:
         return -grid_clip(spec.bits), grid_clip(spec.bits)
     return -zero, 2**spec.bits - 1 - zero
 
 
 def nearest_level(ratio: Tensor, low: Tensor | float, high: Tensor | float, spec: QuantSpec) -> Tensor:
-    """Level nearest to ratio = weight / step, halves to even; without 0 for a symmetric grid of 1 bit."""
+    """Returns the level nearest to ratio = weight / step, halves to even; without 0 for a symmetric grid of 1 bit."""
     if spec.bits == 1 and spec.symmetric:
         return torch.where(ratio >= 0, 1.0, -1.0)
     return ratio.round().clamp(low, high)
 
 
 def fp16_step(step: Tensor) -> Tensor:
-    """The fp32 value of the fp16 step, within fp16's normal range."""
+    """Returns the fp32 value of the fp16 step, within fp16's normal range."""
     return step.clamp(FP16_TINY, FP16_MAX).half().float()
 
 
 def smallest_of(values_SN: Tensor, share: float) -> Tensor:
-    """(S, 1): the value that `share` of each row does not exceed."""
+    """Returns (S, 1): the value that `share` of each row does not exceed."""
     rank = min(max(round(share * values_SN.size(1)), 1), values_SN.size(1))
     return values_SN.kthvalue(rank, dim=1, keepdim=True).values
 
 
 def weight_range(weight_SN: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """(S, 1) each: the least and greatest weight that the grid must hold by the rule, 0 included."""
+    """Returns (S, 1) each: the least and greatest weight that the grid must hold by the rule, 0 included."""
     magnitude_SN, parameter = weight_SN.abs(), spec.rule_parameter
     if spec.symmetric:
         if spec.scale_rule == "percentile":
@@ -156,7 +158,7 @@ def weight_range(weight_SN: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def step_and_zero(low_S1: Tensor, high_S1: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """fp32 values of the fp16 step, and the code of 0, of grids that reach from low to high."""
+    """Returns the fp32 values of the fp16 step, and the code of 0, of grids that reach from low to high."""
     if spec.symmetric:
         # Dividing by a tensor: CUDA multiplies by a rounded reciprocal when the divisor is a Python number.
         return fp16_step(high_S1 / torch.full_like(high_S1, grid_clip(spec.bits))), None
@@ -168,7 +170,7 @@ def step_and_zero(low_S1: Tensor, high_S1: Tensor, spec: QuantSpec) -> tuple[Ten
 def squared_error(
     weight_SN: Tensor, step_S1: Tensor, zero_S1: Tensor | None, spec: QuantSpec, importance_SN: Tensor | None
 ) -> Tensor:
-    """(S, 1) in float64: what rounding to nearest leaves of each row, each weight's square times its importance."""
+    """Returns (S, 1) in float64: the squared errors of rounding a row to nearest, each times its importance."""
     level_SN = nearest_level(weight_SN / step_S1, *level_range(spec, zero_S1), spec)
     error_SN = (weight_SN - level_SN * step_S1).square()
     if importance_SN is not None:
@@ -177,7 +179,7 @@ def squared_error(
 
 
 def least_error_share(error_of: Callable[[Tensor], Tensor], ones_S1: Tensor) -> Tensor:
-    """The share of its range, for each row, at which `error_of` is least; of equal ones the first tried."""
+    """Returns the share of its range, for each row, at which `error_of` is least; of equal ones the first tried."""
     best_S1, least_S1 = ones_S1, error_of(ones_S1)
     for shares in (MSE_COARSE[1:], MSE_FINE):
         center_S1 = best_S1 if shares is MSE_FINE else ones_S1
@@ -193,7 +195,7 @@ def least_error_share(error_of: Callable[[Tensor], Tensor], ones_S1: Tensor) -> 
 def choose_steps(
     weight_SN: Tensor, spec: QuantSpec, importance_SN: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 values of the fp16 step and the code of 0, (S, 1) each, for rows of fp32 weights that share them.
+    """Returns the fp32 value of the fp16 step and the code of 0, (S, 1) each, for rows of weights that share them.
 
     `importance_SN` (or one that broadcasts) weighs squared errors in the search of rule "mse".
     """
@@ -244,7 +246,7 @@ def chosen_grid(
 def stored_form(
     level_RC: Tensor, scale_SG: Tensor, zero_SG: Tensor | None, spec: QuantSpec, column_scale_C: Tensor | None
 ) -> QuantizedTensor:
-    """Levels, steps and codes of 0 as they are stored, on the CPU: 8-bit codes with a zero point less 128."""
+    """Returns levels, steps and codes of 0 as they are stored, on the CPU: 8-bit codes with a zero point less 128."""
     if zero_SG is not None:
         shift = 128 if spec.bits == 8 else 0
         level_RC = level_RC + spread_groups(zero_SG, level_RC.size(1)) - shift
@@ -256,7 +258,7 @@ def stored_form(
 
 
 def step_matrix(scale_SG: Tensor, column_scale_C: Tensor | None, columns: int) -> Tensor:
-    """step_SC (or one that broadcasts), fp32: products of two fp16 numbers are exact."""
+    """Returns step_SC (or one that broadcasts), fp32: products of two fp16 numbers are exact."""
     step_SC = spread_groups(scale_SG.float(), columns)
     return step_SC if column_scale_C is None else step_SC * column_scale_C.float()
 

@@ -1,4 +1,5 @@
-"""Ways from trained weights to stored ones, each over a range of rates: the competitors of the rate curve."""
+"""Quantizes by several ways from trained weights to stored ones, each over a range of rates: the competitors of the
+rate curve."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +13,13 @@ from golf.config.config import CODECS, ModelConfig, QuantConfig
 from golf.quant.calibration import LayerStatistics, calibrate
 from golf.quant.export import prune_state, quantize_state
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
-from golf.quant.qat import quantized_gpt
 from golf.quant.tensor_classes import tensor_class
 from golf.quant.waterfill import RD_LAMBDA
 from golf.runtime import Runtime
 from lab.rates.corrections import correct_worst, protected_steps
 from lab.rates.grids import QuantSpec
 from lab.rates.quantizers import quantize_matrix
+from lab.rates.trained_run import load_float_model
 
 FRONTIER_GRIDS = {"attn": (6, 13.0), "mlp": (6, 11.5), "embed": (7, 14.0), "bigram": (6, 13.0)}
 """Bits and k of SDClip, step = k * std(row) / largest code, by class (parameter-golf PR #1855)."""
@@ -53,20 +54,18 @@ class Method:
 
 
 def prepare_method_input(saved: SavedWeights, rows_NT: Tensor, runtime: Runtime) -> MethodInput:
-    """Weights with their calibration on rows of training tokens. Raises QuantError."""
-    model = quantized_gpt(saved.model, runtime.compute_dtype)
-    model.load_state_dict(saved.state)
-    statistics = calibrate(model.to(runtime.device), rows_NT, runtime)
+    """Returns the weights with their calibration on rows of training tokens. Raises QuantError."""
+    statistics = calibrate(load_float_model(saved, runtime), rows_NT, runtime)
     return MethodInput(saved.state, saved.model, saved.quant, statistics)
 
 
 def others_as_fp16(given: MethodInput, stored: QuantizedState) -> QuantizedState:
-    """All tensors in the model's order: those of `stored`, the rest as fp16."""
+    """Returns all tensors in the model's order: those of `stored`, the rest as fp16."""
     return {name: stored.get(name, part.half()) for name, part in given.state.items()}
 
 
 def round_like_recipe(given: MethodInput, rate: float) -> QuantizedState:
-    """Round to nearest on absmax rows, 5 % pruned; `rate` is the bits of the MLPs."""
+    """Rounds to nearest on absmax rows, 5 % pruned; `rate` is the bits of the MLPs."""
     bits = {knob: min(8, int(rate) + offset) for knob, offset in RECIPE_OFFSETS.items()}
     quant = replace(given.quant, prune_frac=0.05, **bits)
     pruned, _ = prune_state(given.state, quant)
@@ -74,13 +73,13 @@ def round_like_recipe(given: MethodInput, rate: float) -> QuantizedState:
 
 
 def frontier_grid(name: str, weight_RC: Tensor, rate: float) -> QuantSpec:
-    """SDClip with k divided by `rate`. The step is what counts: codes are int8's, so that a fine step does not clip."""
+    """Returns SDClip with k divided by `rate`. The step counts: codes are int8's, so that a fine one does not clip."""
     bits, k = FRONTIER_GRIDS[tensor_class(name, weight_RC.shape)]
     return QuantSpec(8, scale_rule="std", parameter=k / rate * grid_clip(8) / grid_clip(bits))
 
 
 def round_like_frontier(given: MethodInput, rate: float) -> QuantizedState:
-    """GPTQ on rows of step k * std / clip."""
+    """Rounds by GPTQ on rows of step k * std / clip."""
     return others_as_fp16(given, frontier_codes(given, rate))
 
 
@@ -92,14 +91,14 @@ def frontier_codes(given: MethodInput, rate: float) -> dict[str, QuantizedTensor
 
 
 def round_with_correction(given: MethodInput, rate: float) -> QuantizedState:
-    """The frontier's codes, and LQER of rank 4 for the three matrices of largest error (PR #1797)."""
+    """Adds to the frontier's codes LQER of rank 4 for the three matrices of largest error (PR #1797)."""
     hessians = {name: one.hessian_CC for name, one in given.statistics.items()}
     weights = {name: given.state[name] for name in hessians}
     return others_as_fp16(given, correct_worst(weights, frontier_codes(given, rate), hessians, 3))
 
 
 def round_with_protection(given: MethodInput, rate: float) -> QuantizedState:
-    """The frontier's grids with two bits more for the most salient 64 columns of the embedding (PR #1908)."""
+    """Rounds on the frontier's grids with two bits more for the most salient 64 columns of the embedding (PR #1908)."""
     stored, name = frontier_codes(given, rate), "tok_emb.weight"
     weight_RC, hessian_CC = given.state[name], given.statistics[name].hessian_CC
     bits, k = FRONTIER_GRIDS["embed"]
@@ -111,7 +110,7 @@ def round_with_protection(given: MethodInput, rate: float) -> QuantizedState:
 def round_by_level(
     given: MethodInput, rate: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True
 ) -> QuantizedState:
-    """One water level for all matrices (golf/quant/waterfill.py), 2^-rate nats."""
+    """Rounds by one water level for all matrices (golf/quant/waterfill.py), 2^-rate nats."""
     given.search.trellis, given.search.quant = trellis, replace(given.quant, rd_lambda=rd_lambda)
     return given.search.quantize(-rate)
 

@@ -21,10 +21,9 @@ from golf.config.config import CODECS, ConfigError, QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import expand_glob
 from golf.quant.calibration import LayerStatistics, calibrate, generated_rows, training_rows
-from golf.quant.qat import quantized_gpt
 from golf.runtime import Runtime
 from golf.score.roundtrip import score_artifact
-from lab.rates.trained_run import check_calibration_shards, scoring_config
+from lab.rates.trained_run import check_calibration_shards, load_float_model, scoring_config
 
 FIRST_TARGET_GUESS, STRIDE = -23.0, 2.0
 FINE_ENOUGH = 0.03
@@ -33,7 +32,7 @@ FINE_ENOUGH = 0.03
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What is asked of a fit."""
+    """Holds what is asked of a fit."""
 
     goal_bytes: int
     """Most bytes of the artifact, reserve taken off."""
@@ -47,7 +46,7 @@ class FitRequest:
     tokenizer: Path | None = None
 
     def check(self) -> None:
-        """Raise ConfigError for what does not go together."""
+        """Raises ConfigError for what does not go together."""
         if self.target_bpb is not None and not (self.val and self.tokenizer):
             raise ConfigError("--target-bpb is measured: give --val and --tokenizer too")
         if self.goal_bytes <= 0:
@@ -55,11 +54,8 @@ class FitRequest:
 
 
 def measure_weights(saved: SavedWeights, request: FitRequest, runtime: Runtime) -> dict[str, LayerStatistics]:
-    """Calibration on training shards, or on text of the model's own. Raises UserError."""
-    model = quantized_gpt(saved.model, runtime.compute_dtype)
-    model.load_state_dict(saved.state)
-    model.to(runtime.device)
-    length = saved.model.train_seq_len
+    """Calibrates on training shards, or on text of the model's own. Raises UserError."""
+    model, length = load_float_model(saved, runtime), saved.model.train_seq_len
     if request.calibration:
         paths = [Path(path) for path in expand_glob(request.calibration)]
         check_calibration_shards(paths, [Path(path) for path in expand_glob(request.val)] if request.val else [])
@@ -72,7 +68,7 @@ def measure_weights(saved: SavedWeights, request: FitRequest, runtime: Runtime) 
 def fit_weights(
     saved: SavedWeights, request: FitRequest, runtime: Runtime, log: Callable[[str], None]
 ) -> tuple[FittedArtifact, dict[str, Any]]:
-    """The artifact that was asked for, and how it came about. Raises UserError."""
+    """Returns the artifact that was asked for, and how it came about. Raises UserError."""
     request.check()
     started = time.perf_counter()
     statistics = measure_weights(saved, request, runtime)
@@ -97,7 +93,7 @@ def fit_to_score(
     saved: SavedWeights, statistics: dict[str, LayerStatistics], quant: QuantConfig, request: FitRequest,
     runtime: Runtime, log: Callable[[str], None],
 ) -> FittedArtifact:  # fmt: skip
-    """The smallest artifact of at most `target_bpb` on the validation shards, in plain rows."""
+    """Returns the smallest artifact of at most `target_bpb` on the validation shards, in plain rows."""
     score = scoring_config(saved.model, 0, 0, runtime.device.type)
     paths = expand_glob(request.val)
 

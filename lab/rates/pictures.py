@@ -1,4 +1,4 @@
-"""Pictures of rate curves and of quantized forms: loss against bytes, and what each costs against another."""
+"""Draws the pictures of rate curves and of quantized forms: loss against bytes, and what each costs against another."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ OTHER_COLOUR, UNRESOLVED_COLOUR = "#4a5568", "#a0aec0"
 
 
 def draw_rate_curves(curves: CurveSet, title: str, path: Path) -> None:
-    """Write the picture to `path`, a .png."""
+    """Writes the picture to `path`, a .png."""
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
@@ -52,7 +52,7 @@ def tidy_axes(axes: Axes) -> None:
 
 
 def draw_losses(axes: Axes, curves: CurveSet) -> None:
-    """Every point, and straight lines between them."""
+    """Draws every point, and straight lines between them."""
     for index, curve in enumerate(curves.methods):
         sizes = [point.bytes for point in curve.points]
         axes.plot(sizes, curve.excess_bpb, label=curve_label(curve), **line_style(index))
@@ -68,7 +68,7 @@ def draw_losses(axes: Axes, curves: CurveSet) -> None:
 
 
 def scale_excess(axes: Axes, excesses: Sequence[float]) -> None:
-    """Logarithmic; linear around zero where a point is no worse than the unquantized weights."""
+    """Makes the axis logarithmic; linear around zero where a point is no worse than the unquantized weights."""
     if min(excesses) > 0:
         axes.set_yscale("log")
     else:
@@ -78,7 +78,7 @@ def scale_excess(axes: Axes, excesses: Sequence[float]) -> None:
 
 
 def curve_label(curve: MethodCurve) -> str:
-    """Name and rate differences."""
+    """Returns the name and rate differences."""
     told = [
         f"{difference.percent:+.1f} % against {name}"
         for name, difference in curve.against.items()
@@ -88,7 +88,7 @@ def curve_label(curve: MethodCurve) -> str:
 
 
 def draw_relative_bytes(axes: Axes, curves: CurveSet) -> None:
-    """Percent of bytes more than the anchor's at equal excess; the anchor is the last of ANCHORS that was measured."""
+    """Draws the percent of bytes above the anchor's at equal excess; the anchor is the last of ANCHORS measured."""
     base = curves.unquantized.val_bpb
     pairs = {curve.name: fit_curves(curve.name, curve.points, base) for curve in curves.methods}
     anchor_name = next((name for name in reversed(ANCHORS) if name in pairs and pairs[name].log), None)
@@ -106,7 +106,7 @@ def draw_relative_bytes(axes: Axes, curves: CurveSet) -> None:
 
 
 def draw_difference(axes: Axes, curve: CurvePair, anchor: CurvePair, style: dict[str, object]) -> None:
-    """A line over the excesses that both reach, with a marker at each point of the method's own."""
+    """Draws a line over the excesses that both reach, with a marker at each point of the method's own."""
     if curve.log is None:
         return
     low, high = max(curve.log.span[0], anchor.log.span[0]), min(curve.log.span[1], anchor.log.span[1])
@@ -120,7 +120,7 @@ def draw_difference(axes: Axes, curve: CurvePair, anchor: CurvePair, style: dict
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between low and high: the finest of three sets of factors that gives no more than eight."""
+    """Returns round numbers between low and high: the finest of three sets of factors that gives no more than eight."""
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     for factors in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5), (1, 3)):
         ticks = [factor * 10.0**power for power in powers for factor in factors]
@@ -138,12 +138,12 @@ def scale_bytes(axes: Axes, low: float, high: float) -> None:
 
 
 def shown_bytes(value: float, _: object) -> str:
-    """12.5 MB, 350 kB."""
+    """Writes 12.5 MB, 350 kB."""
     return f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB"
 
 
 def draw_variants(found: QuantComparison, run: str, path: Path) -> None:
-    """Write the picture to `path`, a .png: differences with intervals, and loss against bytes."""
+    """Writes the picture to `path`, a .png: differences with intervals, and loss against bytes."""
     figure = Figure(figsize=(12.5, max(3.8, 1.8 + 0.34 * len(found.results))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     figure.suptitle(f"{run}: {found.tokens:,} tokens, the same for every form", x=0.01, ha="left", fontsize=12)
@@ -157,7 +157,7 @@ def family_colour(name: str) -> str:
 
 
 def draw_differences(axes: Axes, found: QuantComparison) -> None:
-    """One row a form: the difference to fp32 and its interval, grey where it is not resolved."""
+    """Draws one row a form: the difference to fp32 and its interval, grey where it is not resolved."""
     compared = [result for result in found.results if result.difference]
     for row, result in enumerate(compared):
         interval = result.difference
@@ -179,22 +179,22 @@ def draw_differences(axes: Axes, found: QuantComparison) -> None:
 
 
 def linear_range(differences: Iterable[float]) -> float:
-    """Where an axis turns logarithmic: the power of ten at or below the smallest of these."""
+    """Returns where an axis turns logarithmic: the power of ten at or below the smallest of these."""
     return 10.0 ** math.floor(math.log10(max(1e-6, min(map(abs, differences), default=1e-3))))
 
 
 def roomy_limits(values: list[float], linear: float) -> tuple[float, float]:
-    """Ends of an axis that is linear up to `linear` on both sides of 0, with room around all values."""
+    """Returns the ends of an axis that is linear up to `linear` on both sides of 0, with room around all values."""
     return min(-linear, 2 * min(values, default=0.0)), max(linear, 2 * max(values, default=0.0))
 
 
 def shown_power(value: float, _: object) -> str:
-    """0, 0.1, 1e-3."""
+    """Writes 0, 0.1, 1e-3."""
     return f"{value:g}" if value == 0 or abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def draw_sizes(axes: Axes, found: QuantComparison) -> None:
-    """Bits per byte of text above fp32's against bytes of the artifact."""
+    """Draws bits per byte of text above fp32's against bytes of the artifact."""
     resolved = [result.bpb_difference for result in found.results if result.difference and result.difference.resolved]
     for result in found.results:
         colour = family_colour(result.name)

@@ -175,7 +175,7 @@ def check_quantizable(weight_RC: Tensor, spec: QuantSpec, options: GptqOptions, 
 
 
 def check_step_sizes(scales: StepSizes, rows: int, columns: int) -> None:
-    """Raise QuantError unless the steps fit a matrix of that shape."""
+    """Raises QuantError unless the steps fit a matrix of that shape."""
     scale_SG, column_scale_C = scales.scale_SG, scales.column_scale_C
     fits = scale_SG.dim() == 2 and scale_SG.size(0) in (1, rows) and 1 <= scale_SG.size(1) <= max(columns, 1)
     if column_scale_C is not None:

@@ -1,4 +1,4 @@
-"""val_bpb against real bytes for several methods, and how many bytes each saves at equal loss."""
+"""Compares val_bpb with real bytes for several methods, and how many bytes each saves at equal loss."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +69,7 @@ class MethodCurve:
 
 @dataclass(frozen=True)
 class CurveSet:
-    """All that a comparison found."""
+    """Holds all that a comparison found."""
 
     unquantized: RatePoint
     methods: list[MethodCurve]
@@ -77,7 +77,7 @@ class CurveSet:
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """Distinct rates in rising order from words with commas. Raises RateError."""
+    """Returns the distinct rates in rising order from words with commas. Raises RateError."""
     try:
         rates = {float(word) for word in text.split(",")}
         if not all(map(math.isfinite, rates)):
@@ -88,7 +88,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 
 def parse_methods(text: str, methods: Mapping[str, RateMethod]) -> list[RateMethod]:
-    """The methods that words with commas name; all of them for no words. Raises RateError."""
+    """Returns the methods that words with commas name; all of them for no words. Raises RateError."""
     names = list(dict.fromkeys(text.split(","))) if text else list(methods)
     for name in names:
         if name not in methods:
@@ -106,7 +106,7 @@ class CurvePair:
 
 
 def fit_curves(name: str, points: Sequence[RatePoint], base: float) -> CurvePair:
-    """Both curves of a method; `base` is the unquantized val_bpb."""
+    """Returns both curves of a method; `base` is the unquantized val_bpb."""
     excesses = [(point.bytes, point.val_bpb - base) for point in points]
     try:
         plain = loss_curve(name, excesses)
@@ -117,7 +117,7 @@ def fit_curves(name: str, points: Sequence[RatePoint], base: float) -> CurvePair
 
 
 def rate_difference(curve: CurvePair, anchor: CurvePair, most: float) -> RateDifference:
-    """What `curve` takes more than `anchor`, over excesses up to `most`."""
+    """Returns what `curve` takes more than `anchor`, over excesses up to `most`."""
     if curve.plain is None or anchor.plain is None:
         return RateDifference(None, None, None, None, curve.reason or anchor.reason)
     try:
@@ -137,7 +137,7 @@ def rate_difference(curve: CurvePair, anchor: CurvePair, most: float) -> RateDif
 
 
 def bytes_at_excess(curve: CurvePair, excess: float) -> float | None:
-    """Interpolated over log(excess), where the curve is nearly straight."""
+    """Interpolates over log(excess), where the curve is nearly straight."""
     return curve.log.bytes_at(math.log(excess)) if curve.log else None
 
 
@@ -156,7 +156,7 @@ def stated_bytes(curve: CurvePair, anchors: Mapping[str, CurvePair], excess: flo
 def build_curves(
     methods: Sequence[RateMethod], points: Sequence[RatePoint], unquantized: RatePoint, most: float = MOST_EXCESS
 ) -> CurveSet:
-    """Curves and comparisons of the methods; `most` is the largest excess that counts in a rate difference."""
+    """Returns curves and comparisons of the methods; `most` is the largest excess that counts in a difference."""
     base = unquantized.val_bpb
     own = {method.name: sorted_points(points, method.name) for method in methods}
     curves = {name: fit_curves(name, found, base) for name, found in own.items()}
@@ -182,7 +182,7 @@ def sorted_points(points: Sequence[RatePoint], name: str) -> list[RatePoint]:
 
 
 def curve_notes(found: Sequence[MethodCurve], curves: Mapping[str, CurvePair], most: float) -> Iterator[str]:
-    """What the tables leave unsaid."""
+    """Yields what the tables leave unsaid."""
     yield "the excess is val_bpb less that of the unquantized weights, on the same tokens in the same windows"
     yield f"rate differences are over excesses up to {most:g} bits per byte, where both curves reach them"
     for name in ANCHORS:
@@ -201,5 +201,5 @@ def curve_notes(found: Sequence[MethodCurve], curves: Mapping[str, CurvePair], m
 
 
 def curves_dict(curves: CurveSet) -> dict[str, object]:
-    """For JSON."""
+    """Returns the curves for JSON."""
     return asdict(curves)

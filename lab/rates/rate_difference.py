@@ -1,4 +1,4 @@
-"""How much fewer bytes one method needs than another at equal loss: Bjontegaard's rate difference.
+"""Measures how much fewer bytes one method needs than another at equal loss: Bjontegaard's rate difference.
 
 Bjontegaard (VCEG-M33, 2001) fits log(rate) as a function of quality, and takes the mean difference of two fits over the
 range of quality that both cover. Here quality is a loss in bits per byte, rate is real bytes, and the fit is the

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.artifact.container import Artifact, coded_bytes, pack_artifact, read_artifact, restore_model
+from golf.artifact.container import coded_bytes, pack_artifact, read_artifact, restore_model
 from golf.config.config import Config, UserError
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
@@ -39,9 +39,8 @@ class DivergedError(UserError):
 
 def open_validation(spec: AblationSpec, tokenizer_sha256: str) -> tuple[np.ndarray, ByteCounter]:
     """(tokens_N1, what counts their bytes) of the spec's validation data. Raises AblationError where it is another."""
-    description = Artifact(spec.config.model, tokenizer_sha256, {}, "none", "", 0)
     tokens_N1, counter = load_validation(
-        description, spec.config.data.tokenizer_path, find_shards(spec.config.data.data_path, "val")
+        tokenizer_sha256, spec.config.data.tokenizer_path, find_shards(spec.config.data.data_path, "val")
     )
     found = stream_identity(tokens_N1)
     if found != spec.val_data_id:
