@@ -36,7 +36,6 @@ from lab.rates.rate_curve import (
     CurveSet,
     MethodCurve,
     build_curves,
-    curves_dict,
     parse_methods,
     parse_rates,
 )
@@ -218,7 +217,7 @@ def work(options: Options) -> int:
         | subject_dict(run, subject)
         | record
         | {"most_excess": options.most_excess}
-        | curves_dict(curves)
+        | asdict(curves)
     )
     write_results(out, content, curves, chosen_methods)
     if options.json:

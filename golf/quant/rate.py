@@ -45,12 +45,17 @@ def expected_classes(level_RC: Tensor) -> Tensor:
     return torch.bucketize(expected_RC, torch.stack(edges), right=True)
 
 
+def class_counts(class_RC: Tensor, value_RC: Tensor, width: int) -> Tensor:
+    """Returns float64 counts_KM of the values 0..width - 1 in each class."""
+    cells_N = (class_RC * width + value_RC).flatten()
+    return torch.bincount(cells_N, minlength=RATE_CLASSES * width).view(RATE_CLASSES, width).double()
+
+
 def learn_costs(level_RC: Tensor, most: int) -> CodeCosts:
     """Returns the costs under the distribution of these levels, for levels of magnitude 0..most."""
     width = most + 1
     class_RC = expected_classes(level_RC)
-    cells_N = (class_RC * width + level_RC.abs().long()).flatten()
-    counts_KM = torch.bincount(cells_N, minlength=RATE_CLASSES * width).view(RATE_CLASSES, width).double()
+    counts_KM = class_counts(class_RC, level_RC.abs().long(), width)
     overall_M = counts_KM.sum(0) + 0.5  # half a code: what has not been seen is dear, not impossible
     counts_KM = counts_KM + PRIOR_COUNT * overall_M / overall_M.sum()
     bits_KM = -torch.log2(counts_KM / counts_KM.sum(1, keepdim=True))
@@ -78,11 +83,6 @@ def cheapest_level(
 
 def class_entropy(level_RC: Tensor) -> float:
     """Returns the bits per code that an ideal adaptive coder with these classes would send."""
-    counts_KM = torch.stack([torch.bincount(part_N, minlength=256) for part_N in split_by_class(level_RC)]).double()
+    counts_KM = class_counts(expected_classes(level_RC), level_RC.long() + 128, 256)
     share_KM = counts_KM / counts_KM.sum(1, keepdim=True).clamp(min=1)
     return float(-(counts_KM * share_KM.clamp(min=1e-300).log2()).sum() / max(level_RC.numel(), 1))
-
-
-def split_by_class(level_RC: Tensor) -> list[Tensor]:
-    class_RC = expected_classes(level_RC)
-    return [level_RC[class_RC == k].long() + 128 for k in range(RATE_CLASSES)]

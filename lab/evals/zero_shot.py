@@ -133,7 +133,7 @@ def hellaswag_item(record: Mapping[str, object]) -> ZeroShotItem:
 
 
 def boolq_item(record: Mapping[str, object]) -> ZeroShotItem:
-    """Makes an item of a line of BoolQ's dev.jsonl (`answer`) or SuperGLUE's val.jsonl (`label`). Raises ZeroShotError."""
+    """Makes an item of a line of BoolQ's dev.jsonl (`answer`) or SuperGLUE's (`label`). Raises ZeroShotError."""
     passage, question = field_of(record, "passage", str), field_of(record, "question", str)
     answer = record.get("answer", record.get("label"))
     if answer not in (False, True):

@@ -1,7 +1,7 @@
 """Quantizes by several ways from trained weights to stored ones, each over a range of rates: the competitors of the
 rate curve."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from golf.artifact.fill_limit import LevelSearch
 from golf.artifact.weights import SavedWeights
-from golf.config.config import CODECS, ModelConfig, QuantConfig
+from golf.config.config import ModelConfig, QuantConfig
 from golf.quant.calibration import LayerStatistics, calibrate
 from golf.quant.export import prune_state, quantize_state
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
@@ -19,6 +19,7 @@ from golf.runtime import Runtime
 from lab.rates.corrections import correct_worst, protected_steps
 from lab.rates.grids import QuantSpec
 from lab.rates.quantizers import quantize_matrix
+from lab.rates.rate_points import RateMethod
 from lab.rates.trained_run import load_float_model
 
 FRONTIER_GRIDS = {"attn": (6, 13.0), "mlp": (6, 11.5), "embed": (7, 14.0), "bigram": (6, 13.0)}
@@ -40,17 +41,6 @@ class MethodInput:
     @cached_property
     def search(self) -> LevelSearch:
         return LevelSearch(self.state, self.statistics, self.quant, self.model)
-
-
-@dataclass(frozen=True)
-class Method:
-    """Weights to stored weights at a rate: a number that the method understands, more of it being more bytes."""
-
-    name: str
-    text: str
-    codec: CODECS
-    rates: tuple[float, ...]
-    encode: Callable[[MethodInput, float], QuantizedState]
 
 
 def prepare_method_input(saved: SavedWeights, rows_NT: Tensor, runtime: Runtime) -> MethodInput:
@@ -119,21 +109,21 @@ RECIPE_RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 FRONTIER_RATES = (0.3, 0.45, 0.65, 1.0, 1.5, 2.2, 3.2)
 LEVEL_RATES = (19.5, 20.5, 21.5, 22.5, 23.5, 24.5, 25.5, 27.0)
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, RateMethod] = {
     method.name: method
     for method in (
-        Method("recipe", "int5/int6 round to nearest, 5 % pruned, lzma", "lzma", RECIPE_RATES, round_like_recipe),
-        Method("recipe-rans", "the recipe's codes, our coder", "rans", RECIPE_RATES, round_like_recipe),
-        Method("frontier", "GPTQ, SDClip, brotli", "brotli", FRONTIER_RATES, round_like_frontier),
-        Method("frontier-rans", "GPTQ, SDClip, our coder", "rans", FRONTIER_RATES, round_like_frontier),
-        Method("frontier-lqer", "GPTQ, SDClip, low-rank correction, our coder", "rans", FRONTIER_RATES,
-               round_with_correction),
-        Method("frontier-awq", "GPTQ, SDClip, a protected group, our coder", "rans", FRONTIER_RATES,
-               round_with_protection),
-        Method("fit-nearest", "one water level, plain grids, codes by error alone", "rans", LEVEL_RATES,
-               lambda given, rate: round_by_level(given, rate, 0.0, trellis=False)),
-        Method("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,
-               lambda given, rate: round_by_level(given, rate, trellis=False)),
-        Method("waterfill", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
+        RateMethod("recipe", "int5/int6 round to nearest, 5 % pruned, lzma", "lzma", RECIPE_RATES, round_like_recipe),
+        RateMethod("recipe-rans", "the recipe's codes, our coder", "rans", RECIPE_RATES, round_like_recipe),
+        RateMethod("frontier", "GPTQ, SDClip, brotli", "brotli", FRONTIER_RATES, round_like_frontier),
+        RateMethod("frontier-rans", "GPTQ, SDClip, our coder", "rans", FRONTIER_RATES, round_like_frontier),
+        RateMethod("frontier-lqer", "GPTQ, SDClip, low-rank correction, our coder", "rans", FRONTIER_RATES,
+                   round_with_correction),
+        RateMethod("frontier-awq", "GPTQ, SDClip, a protected group, our coder", "rans", FRONTIER_RATES,
+                   round_with_protection),
+        RateMethod("fit-nearest", "one water level, plain grids, codes by error alone", "rans", LEVEL_RATES,
+                   lambda given, rate: round_by_level(given, rate, 0.0, trellis=False)),
+        RateMethod("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,
+                   lambda given, rate: round_by_level(given, rate, trellis=False)),
+        RateMethod("waterfill", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
     )
 }  # fmt: skip

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.config.config import Config, ModelConfig, ScoreConfig
+from golf.config.config import CODECS, Config, ModelConfig, ScoreConfig
 from golf.quant.grid import QuantizedState, dequantize_state
 from golf.run.machine import machine_fingerprint
 from golf.runtime import Runtime, write_file_atomically
@@ -31,12 +31,13 @@ UNQUANTIZED = "unquantized"
 MACHINE_KEYS = ("machine_id", "cpu", "cpu_cores", "gpus", "torch", "torch_threads", "python", "platform", "codecs")
 
 
-class RateMethod(Protocol):
-    """A way from weights to an artifact, with one dial."""
+@dataclass(frozen=True)
+class RateMethod:
+    """A way from weights to stored weights at a rate: a number that it understands, more of it being more bytes."""
 
     name: str
     text: str
-    codec: str
+    codec: CODECS
     rates: tuple[float, ...]
     encode: Callable[[Any, float], QuantizedState]
 
