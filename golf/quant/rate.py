@@ -66,8 +66,7 @@ def learn_costs(level_RC: Tensor, most: int) -> CodeCosts:
 def cheapest_level(
     ratio_1R: Tensor, low: Tensor | float, high: Tensor | float, costs: CodeCosts, column: int, price_1R: Tensor
 ) -> Tensor:
-    """Returns level_1R of a column that minimises (ratio - level)^2 + price * bits among 0 and the three next to the
-    ratio.
+    """Returns level_1R of least (ratio - level)^2 + price * bits in a column, among 0 and the three next to the ratio.
 
     Magnitudes floor|ratio| - 1, + 0 and + 1, within low..high; of equal costs the smallest magnitude wins.
     """

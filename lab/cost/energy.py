@@ -125,8 +125,7 @@ def energy_estimate(
     model: ModelConfig, quant: QuantConfig, zero_shares: Mapping[str, float] | None = None,
     context: int = 0, float_kind: str = "fp16",
 ) -> EnergyEstimate:  # fmt: skip
-    """Estimates the forward pass for one token of a row of `context` tokens (0: the training length), averaged over the
-    row.
+    """Estimates a token's forward pass, averaged over a row of `context` tokens (0: the training length).
 
     `zero_shares`: share of codes that are 0 by site of the weights, as measured_zero_shares gives them. `float_kind`:
     fp16 or fp32, what is priced where nothing is quantized.

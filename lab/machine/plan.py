@@ -80,8 +80,7 @@ class RunPlan:
 def plan_run(
     config: Config, step_seconds: float | None = None, world_size: int = 1, bytes_code: int = 0, val_tokens: int = 0
 ) -> RunPlan:
-    """Returns the plan of a run whose steps take `step_seconds` on all ranks together; None and 0: as expected of its
-    preset.
+    """Plans a run whose steps take `step_seconds` on all ranks together; None and 0: as expected of its preset.
 
     Raises ConfigError for a time that no step takes, and for rows that can't be dealt to `world_size` ranks.
     """

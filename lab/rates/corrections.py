@@ -83,8 +83,7 @@ def correct_worst(
     count: int,
     options: LowRankOptions = LowRankOptions(),
 ) -> dict[str, QuantizedTensor]:
-    """Returns `entries` with corrections of those `count` tensors that lose the largest errors by it, in the metric of
-    their H.
+    """Returns `entries`, those `count` tensors corrected that gain most by it in the metric of their H.
 
     Tensors without H are measured by squares: give all or none.
     """

@@ -80,8 +80,7 @@ METHOD_PATTERN = re.compile(
 
 
 def parse_quantizer(text: str) -> tuple[str, QuantSpec]:
-    """Returns the method and grid of METHOD BITS [-tensor | -gN] [-zp] [-RULE[PARAMETER]], such as rtn8, gptq4-g64,
-    rtn3-zp-mse.
+    """Reads METHOD BITS [-tensor | -gN] [-zp] [-RULE[PARAMETER]], such as rtn8, gptq4-g64, rtn3-zp-mse.
 
     Rules: absmax (the default), pctP, mse, sdK (gptq6-sd12.85), absmeanM. Raises QuantError.
     """

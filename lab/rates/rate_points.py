@@ -168,8 +168,7 @@ def measure_rate_point(
     machine_id: str,
     scored: Mapping[str, RatePoint],
 ) -> RatePoint:
-    """Quantizes by one method at one rate, packs, reads the bytes back and scores what they hold. `given` is encode's
-    input.
+    """Quantizes `given` by a method at a rate, packs it, reads the bytes back and scores what they hold.
 
     Weights that a point of `scored` (by their hash) has been scored with, to the bit, have its score. Raises UserError.
     """

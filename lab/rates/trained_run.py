@@ -61,8 +61,7 @@ def load_float_model(saved: SavedWeights, runtime: Runtime) -> GPT:
 
 
 def open_trained_run(path: Path, val: str = "", tokenizer: str = "", calibration: str = "") -> TrainedRun:
-    """Returns the run in a folder, on its own data or what `val`, `tokenizer` and `calibration` name (patterns and a
-    file).
+    """Opens the run in a folder, on its own data or another `tokenizer` (file), `val` and `calibration` (patterns).
 
     Raises UserError, OSError.
     """
