@@ -189,7 +189,7 @@ def reload_and_score(folder: RunFolder, session: Session) -> int:
 def reload(config: Config, session: Session) -> StageResult:
     """The artifact's model must say what the trained one said, and the scorer must agree."""
     folder, artifact = session.folder, read_artifact(session.folder.artifact)
-    table = load_artifact_tokenizer(artifact, config.data.tokenizer_path)
+    table = load_artifact_tokenizer(artifact.tokenizer_sha256, config.data.tokenizer_path)
     record, model = folder.load_json(folder.parity), restore_model(artifact, session.runtime)
     parity = check_parity(model, record, table, session.runtime)
     folder.save_json(folder.reload, {"parity": parity, "ntk_effect": ntk_effect(model, record, config.score)})

@@ -1,4 +1,4 @@
-"""What every tool does around its work: a typed command line, one line for a mistake, an exit status."""
+"""Does what every tool does around its work: a typed command line, one line for a mistake, an exit status."""
 
 import json
 import sys
@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
+from golf.config.config import Config, check_config
 from golf.config.knobs import EXIT_BAD_INPUT, UserError
+from golf.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolOptions:
-    """What all tools understand."""
+    """Holds what all tools understand."""
 
     json: bool = False
     """Print one JSON object instead of tables."""
@@ -25,11 +27,26 @@ class ToolOptions:
     """Show a traceback with an error."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(ToolOptions):
+    """Holds what tools that run a model understand besides."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    threads: int = 0
+    """CPU threads; 0: torch's own choice."""
+
+    def run_config(self, compile: Literal["auto", "on", "off"] = "off") -> RunConfig:
+        """Returns the checked configuration of the tool's runtime. Raises ConfigError."""
+        run = RunConfig(device=self.device, threads=self.threads, compile=compile)
+        check_config(Config(run=run))
+        return run
+
+
 AnyOptions = TypeVar("AnyOptions", bound=ToolOptions)
 
 
 def run_command(options_type: type[AnyOptions], description: str | None, work: Callable[[AnyOptions], int]) -> int:
-    """Exit status of `work` on the options of the command line; 2 after one clear line where the input is bad."""
+    """Returns the exit status of `work` on the command line's options; 2 after one clear line for bad input."""
     options = tyro.cli(options_type, description=description, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         return work(options)

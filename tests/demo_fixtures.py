@@ -6,8 +6,8 @@ from pathlib import Path
 from golf.artifact.container import pack_artifact
 from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
-from golf.quant.calibration import collect_hessians, training_rows
-from lab.rates.quant_comparison import parse_variant, quantize_variant
+from golf.quant.calibration import training_rows
+from lab.rates.quant_comparison import collect_hessians, parse_variant, quantize_variant
 from lab.rates.trained_run import open_trained_run
 from tests.trained_run_fixtures import make_trained_run
 

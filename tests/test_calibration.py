@@ -7,10 +7,11 @@ from golf.config.config import Config, with_knobs
 from golf.config.model import ModelConfig
 from golf.model.init import build_model
 from golf.model.layers import rms_norm
-from golf.quant.calibration import calibrate, calibrate_within, collect_hessians, generated_rows, training_rows
+from golf.quant.calibration import calibrate, calibrate_within, generated_rows, training_rows
 from golf.quant.tensor_classes import QuantError
 from golf.run.stages import SETTLING, seconds_left
 from golf.runtime import Runtime
+from lab.rates.quant_comparison import collect_hessians
 
 TINY = ModelConfig(
     vocab_size=40, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2, bigram_vocab_size=24,

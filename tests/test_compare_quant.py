@@ -17,22 +17,23 @@ from golf.artifact.container import pack_artifact
 from golf.artifact.weights import load_weights, save_weights
 from golf.data.loader import TokenStream
 from golf.model.gpt import GPT
-from golf.quant.calibration import collect_hessians, training_rows
-from golf.quant.gptq import quantize_matrix
+from golf.quant.calibration import training_rows
 from golf.quant.grid import QuantizedTensor, same_stored
-from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import QuantError
 from golf.runtime import Runtime
 from golf.score.scorer import plain_settings, score_stream
 from lab.cli import run_command
 from lab.compare.statistics import StatisticsError, block_numbers, bootstrap_ratio
+from lab.rates.grids import QuantSpec
 from lab.rates.quant_comparison import (
     ComparisonSubject,
+    collect_hessians,
     compare_variants,
     parse_variant,
     parse_variants,
     quantize_variant,
 )
+from lab.rates.quantizers import quantize_matrix
 from lab.rates.targets import first_targets, target_nats
 from lab.rates.trained_run import TrainedRun, open_trained_run
 from tests.trained_run_fixtures import copied_run, make_trained_run

@@ -23,7 +23,6 @@ from lab.machine.diagnosis import (
     MACHINE_DRIFT,
     MachineFinding,
     StepBand,
-    compare_fingerprints,
     diagnose,
     diagnose_speed,
     expected_band,
@@ -242,24 +241,6 @@ def test_no_band_without_an_expectation():
     assert expected_band("of-my-own") is None
 
 
-def test_like_machines_differ_in_nothing_that_matters():
-    other = planted(free_bytes__run=1, gpu_states=states(sm_mhz=345.0, memory_used_mib=9.0))
-    assert compare_fingerprints(SOUND, SOUND) == compare_fingerprints(SOUND, other) == []
-
-
-def test_differences_between_machines_are_named():
-    other = planted(
-        torch="2.12.0", environment__NCCL_P2P_DISABLE="1", attention__scoring="math", machine_id="ba9876543210",
-        gpu_states=states(power_limit_w=500.0),
-    )  # fmt: skip
-    differences = compare_fingerprints(SOUND, other)
-    assert [line.partition(":")[0] for line in differences] == [
-        "machine_id", "torch", "environment.NCCL_P2P_DISABLE", "attention.scoring", "power_limit_w",
-    ]  # fmt: skip
-    assert differences[1] == "torch: 2.13.0+cu128 / 2.12.0"
-    assert compare_fingerprints(SOUND, {})[0] == "machine_id: 0123456789ab / None"
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> tuple[Config, object]:
     """A local configuration with a small corpus of its own, and the folder where prepared corpora are kept."""
@@ -338,6 +319,12 @@ def test_program_with_probe(repository):
     assert probe["steps"] == 20 and 0 < probe["fastest_ms"] <= probe["median_ms"] <= probe["slowest_ms"]
     (band,) = [finding for finding in report["findings"] if finding["code"] == "no-band"]
     assert "the preset's expected time is for other values of " in band["text"] and "train_seq_len" in band["text"]
+
+
+def test_the_probe_takes_a_model_with_quantized_activations(doctor):
+    status, output, complaint = doctor("--preset", "local", "--json", *TINY, "act_hidden=int8")
+    report = json.loads(output)
+    assert (status, complaint) == (0, "") and report["probe"]["steps"] == 20
 
 
 def test_errors_are_shown_and_nothing_is_trained(doctor, monkeypatch):

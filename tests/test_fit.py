@@ -14,7 +14,7 @@ from golf.config.quantization import QuantConfig
 from golf.quant.export import prune_state, quantize_state
 from golf.quant.grid import QuantizedTensor, dequantize_state
 from golf.quant.tensor_classes import QuantError, tensor_class
-from lab.machine.forecast import TRAINED_SHARE, forecast_bytes
+from lab.machine.plan import TRAINED_SHARE, forecast_bytes
 
 TOKENIZER = "c0ffee00" * 8
 TINY = ModelConfig(

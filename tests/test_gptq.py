@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from golf.quant.gptq import GptqOptions, checked_hessian, input_factor, quantize_matrix
+from golf.quant.gptq import StepSizes, checked_hessian, factor_and_damped
 from golf.quant.grid import dequantize_tensor, group_width, same_stored, spread_groups
-from golf.quant.rtn import StepSizes, choose_steps
-from golf.quant.spec import QuantSpec, parse_quantizer
 from golf.quant.tensor_classes import QuantError
+from lab.rates.grids import QuantSpec, choose_steps, parse_quantizer
+from lab.rates.quantizers import GptqOptions, quantize_matrix
 
 torch.set_num_threads(1)
 
@@ -153,7 +153,7 @@ def test_dead_columns_and_too_few_inputs_are_no_trouble(text, act_order):
 
 def test_the_factor_is_the_factor_of_the_inverse():
     _, hessian_CC = problem(1, 30, seed=8)
-    factor_CC = input_factor(hessian_CC, 0.01)
+    factor_CC, _ = factor_and_damped(hessian_CC, 0.01)
     damped_CC = hessian_CC + 0.01 * hessian_CC.diagonal().mean() * torch.eye(30).double()
     assert torch.equal(factor_CC, factor_CC.triu()) and (factor_CC.diagonal() > 0).all()
     torch.testing.assert_close(factor_CC.T @ factor_CC @ damped_CC, torch.eye(30).double(), rtol=0, atol=1e-9)
@@ -162,10 +162,10 @@ def test_the_factor_is_the_factor_of_the_inverse():
 def test_damping_grows_until_there_is_a_factor():
     hessian_CC = torch.eye(4).double()
     hessian_CC[0, 1] = hessian_CC[1, 0] = 1.5  # eigenvalue -0.5: 1 % and 10 % are too little, 100 % does it
-    factor_CC = input_factor(hessian_CC, 0.01)
+    factor_CC, _ = factor_and_damped(hessian_CC, 0.01)
     torch.testing.assert_close(torch.linalg.inv(factor_CC.T @ factor_CC), hessian_CC + torch.eye(4))
     with pytest.raises(QuantError, match="no Cholesky factor"):
-        input_factor(hessian_CC, 1e-9)
+        factor_and_damped(hessian_CC, 1e-9)
 
 
 @pytest.mark.parametrize(

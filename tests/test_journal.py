@@ -272,9 +272,9 @@ def artifact(monkeypatch):
     """Stands for a packed model and its data: what is read from files elsewhere comes from here."""
 
     class Packed:
-        model, sha256 = SMALL, "c" * 64
+        model, sha256, tokenizer_sha256 = SMALL, "c" * 64, "d" * 64
 
-    monkeypatch.setattr(golf.score.roundtrip, "load_artifact_tokenizer", lambda artifact, path: TABLE)
+    monkeypatch.setattr(golf.score.roundtrip, "load_artifact_tokenizer", lambda tokenizer_sha256, path: TABLE)
     monkeypatch.setattr(golf.score.roundtrip, "restore_model", lambda artifact, runtime: build_model(SMALL, 0).eval())
     monkeypatch.setattr(golf.score.roundtrip, "validation_tokens", lambda paths: stream(TARGETS))
     return Packed()

@@ -18,7 +18,7 @@ from golf.optim.schedule import training_budget
 from golf.quant.calibration import calibrate
 from golf.quant.grid import dequantize_state
 from golf.runtime import Runtime
-from lab.rates.target_fit import FINE_ENOUGH, smallest_at_score
+from lab.rates.packing_fit import FINE_ENOUGH, smallest_at_score
 
 MODEL = ModelConfig(
     vocab_size=96, num_layers=2, model_dim=48, num_heads=2, num_kv_heads=1, mlp_mult=2, bigram_vocab_size=64,

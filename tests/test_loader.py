@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from golf.data.loader import BatchPrefetcher, TokenStream, global_batch, spread_start, validation_tokens
 from golf.data.shards import DataError, write_shard
-from lab.bench.loader_bench import LoaderBenchError, bench_loader
+from lab.bench.data_bench import LoaderBenchError, bench_loader
 
 SIZES = (700, 1, 299, 1000)
 TOTAL = sum(SIZES)

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from golf.quant.gptq import quantize_matrix
 from golf.quant.grid import dequantize_tensor, same_stored
-from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import QuantError
-from lab.rates.low_rank import LowRankOptions, correct_worst, leading_directions, weighted_error, with_low_rank
+from lab.rates.corrections import LowRankOptions, correct_worst, leading_directions, weighted_error, with_low_rank
+from lab.rates.grids import QuantSpec
+from lab.rates.quantizers import quantize_matrix
 
 torch.set_num_threads(1)
 FINE = LowRankOptions(3, QuantSpec(8), QuantSpec(8))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from golf.quant.gptq import quantize_matrix
 from golf.quant.grid import dequantize_tensor
-from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import QuantError
-from lab.rates.awq_columns import column_saliency, most_salient_group, protected_steps
+from lab.rates.corrections import column_saliency, most_salient_group, protected_steps
+from lab.rates.grids import QuantSpec
+from lab.rates.quantizers import quantize_matrix
 
 torch.set_num_threads(1)
 

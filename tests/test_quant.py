@@ -12,7 +12,6 @@ from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
 from golf.model.gpt import GPT
 from golf.quant.export import quantize_state
-from golf.quant.gptq import quantize_matrix
 from golf.quant.grid import (
     QuantizedTensor,
     dequantize_state,
@@ -22,8 +21,9 @@ from golf.quant.grid import (
     quantize_rows,
 )
 from golf.quant.qat import install_fake_quantization, remove_fake_quantization
-from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import QuantError, bits_of, tensor_class
+from lab.rates.grids import QuantSpec
+from lab.rates.quantizers import quantize_matrix
 
 torch.set_num_threads(1)
 TINY = ModelConfig(

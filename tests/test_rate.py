@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from golf.quant.gptq import GptqOptions, gptq_problem, quantize_matrix
+from golf.quant.gptq import StepSizes
 from golf.quant.grid import dequantize_tensor, same_stored
 from golf.quant.rate import CodeCosts, cheapest_level, class_entropy, expected_classes, learn_costs
-from golf.quant.rtn import StepSizes
-from golf.quant.spec import QuantSpec, parse_quantizer
+from lab.rates.grids import QuantSpec, parse_quantizer
+from lab.rates.quantizers import GptqOptions, ordered_problem, quantize_matrix
 
 torch.set_num_threads(1)
 
@@ -63,7 +63,7 @@ def test_a_price_of_zero_changes_nothing():
 def test_a_given_slope_is_the_default_one_in_another_unit():
     """Weight 1 is the slope of a uniform quantizer: 2 ln 2 of D = mean(step^2 / U_jj^2) / 12."""
     weight_RC, hessian_CC = problem(1)
-    factor_C = gptq_problem(weight_RC, hessian_CC, GptqOptions()).factor_CC.diagonal()
+    factor_C = ordered_problem(weight_RC, hessian_CC, GptqOptions())[0].factor_CC.diagonal()
     slope = 2 * math.log(2) * 0.5**2 / 12 * float(factor_C.square().reciprocal().mean())
     default = rounded(weight_RC, hessian_CC, 0.5, rd_lambda=0.7)
     assert same_stored(default, rounded(weight_RC, hessian_CC, 0.5, rd_lambda=0.7, rate_slope=slope))

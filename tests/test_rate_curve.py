@@ -1,7 +1,6 @@
 """tools/rate_curve.py and what is behind it: points from real bytes, curves through them, differences of curves."""
 
 import json
-import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,10 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.integrate import quad
-from scipy.interpolate import PchipInterpolator
 
 from golf.artifact.container import pack_artifact, read_artifact, restore_model
 from golf.artifact.weights import load_weights, save_weights
@@ -29,88 +24,13 @@ from lab.cli import run_command
 from lab.rates import rate_points
 from lab.rates.methods import METHODS, prepare_method_input
 from lab.rates.rate_curve import ANCHORS, FEWEST_RATES, build_curves, parse_rates
-from lab.rates.rate_difference import MonotoneCubic, RateError, bjontegaard_percent, loss_curve
+from lab.rates.rate_difference import RateError
 from lab.rates.rate_points import RatePoint, RateSubject, scoring_code_sha256
 from lab.rates.trained_run import open_trained_run
-from tests.trained_run_fixtures import copied_run, make_trained_run
+from tests.trained_run_fixtures import copied_run, make_trained_run, power_law
 from tools import rate_curve
 
 torch.set_num_threads(1)
-
-
-# ---- the curve ----
-
-tenths = st.integers(-50, 50).map(lambda number: number / 10)
-points_of_a_function = st.lists(st.tuples(st.floats(0.01, 10), tenths), min_size=2, max_size=9)
-"""Widths of the pieces, and heights."""
-
-
-@given(points_of_a_function)
-def test_the_cubic_and_its_mean_are_scipys(pairs):
-    x_K, y_K = np.cumsum([width for width, _ in pairs]), np.array([height for _, height in pairs])
-    own, reference = MonotoneCubic(x_K, y_K), PchipInterpolator(x_K, y_K)
-    places = np.concatenate([x_K, np.linspace(x_K[0], x_K[-1], 40)]).clip(x_K[0], x_K[-1])
-    assert [own(x) for x in places] == pytest.approx(reference(places), abs=1e-9)
-    low, high = x_K[0] + 0.1 * np.ptp(x_K), x_K[-1] - 0.25 * np.ptp(x_K)
-    for a, b in ((low, high), (x_K[0], x_K[-1])):
-        assert own.mean(a, b) == pytest.approx(reference.integrate(a, b) / (b - a), abs=1e-9)
-
-
-@given(points_of_a_function)
-def test_the_cubic_is_monotone_where_its_points_are(pairs):
-    x_K, y_K = np.cumsum([width for width, _ in pairs]), np.cumsum([abs(height) for _, height in pairs])
-    values = [MonotoneCubic(x_K, y_K)(x) for x in np.linspace(x_K[0], x_K[-1], 100).clip(x_K[0], x_K[-1])]
-    assert (np.diff(values) >= -1e-9).all()
-
-
-def power_law(size: float, exponent: float, excesses=(0.2, 0.1, 0.05, 0.02, 0.01, 0.004)) -> list[tuple[float, float]]:
-    """(bytes, loss) of bytes = size * excess^-exponent."""
-    return [(size * excess**-exponent, excess) for excess in excesses]
-
-
-@given(st.floats(0.2, 5), st.floats(0.05, 1))
-def test_a_share_of_the_bytes_at_every_loss_is_that_share(factor, exponent):
-    anchor = loss_curve("a", power_law(1e6, exponent))
-    curve = loss_curve("b", [(factor * size, loss) for size, loss in power_law(1e6, exponent)])
-    assert bjontegaard_percent(curve, anchor) == pytest.approx(100 * (factor - 1), abs=1e-6)
-    assert bjontegaard_percent(anchor, anchor) == 0
-    there, back = bjontegaard_percent(curve, anchor), bjontegaard_percent(anchor, curve)
-    assert (1 + there / 100) * (1 + back / 100) == pytest.approx(1)
-
-
-def test_the_difference_is_the_integral_of_scipys_curves():
-    own = [(1e5, 0.3), (1.4e5, 0.12), (2.1e5, 0.05), (3e5, 0.02)]
-    other = [(0.9e5, 0.25), (1.5e5, 0.09), (1.9e5, 0.06), (3.3e5, 0.01)]
-    curves = [
-        PchipInterpolator(*zip(*[(loss, math.log(size)) for size, loss in p[::-1]], strict=True)) for p in (own, other)
-    ]
-    for most, high in ((math.inf, 0.25), (0.1, 0.1)):
-        mean = quad(lambda x: curves[0](x) - curves[1](x), 0.02, high, points=[0.05, 0.06], epsabs=1e-10)[0]
-        expected = 100 * (math.exp(mean / (high - 0.02)) - 1)
-        assert bjontegaard_percent(loss_curve("a", own), loss_curve("b", other), most) == pytest.approx(expected, 1e-7)
-
-
-def test_points_that_a_smaller_one_beats_are_no_part_of_the_curve():
-    straight = power_law(1e6, 0.3)
-    noisy = [*straight, (straight[2][0] * 1.01, straight[2][1] * 1.3), (straight[-1][0] * 2, straight[-1][1])]
-    curve = loss_curve("a", noisy[::-1])
-    assert curve.left_out == 2 and curve.span == loss_curve("b", straight).span
-    assert bjontegaard_percent(curve, loss_curve("b", straight)) == 0
-
-
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
-        ([(1e5, 0.1)], "a: a curve needs two points"),
-        ([(1e5, 0.1), (2e5, 0.1)], "a: a curve needs two points"),
-        ([(1e5, 0.1), (2e5, math.nan)], "no finite number"),
-        ([(0, 0.1), (2e5, 0.05)], "no bytes"),
-        ([(1e5, 9.0), (2e5, 8.0)], "share no loss: a reaches 8.00000 to 9.00000, b reaches 0.00400 to 0.20000"),
-    ],
-)
-def test_what_makes_no_curve_or_no_difference(points, message):
-    with pytest.raises(RateError, match=message):
-        bjontegaard_percent(loss_curve("a", points), loss_curve("b", power_law(1e6, 0.3)))
 
 
 # ---- curves of methods ----
@@ -189,13 +109,17 @@ def test_the_key_of_a_point_changes_with_all_that_decides_about_it():
 
 
 def test_the_hash_of_the_code_is_that_of_what_quantizes_packs_and_scores(tmp_path, write_tree):
+    entries = {"lab/rates/rate_points.py": "", "lab/rates/methods.py": ""}
     tree = {"golf/config/config.py": "a", "golf/quant/grid.py": "b", "golf/score/scorer.py": "c", "lab/cli.py": "d"}
-    write_tree(tmp_path, tree)
+    write_tree(tmp_path, tree | entries)
     first = scoring_code_sha256(tmp_path)
     write_tree(tmp_path, {"lab/cli.py": "changed", "tools/x.py": "new"})
     assert scoring_code_sha256(tmp_path) == first
-    write_tree(tmp_path, {"golf/quant/grid.py": "changed"})
-    assert scoring_code_sha256(tmp_path) != first
+    for changed in ("golf/quant/grid.py", "lab/rates/methods.py"):
+        write_tree(tmp_path, {changed: "changed"})
+        assert scoring_code_sha256(tmp_path) != first
+        write_tree(tmp_path, {changed: (tree | entries)[changed]})
+        assert scoring_code_sha256(tmp_path) == first
 
 
 # ---- the tool ----

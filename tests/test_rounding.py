@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from golf.quant.gptq import quantize_matrix
+from golf.quant.gptq import StepSizes
 from golf.quant.grid import FP16_TINY, QuantizedTensor, dequantize_tensor, grid_clip, group_width
-from golf.quant.rtn import StepSizes, choose_steps, squared_error
-from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer
 from golf.quant.tensor_classes import QuantError
+from lab.rates.grids import NAIVE_INT8, QuantSpec, choose_steps, parse_quantizer, squared_error
+from lab.rates.quantizers import quantize_matrix
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from golf.config.site_quantizers import SiteQuantizer, parse_site
 from golf.quant.grid import QuantizedTensor, dequantize_tensor, fake_quantize_rows
-from golf.quant.rtn import round_to_nearest
 from golf.quant.site_grid import (
     quantize_activation,
     quantize_weight,
@@ -19,7 +18,7 @@ from golf.quant.site_grid import (
     surrogate_slope,
     weight_codes,
 )
-from golf.quant.spec import QuantSpec
+from lab.rates.grids import QuantSpec, round_to_nearest
 
 torch.set_num_threads(1)
 WEIGHT_TEXTS = [

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.quant.calibration import LayerStatistics
+from golf.quant.gptq import StepSizes
 from golf.quant.grid import FP16_MAX, FP16_TINY, dequantize_tensor, same_stored
 from golf.quant.rate import class_entropy
-from golf.quant.rtn import StepSizes
 from golf.quant.tensor_classes import QuantError
 from golf.quant.waterfill import STEPS_PER_OCTAVE, nearest_on_log_grid, prepare_matrix
 

@@ -16,7 +16,7 @@ from golf.model.gpt import GPT
 from golf.run.datasets import check_vocabulary, corpus_tokenizer, locate_data, open_training_data, with_vocabulary
 from golf.runtime import Runtime
 from lab.machine.diagnosis import inspect_data
-from lab.machine.synthetic import random_tokens
+from lab.machine.step_times import random_tokens
 from lab.prepare.text_tokenizer import load_text_tokenizer
 
 CPU = Runtime(torch.device("cpu"))

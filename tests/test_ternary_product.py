@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from golf.artifact.streams import pack_trits
 from golf.quant.grid import dequantize_tensor
 from golf.quant.tensor_classes import QuantError
-from lab.bench.ternary_bench import bench_ternary, random_ternary
 from lab.bench.ternary_product import (
     additive_product,
+    bench_ternary,
     five_sums,
     pack_trit_rows,
     packed_product,
+    random_ternary,
     sign_matrix,
     signed_sums,
 )

@@ -126,8 +126,10 @@ def test_a_mistake_of_ours_is_not_taken_for_one_of_the_input(monkeypatch):
 # ---- bench ----
 
 
-def test_bench_measures_every_stage(run_here):
-    status, output, complaint = run_here(bench, "--json", "--steps", "3", *SMALL)
+@pytest.mark.parametrize("knobs", [[], ["act_hidden=int8", "act_attn_in=int8"]])
+def test_bench_measures_every_stage(run_here, knobs):
+    """Also of a model with quantized activations."""
+    status, output, complaint = run_here(bench, "--json", "--steps", "3", *SMALL, *knobs)
     assert status == 0, complaint
     figures = json.loads(output)
     for name in (

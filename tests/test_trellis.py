@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.quant.gptq import input_factor
+from golf.quant.gptq import StepSizes, factor_and_damped
 from golf.quant.grid import QuantizedTensor, dequantize_tensor, same_stored
-from golf.quant.rtn import StepSizes
 from golf.quant.trellis import TRELLIS_STATES, trellis_halves
 from golf.quant.trellis_search import HALF_CODES, TRELLIS_BLOCK, quantize_trellis, trellis_steps
 
@@ -71,7 +70,7 @@ def test_error_feedback_lowers_the_error_of_the_outputs():
     hessian_CC[0] *= 9
     hessian_CC[:, 0] *= 9  # one strong input, far from the mean
     errors = []
-    for factor_CC in (input_factor(hessian_CC, 0.01), torch.eye(len(hessian_CC))):
+    for factor_CC in (factor_and_damped(hessian_CC, 0.01)[0], torch.eye(len(hessian_CC))):
         entry = quantize_trellis(weight_RC, factor_CC, steps(40, len(hessian_CC), 0.8))
         error_RC = (dequantize_tensor(entry) - weight_RC).double()
         errors.append(((error_RC @ hessian_CC) * error_RC).sum().item())
@@ -96,7 +95,7 @@ def test_wins_a_seventh_of_a_bit_over_rounding():
 
 def test_same_codes_from_the_same_input_and_the_flag_counts():
     weight_RC, hessian_CC = correlated(8, 140)
-    factor_CC = input_factor(hessian_CC, 0.01)
+    factor_CC, _ = factor_and_damped(hessian_CC, 0.01)
     first, second = (quantize_trellis(weight_RC, factor_CC, steps(8, 140, 0.4)) for _ in range(2))
     assert same_stored(first, second)
     plain = QuantizedTensor(first.codes_RC, first.scale_SG, first.bits, first.column_scale_C)

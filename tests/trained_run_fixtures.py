@@ -60,3 +60,8 @@ def make_trained_run(root: Path, steps: int = 120) -> Path:
 def copied_run(run: Path, root: Path) -> Path:
     """A copy of the run alone, to damage; its data stays where it was."""
     return Path(shutil.copytree(run, root / "copy"))
+
+
+def power_law(size: float, exponent: float, excesses=(0.2, 0.1, 0.05, 0.02, 0.01, 0.004)) -> list[tuple[float, float]]:
+    """(bytes, loss) of bytes = size * excess^-exponent."""
+    return [(size * excess**-exponent, excess) for excess in excesses]

@@ -1,4 +1,4 @@
-"""How fast this machine trains, scores, packs and unpacks a preset's model.
+"""Measures how fast this machine trains, scores, packs and unpacks a preset's model.
 
     python tools/bench.py --preset local [--device cuda] [--json] [key=value ...]
     python tools/bench.py --loader
@@ -38,22 +38,18 @@ from golf.config.config import Config, build_config
 from golf.config.knobs import ConfigError
 from golf.config.quantization import CODECS
 from golf.config.run import DataConfig
-from golf.data.loader import TokenStream
 from golf.data.shards import DataError, write_shard
 from golf.model.gpt import GPT
-from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from golf.run.command import parse_overrides
 from golf.run.log_lines import machine_description
-from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime, start_runtime
 from golf.score.scorer import compiled_losses, score_stream, sliding_settings
 from lab.bench.coder_bench import bench_coders, gptq_like_codes
-from lab.bench.data_bench import bench_data
-from lab.bench.loader_bench import bench_loader
-from lab.bench.ternary_bench import bench_ternary
+from lab.bench.data_bench import bench_data, bench_loader
+from lab.bench.ternary_product import bench_ternary
 from lab.cli import ToolOptions, run_command
-from lab.machine.synthetic import random_tokens
+from lab.machine.step_times import random_tokens, time_steps
 from lab.prepare.readers import iter_documents
 from lab.prepare.vocabulary import train_competition_tokenizer
 
@@ -103,31 +99,17 @@ class OneBytePerToken:
 
 
 def bench_training(config: Config, runtime: Runtime, steps: int) -> tuple[GPT, dict[str, float]]:
-    """Tokens per second of the median step, over all ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        shard = Path(folder) / "random_train_000000.bin"
-        write_shard(shard, random_tokens(4 * config.train.train_batch_tokens + 1, config))
-        model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
-        trainer = Trainer(model, config, runtime, TokenStream([shard]))
-        trainer.warm_up()
-        elapsed = [0.0]
-        for report in trainer.steps():
-            elapsed.append(report.elapsed)
-            if report.step == steps:
-                break
-    step_seconds = statistics.median(np.diff(elapsed))
-    trainer.finish()
-    figures = {
-        "train_step_ms": 1000 * step_seconds,
-        "train_tokens_per_s": config.train.train_batch_tokens / step_seconds,
-    }
+    """Returns the trained model, and tokens per second of the median step, over all ranks."""
+    model, step_seconds, _ = time_steps(config, runtime, steps)
+    median = statistics.median(step_seconds)
+    figures = {"train_step_ms": 1000 * median, "train_tokens_per_s": config.train.train_batch_tokens / median}
     if runtime.device.type == "cuda":
         figures["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return model, figures
 
 
 def bench_scoring(model: GPT, config: Config, runtime: Runtime) -> dict[str, float]:
-    """Window tokens per second through the sliding scorer, and the share of its time in the forward pass."""
+    """Measures window tokens per second through the sliding scorer, and the share of its time in the forward pass."""
     settings = sliding_settings(config.score, config.model)
     windows = SCORED_BATCHES * settings.batch_seqs * runtime.world_size
     tokens_N = random_tokens(settings.seq_len + windows * settings.stride, config)
@@ -143,7 +125,7 @@ def bench_scoring(model: GPT, config: Config, runtime: Runtime) -> dict[str, flo
 
 
 def bench_packing(model: GPT, config: Config) -> dict[str, float]:
-    """Megabytes of stored codes and halves per second, to the artifact's bytes and back."""
+    """Measures megabytes of stored codes and halves per second, to the artifact's bytes and back."""
     stored = quantize_state(model.state_dict(), config.quant)
     data, report = pack_artifact(stored, config.model, "0" * 64, config.quant.codec)
     megabytes = sum(stream.raw_bytes for stream in report.streams) / 1e6
@@ -203,7 +185,7 @@ def work_on_coders(options: Options) -> int:
 
 
 def work_on_ternary(options: Options) -> int:
-    """One token and many, in floats and in int8, on the CPU."""
+    """Times one token and many, in floats and in int8, on the CPU."""
     found = [bench_ternary(tokens=tokens, int8=int8) for tokens in (1, 16, 128) for int8 in (False, True)]
     if options.json:
         print(json.dumps([asdict(result) | {"verdict": result.verdict} for result in found]))
@@ -218,7 +200,7 @@ def work_on_ternary(options: Options) -> int:
 
 
 def work_on_loader(options: Options) -> int:
-    """Random tokens in documents of 800, in each order, for a consumer of 10 million tokens a second."""
+    """Times the loader on random documents of 800 tokens, in each order, at 10 million tokens a second."""
     with tempfile.TemporaryDirectory() as name:
         path, draw = Path(name) / "random_train_000000.bin", np.random.default_rng(0)
         tokens = draw.integers(4, 1024, LOADER_TOKENS, dtype=np.uint16)

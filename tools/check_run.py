@@ -81,7 +81,7 @@ def load_run(path: Path) -> ScoredRun:
     if tokenizer.sha256 != artifact.tokenizer_sha256:
         raise ProbeError(f"{config.data.tokenizer_path} is not the artifact's tokenizer: give the one of its shards")
     val_shards = find_shards(config.data.data_path, "val")
-    tokens_N1, counter = load_validation(artifact, config.data.tokenizer_path, val_shards)
+    tokens_N1, counter = load_validation(artifact.tokenizer_sha256, config.data.tokenizer_path, val_shards)
     val_data_id = stream_identity(tokens_N1)
     if figures.get("val_data_id", val_data_id) != val_data_id:
         raise ProbeError(

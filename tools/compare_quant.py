@@ -1,4 +1,4 @@
-"""Quantized forms of one model against its fp32 weights, on the same tokens: loss, bytes, and what is noise.
+"""Compares quantized forms of one model with its fp32 weights, on the same tokens: loss, bytes, and what is noise.
 
     python tools/compare_quant.py --run runs/RUN_ID --methods fp32,fp16,naive8,rtn8,gptq8,rtn4,gptq4,gptq4-g64
         [--tokens N] [--val 'GLOB'] [--tokenizer FILE] [--out DIR] [--json]
@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,15 +21,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.config.config import Config, check_config
 from golf.config.quantization import CODECS
-from golf.config.run import RunConfig
 from golf.data.loader import TokenStream
 from golf.quant.calibration import training_rows
-from golf.quant.qat import quantized_gpt
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
 from golf.score.scorer import ScoreSettings, sliding_settings
-from lab.cli import ToolOptions, run_command
+from lab.cli import DeviceOptions, run_command
+from lab.rates.pictures import draw_variants
 from lab.rates.quant_comparison import (
     ComparisonSubject,
     QuantComparison,
@@ -39,17 +37,17 @@ from lab.rates.quant_comparison import (
     gptq_moments,
     parse_variants,
 )
-from lab.rates.quant_picture import draw_variants
 from lab.rates.trained_run import (
     TrainedRun,
     TrainedRunError,
+    load_float_model,
     open_trained_run,
     scoring_config,
 )
 
 
 @dataclass(frozen=True)
-class Options(ToolOptions):
+class Options(DeviceOptions):
     run: Path
     """Folder of the run: weights.safetensors and config.json."""
     methods: str = "fp32,fp16,naive8,rtn8,gptq8,rtn6,gptq6,rtn5,gptq5,rtn4,gptq4,gptq4-g64,rtn3,gptq3"
@@ -80,29 +78,23 @@ class Options(ToolOptions):
     """Targets that a window scores; 0: the window, plain rows."""
     out: Path | None = None
     """Folder for the results; default: compare_quant in the folder of the run."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    threads: int = 0
-    """CPU threads; 0: torch's own choice."""
 
 
 def hessians_of(
     run: TrainedRun, variants: list[QuantVariant], options: Options, runtime: Runtime
 ) -> tuple[dict[str, Any], int]:
-    """(hessian_CC by name, tokens seen) where a variant asks for them."""
+    """Returns (hessian_CC by name, tokens seen) where a variant asks for them."""
     if not any(variant.method == "gptq" for variant in variants):
         return {}, 0
     rows_NT = training_rows(
         TokenStream(run.train_paths), options.calibration_tokens, run.saved.model.train_seq_len, options.seed
     )
-    model = quantized_gpt(run.saved.model, runtime.compute_dtype)
-    model.load_state_dict(run.saved.state)
-    return gptq_moments(model.to(runtime.device), rows_NT, runtime, table=True), rows_NT.numel()
+    return gptq_moments(load_float_model(run.saved, runtime), rows_NT, runtime, table=True), rows_NT.numel()
 
 
 def compare(options: Options) -> tuple[TrainedRun, QuantComparison, dict[str, Any]]:
-    """The comparison, and how it was made. Raises UserError, OSError."""
-    run_config = RunConfig(device=options.device, threads=options.threads, compile="off")
-    check_config(Config(run=run_config))
+    """Returns the comparison, and how it was made. Raises UserError, OSError."""
+    run_config = options.run_config()
     variants = parse_variants(options.methods, options.fp16_embedding)
     run = open_trained_run(options.run, options.val, options.tokenizer, options.calibration)
     if not 0 <= options.tokens < len(run.tokens_N) or options.tokens == 1:
@@ -148,7 +140,7 @@ def result_cells(result: VariantResult) -> list[str]:
 
 
 def remarks(found: QuantComparison, how: dict[str, Any]) -> list[str]:
-    """What the table leaves unsaid."""
+    """Returns what the table leaves unsaid."""
     part = "all" if found.tokens == found.of_tokens else f"the first {found.tokens:,} of {found.of_tokens:,}"
     lines = [
         f"the same targets for every form: {part} of the validation stream ({found.tokens:,} tokens, "
@@ -164,7 +156,7 @@ def remarks(found: QuantComparison, how: dict[str, Any]) -> list[str]:
 
 
 def markdown(run: str, found: QuantComparison, how: dict[str, Any]) -> str:
-    """The table and its remarks."""
+    """Returns the table and its remarks."""
     rows = [list(HEADINGS), ["---", *["---:"] * (len(HEADINGS) - 1)], *map(result_cells, found.results)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     notes = "\n".join(f"- {line}" for line in remarks(found, how))

@@ -1,4 +1,4 @@
-"""Is this machine fit for a run? Its fingerprint, the preset's data, a throughput probe, and what to do.
+"""Says whether this machine is fit for a run: its fingerprint, the preset's data, a throughput probe, and what to do.
 
     python tools/doctor.py [--preset P] [--json] [--skip-probe] [key=value ...]
     torchrun --standalone --nproc_per_node=8 tools/doctor.py        (the probe on all GPUs)
@@ -10,13 +10,11 @@ Exit status: 0 no errors, 1 errors, 2 bad input.
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -27,11 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.config.config import Config, build_config
 from golf.config.knobs import EXIT_FINDINGS
-from golf.data.loader import TokenStream
-from golf.data.shards import write_shard
-from golf.model.init import build_model
 from golf.run.command import parse_overrides
-from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime, start_runtime
 from lab.cli import ToolOptions, run_command
 from lab.machine.diagnosis import (
@@ -48,8 +42,8 @@ from lab.machine.diagnosis import (
     pinned_version,
     step_figures,
 )
-from lab.machine.fingerprint import gpu_states, machine_fingerprint
-from lab.machine.synthetic import random_tokens
+from lab.machine.fingerprint import machine_fingerprint
+from lab.machine.step_times import time_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_STEPS = 20
@@ -67,36 +61,24 @@ class Options(ToolOptions):
 
 
 def forgiving(config: Config) -> Config:
-    """`config` for a runtime that starts on any machine: what is missing becomes a finding, not an end."""
+    """Returns `config` for a runtime that starts on any machine: what is missing becomes a finding, not an end."""
     run = config.run
     device = "cpu" if run.device == "cpu" else "auto"
     return replace(config, run=replace(run, device=device, compile="off" if run.compile == "off" else "auto"))
 
 
 def probe_training(config: Config, runtime: Runtime) -> tuple[list[float], list[dict[str, Any]] | None]:
-    """Seconds of each timed step of the preset's training, and the GPUs' clocks right after the last one.
+    """Returns the seconds of each timed step of the preset's training, and the GPUs' clocks right after the last one.
 
     The budget is put out of reach: every step is one from the beginning of a run.
     """
     endless = replace(config, train=replace(config.train, max_wallclock_seconds=0.0, iterations=1_000_000))
-    with tempfile.TemporaryDirectory() as folder:
-        shard = Path(folder) / "random_train_000000.bin"
-        write_shard(shard, random_tokens(4 * config.train.train_batch_tokens + 1, config))
-        model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
-        trainer = Trainer(model, endless, runtime, TokenStream([shard]))
-        trainer.warm_up()
-        elapsed = [0.0]
-        for report in trainer.steps():
-            elapsed.append(report.elapsed)
-            if report.step == PROBE_STEPS:
-                break
-        states = gpu_states()
-        trainer.finish()
-    return np.diff(elapsed).tolist(), states
+    _, step_seconds, states = time_steps(endless, runtime, PROBE_STEPS)
+    return step_seconds, states
 
 
 def examine(options: Options, config: Config, status: Console) -> dict[str, Any] | None:
-    """All that is found, as plain values; None on ranks that have nothing to say."""
+    """Returns all that is found, as plain values; None on ranks that have nothing to say."""
     pinned = pinned_version((ROOT / "requirements.txt").read_text(encoding="utf-8"), "torch")
     with open(os.devnull, "w") as silence, start_runtime(forgiving(config).run, "doctor", Log(silence)) as runtime:
         fingerprint = machine_fingerprint(runtime, os.environ, Path(config.run.runs_root), config)
@@ -122,7 +104,7 @@ def examine(options: Options, config: Config, status: Console) -> dict[str, Any]
 def probe_and_diagnose(
     options: Options, config: Config, runtime: Runtime, fingerprint: dict[str, Any], pinned: str | None
 ) -> tuple[dict[str, Any], list[MachineFinding]]:
-    """The probe's figures, and the findings with what the probe added to them."""
+    """Returns the probe's figures, and the findings with what the probe added to them."""
     try:
         step_seconds, states = probe_training(config, runtime)
     except RuntimeError as error:  # out of memory, or a compiler that fails: torch has no nearer class for all of them
@@ -169,7 +151,7 @@ def fingerprint_rows(fingerprint: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def state_text(state: dict[str, Any]) -> str:
-    """Clocks, power and memory of a GPU, as far as it tells them."""
+    """Returns the clocks, power and memory of a GPU, as far as it tells them."""
     parts = [
         f"{part} {state[now]:,.0f} of {state[most]:,.0f} MHz"
         for part, now, most in (("SM", "sm_mhz", "sm_max_mhz"), ("memory", "memory_mhz", "memory_max_mhz"))

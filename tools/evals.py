@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of an artifact on HellaSwag or BoolQ, from a local file.
+"""Measures the zero-shot accuracy of an artifact on HellaSwag or BoolQ, from a local file.
 
     python tools/evals.py --task hellaswag|boolq --data FILE.jsonl --artifact FILE | --run RUN [--tokenizer FILE]
         [--limit N] [--backend auto|own|lm-eval]
@@ -20,10 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from golf.config.config import Config, check_config
-from golf.config.run import RunConfig
 from golf.runtime import Log, ProgressLine, start_runtime
-from lab.cli import ToolOptions, run_command
+from lab.cli import DeviceOptions, run_command
 from lab.evals.lm_eval_backend import has_lm_eval, score_by_lm_eval
 from lab.evals.zero_shot import (
     ZeroShotError,
@@ -36,7 +34,7 @@ from lab.generate.text_model import TextModel, open_text_model
 
 
 @dataclass(frozen=True)
-class Options(ToolOptions):
+class Options(DeviceOptions):
     task: Literal["hellaswag", "boolq"]
     data: Path
     """Items with their answers, one JSON object a line."""
@@ -50,9 +48,6 @@ class Options(ToolOptions):
     """Ask the first items only, this many; 0: all."""
     backend: Literal["auto", "own", "lm-eval"] = "auto"
     """auto: lm-eval where it is installed, else our own scorer."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    threads: int = 0
-    """CPU threads; 0: torch's own choice."""
 
 
 def progress_of(items: int) -> Callable[[int], None]:
@@ -72,11 +67,10 @@ def progress_of(items: int) -> Callable[[int], None]:
 
 
 def evaluate(options: Options) -> tuple[TextModel, ZeroShotResult, str]:
-    """The model, its result, and the SHA-256 of the data. Raises UserError, OSError."""
+    """Returns the model, its result, and the SHA-256 of the data. Raises UserError, OSError."""
     if bool(options.artifact) == bool(options.run):
         raise ZeroShotError("give either --artifact FILE or --run FOLDER")
-    run_config = RunConfig(device=options.device, threads=options.threads, compile="off")
-    check_config(Config(run=run_config))
+    run_config = options.run_config()
     items, sha256 = load_items(options.task, options.data, options.limit)
     with start_runtime(run_config, "evals", Log(sys.stderr)) as runtime:
         model = open_text_model(options.artifact or options.run, options.tokenizer, runtime)

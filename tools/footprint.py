@@ -1,4 +1,5 @@
-"""What a trained model costs: bytes by component, keys and values of a text, and an estimate of the energy of a token.
+"""Counts what a trained model costs: bytes by component, keys and values of a text, and an estimate of the energy of a
+token.
 
     python tools/footprint.py RUN [--memory-mb 64] [--json]
 
@@ -45,7 +46,7 @@ class Options(ToolOptions):
 
 
 def weigh(artifact: Artifact, size: int, config: Config, memory_bytes: int) -> dict[str, Any]:
-    """All figures, plain. Raises UserError."""
+    """Returns all figures, plain. Raises UserError."""
     energy = energy_estimate(artifact.model, config.quant, measured_zero_shares(artifact.state))
     weights = {
         name: entry.codes_RC.numel() if isinstance(entry, QuantizedTensor) else entry.numel()

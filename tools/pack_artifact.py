@@ -1,4 +1,4 @@
-"""Prune, quantize and pack weights into an artifact, and hold its size against the limit.
+"""Prunes, quantizes and packs weights into an artifact, and holds its size against the limit.
 
     python tools/pack_artifact.py --weights FILE.safetensors --out FILE [--limit-bytes 16000000] [--prune 0.05]
         [--codec rans|brotli|lzma|zstd|zlib|none] [--code FILE] [--json]
@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,17 +28,16 @@ from golf.artifact.weights import SavedWeights, load_weights
 from golf.config.config import Config, check_config
 from golf.config.knobs import EXIT_FINDINGS, ConfigError
 from golf.config.quantization import CODECS, QuantConfig
-from golf.config.run import RunConfig
 from golf.quant.export import PruneReport, prune_state, quantize_state
 from golf.runtime import Log, start_runtime, write_file_atomically
-from lab.cli import ToolOptions, run_command
+from lab.cli import DeviceOptions, run_command
 from lab.rates.packing_fit import FitRequest, fit_weights
 
 WIDTH_OF_TABLE = 100
 
 
 @dataclass(frozen=True)
-class Options(ToolOptions):
+class Options(DeviceOptions):
     weights: Path
     """weights.safetensors of a training run."""
     out: Path
@@ -67,9 +66,6 @@ class Options(ToolOptions):
     """With --target-bpb: pattern of validation shards, quoted."""
     tokenizer: Path | None = None
     """With --target-bpb: their tokenizer."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    threads: int = 0
-    """CPU threads; 0: torch's own choice."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ def choose_quantization(saved: SavedWeights, options: Options) -> QuantConfig:
 
 
 def pack(options: Options) -> PackResult:
-    """Write the artifact if it fits. Raises UserError or OSError for bad input."""
+    """Writes the artifact if it fits. Raises UserError or OSError for bad input."""
     if not options.out.parent.is_dir():
         raise ArtifactError(f"there is no folder {options.out.parent} to write {options.out.name} to")
     bytes_code = options.code.stat().st_size if options.code else 0
@@ -121,7 +117,7 @@ def pack(options: Options) -> PackResult:
 
 
 def pack_fitted(saved: SavedWeights, options: Options, bytes_code: int) -> PackResult:
-    """Write the artifact that a fit gives. Raises UserError."""
+    """Writes the artifact that a fit gives. Raises UserError."""
     if options.prune is not None:
         raise ConfigError("--prune has no place in --fit: it sets codes to zero by itself")
     goal = options.limit_bytes - options.reserve_bytes - bytes_code
@@ -129,7 +125,7 @@ def pack_fitted(saved: SavedWeights, options: Options, bytes_code: int) -> PackR
         goal, options.calibration, options.calibration_tokens, options.seed, options.codec or "rans",
         options.target_bpb, options.val, options.tokenizer,
     )  # fmt: skip
-    run = RunConfig(device=options.device, threads=options.threads)
+    run = options.run_config()
     with start_runtime(run, "pack", Log(sys.stderr)) as runtime:
         fitted, record = fit_weights(saved, request, runtime, runtime.print)
     result = PackResult(fitted.sizes, [], bytes_code, options.limit_bytes, options.code is not None, record)
@@ -150,7 +146,7 @@ def result_dict(result: PackResult) -> dict:
 
 
 def size_table(result: PackResult) -> Table:
-    """Of codes also their order-0 entropy in bytes, what they take of it, and the seconds in and out."""
+    """Makes the table; codes have also their order-0 entropy in bytes, their share of it, and seconds in and out."""
     table = Table("tensors", "as", "values", "entropy", "compressed", "ratio", "bits/value", "s in", "s out")
     for column in table.columns[2:]:
         column.justify = "right"

@@ -1,4 +1,4 @@
-"""What a run will do at which second and step, how large it will be, how long it will be scored: before it costs.
+"""Says what a run will do at which second and step, how large it will be, how long it will be scored: before it costs.
 
 python train_gpt.py --plan [--preset P] [--step-ms X] [--world-size N] [--no-code] [--json] [key=value ...]
 
@@ -45,7 +45,7 @@ class Options(ToolOptions):
 
 
 def plan_dict(plan: RunPlan) -> dict[str, Any]:
-    """The figures of the plan; those that are forecast as the least and the most."""
+    """Returns the figures of the plan; those that are forecast as the least and the most."""
     config = plan.config
     return {
         "preset": config.run.preset,

@@ -1,4 +1,4 @@
-"""val_bpb against real bytes: every method of making an artifact, at several rates, on the weights of one run.
+"""Measures val_bpb against real bytes: every method of making an artifact, at several rates, on the weights of one run.
 
     python tools/rate_curve.py --run runs/RUN_ID [--methods recipe,frontier,...] [--rates 1,2,3] [--val 'GLOB']
         [--tokenizer FILE] [--out DIR] [--resume] [--json]
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,14 +22,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from golf.config.config import Config, check_config
-from golf.config.run import RunConfig
 from golf.config.scoring import ScoreConfig
 from golf.data.loader import TokenStream
 from golf.quant.calibration import training_rows
 from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
-from lab.cli import ToolOptions, run_command
+from lab.cli import DeviceOptions, run_command
 from lab.rates.methods import METHODS, prepare_method_input
+from lab.rates.pictures import draw_rate_curves
 from lab.rates.rate_curve import (
     ANCHORS,
     MOST_EXCESS,
@@ -37,12 +36,10 @@ from lab.rates.rate_curve import (
     CurveSet,
     MethodCurve,
     build_curves,
-    curves_dict,
     parse_methods,
     parse_rates,
 )
 from lab.rates.rate_difference import RateError
-from lab.rates.rate_picture import draw_rate_curves
 from lab.rates.rate_points import (
     UNQUANTIZED,
     PointStore,
@@ -60,7 +57,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class Options(ToolOptions):
+class Options(DeviceOptions):
     run: Path
     """Folder of the run: weights.safetensors and config.json."""
     methods: str = ""
@@ -87,13 +84,10 @@ class Options(ToolOptions):
     """Folder for points, table and picture; default: rate_curve in the folder of the run."""
     resume: bool = False
     """Go on in a folder that has points: what is there is kept and not measured again."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    threads: int = 0
-    """CPU threads; 0: torch's own choice."""
 
 
 def choose_out(options: Options) -> Path:
-    """The folder to write to. Raises RateError where it has points that nobody asked to keep."""
+    """Returns the folder to write to. Raises RateError where it has points that nobody asked to keep."""
     out = options.out or options.run / "rate_curve"
     if out.exists() and not out.is_dir():
         raise RateError(f"{out} is no folder: give another --out")
@@ -105,7 +99,7 @@ def choose_out(options: Options) -> Path:
 def measure_points(
     options: Options, run: TrainedRun, score: ScoreConfig, chosen: Mapping[str, tuple[float, ...]], runtime: Runtime
 ) -> tuple[list[RatePoint], RateSubject, dict[str, Any]]:
-    """All points, the unquantized first; what they have in common; the machine."""
+    """Returns all points, the unquantized first; what they have in common; the machine."""
     rows_NT = training_rows(
         TokenStream(run.train_paths), options.calibration_tokens, run.saved.model.train_seq_len, options.seed
     )
@@ -207,8 +201,7 @@ def print_curves(curves: CurveSet) -> None:
 
 
 def work(options: Options) -> int:
-    run_config = RunConfig(device=options.device, threads=options.threads, compile="off")
-    check_config(Config(run=run_config))
+    run_config = options.run_config()
     chosen_methods = parse_methods(options.methods, METHODS)
     rates = parse_rates(options.rates) if options.rates else ()
     if not options.most_excess > 0:
@@ -224,7 +217,7 @@ def work(options: Options) -> int:
         | subject_dict(run, subject)
         | record
         | {"most_excess": options.most_excess}
-        | curves_dict(curves)
+        | asdict(curves)
     )
     write_results(out, content, curves, chosen_methods)
     if options.json:

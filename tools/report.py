@@ -1,4 +1,4 @@
-"""Show a finished run: a short table on the terminal, and pictures of its loss and its bytes in its folder.
+"""Shows a finished run: a short table on the terminal, and pictures of its loss and its bytes in its folder.
 
 python tools/report.py runs/RUN_ID [--json]      (or --last, the newest run with a result)
 
@@ -53,7 +53,7 @@ def find_run(options: Options) -> RunFolder:
 
 
 def load_steps(folder: RunFolder) -> list[dict[str, float]]:
-    """The rows of the steps that metrics.jsonl has. Raises ProbeError."""
+    """Returns the rows of the steps that metrics.jsonl has. Raises ProbeError."""
     try:
         rows = [row for row in folder.metrics_rows() if {"elapsed", "train_loss", "lr_scale"} <= row.keys()]
     except (ValueError, AttributeError):
@@ -87,7 +87,7 @@ def print_table(result: dict, console: Console) -> None:
 
 
 def draw_loss(folder: RunFolder, steps: list[dict[str, float]], result: dict) -> Path:
-    """Training loss of every step against seconds, and its running mean."""
+    """Draws the training loss of every step against seconds, and its running mean."""
     seconds = [step["elapsed"] for step in steps]
     losses = [step["train_loss"] for step in steps]
     mean, smooth = losses[0], []
@@ -116,7 +116,7 @@ def stream_name(stream: dict) -> str:
 
 
 def draw_bytes(folder: RunFolder, result: dict) -> Path:
-    """Compressed bytes of every tensor class, and the code, against the limit."""
+    """Draws the compressed bytes of every tensor class, and the code, against the limit."""
     streams = [stream for stream in result["sizes"]["streams"] if stream["elements"]]
     names = [*(stream_name(stream) for stream in streams), "header", "code"]
     sizes = [

@@ -1,4 +1,4 @@
-"""Score an artifact: bits per byte from its bytes, a tokenizer and validation shards, and nothing else.
+"""Scores an artifact: bits per byte from its bytes, a tokenizer and validation shards, and nothing else.
 
     python tools/roundtrip_eval.py --artifact FILE --val 'GLOB' --tokenizer FILE [--window 4096] [--stride 64]
 
@@ -20,20 +20,19 @@ from rich.table import Table
 from golf.artifact.container import Artifact, read_artifact
 from golf.config.config import Config, check_config
 from golf.config.model import ModelConfig
-from golf.config.run import RunConfig
 from golf.config.scoring import ScoreConfig
 from golf.data.shards import expand_glob
 from golf.runtime import Log, start_runtime
 from golf.score.roundtrip import score_artifact
 from golf.score.scorer import Score
-from lab.cli import ToolOptions, run_command
+from lab.cli import DeviceOptions, run_command
 
 BATCH_TOKENS = {"cuda": 131_072, "cpu": 16_384}
 """Window tokens of a batch where none is asked for."""
 
 
 @dataclass(frozen=True)
-class Options(ToolOptions):
+class Options(DeviceOptions):
     artifact: Path
     """The artifact to score."""
     val: str
@@ -50,15 +49,12 @@ class Options(ToolOptions):
     """Most seconds of scoring: a stride that would take longer is raised before anything is scored; 0: no limit."""
     batch: int = 0
     """Windows in one forward pass of a process; 0: what fits the device."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    threads: int = 0
-    """CPU threads; 0: torch's own choice."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the forward; auto: on CUDA."""
 
 
 def score_config(options: Options, model: ModelConfig, device: str) -> ScoreConfig:
-    """The options, with what was left open filled in for this model and device."""
+    """Returns the options, with what was left open filled in for this model and device."""
     window = options.window or 2 * model.train_seq_len
     batch = options.batch or max(1, BATCH_TOKENS[device] // window)
     return ScoreConfig(window, options.stride or min(64, window), batch, options.rope, options.max_seconds)
@@ -94,7 +90,7 @@ def print_table(values: dict[str, object]) -> None:
 
 
 def work(options: Options) -> int:
-    run = RunConfig(device=options.device, threads=options.threads, compile=options.compile)
+    run = options.run_config(options.compile)
     check_config(Config(run=run, score=ScoreConfig(max_eval_seconds=options.max_seconds)))
     with start_runtime(run, "roundtrip", Log(sys.stderr)) as runtime:
         artifact = read_artifact(options.artifact)

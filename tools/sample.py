@@ -1,4 +1,4 @@
-"""Text from a trained model, over a cache of keys and values.
+"""Samples text from a trained model, over a cache of keys and values.
 
     python tools/sample.py --artifact FILE | --run RUN --prompt TEXT [--tokens 200] [--temperature 0.8] [--top-k K]
         [--top-p P] [--seed S] [--stop TEXT] [--batch B] [--stream] [--packed-cache]
@@ -11,58 +11,43 @@ Exit status: 0 sampled, 2 bad input.
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from golf.config.config import Config, check_config
-from golf.config.run import RunConfig
 from golf.runtime import Log, start_runtime
-from lab.cli import ToolOptions, run_command
+from lab.cli import DeviceOptions, run_command
 from lab.generate.generation import TextGeneration
 from lab.generate.sampling import SamplingError, SamplingOptions
 from lab.generate.text_model import TextModel, open_text_model
 
 
 @dataclass(frozen=True)
-class Options(ToolOptions):
+class Options(DeviceOptions, SamplingOptions):
     artifact: Path | None = None
     """The artifact to sample from; or give --run."""
     run: Path | None = None
     """Folder of a run that has an artifact."""
     prompt: str = ""
     """Text to go on with; - reads it from standard input."""
-    tokens: int = 200
-    """Most new tokens of a row."""
-    temperature: float = 0.8
-    """Logits are divided by it; 0: always the most likely token."""
-    top_k: int = 0
-    """Draw from so many of the most likely tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest most likely tokens with this probability together; 1: from all."""
-    seed: int = 0
-    """Of the first row."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text that ends a row; several: --stop TEXT --stop TEXT."""
     batch: int = 1
     """Rows that continue the prompt."""
     stream: bool = False
     """Print the text as it comes; of one row."""
-    packed_cache: bool = False
-    """Keep keys and values as the codes of the model's act_k and act_v."""
     tokenizer: Path | None = None
     """Default: that of the run, whose folder the artifact may lie in."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    threads: int = 0
-    """CPU threads; 0: torch's own choice."""
+
+    def __post_init__(self) -> None:
+        """Leaves the checks of SamplingOptions to check_options, whose errors are one line."""
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt, or standard input for "-". Raises SamplingError for bytes that are no text."""
+    """Returns the prompt, or standard input for "-". Raises SamplingError for bytes that are no text."""
     if prompt != "-":
         return prompt
     try:
@@ -72,21 +57,18 @@ def read_prompt(prompt: str) -> str:
 
 
 def check_options(options: Options) -> SamplingOptions:
-    """How to sample. Raises SamplingError."""
+    """Returns how to sample. Raises SamplingError."""
     if bool(options.artifact) == bool(options.run):
         raise SamplingError("give either --artifact FILE or --run FOLDER")
     if options.batch < 1:
         raise SamplingError(f"batch={options.batch}: 1 row at least")
     if options.stream and (options.batch > 1 or options.json):
         raise SamplingError("--stream is for one row of text: leave --batch and --json out")
-    return SamplingOptions(
-        options.tokens, options.temperature, options.top_k, options.top_p, options.seed, options.stop,
-        options.packed_cache,
-    )  # fmt: skip
+    return SamplingOptions(**{field.name: getattr(options, field.name) for field in fields(SamplingOptions)})
 
 
 def collect(generation: TextGeneration, rows: int, stream: bool) -> list[str]:
-    """All text of each row, printed as it comes where asked."""
+    """Returns all text of each row, printed as it comes where asked."""
     texts = [""] * rows
     for new in generation:
         texts = [text + more for text, more in zip(texts, new, strict=True)]
@@ -96,7 +78,7 @@ def collect(generation: TextGeneration, rows: int, stream: bool) -> list[str]:
 
 
 def report_lines(model: TextModel, generation: TextGeneration) -> list[str]:
-    """What was cut, and the speed."""
+    """Returns what was cut, and the speed."""
     found = generation.statistics
     bpb = f", val_bpb {model.val_bpb:.4f}" if model.val_bpb else ""
     return [
@@ -125,8 +107,7 @@ def json_report(options: Options, model: TextModel, generation: TextGeneration, 
 
 def work(options: Options) -> int:
     sampling, prompt = check_options(options), read_prompt(options.prompt)
-    run_config = RunConfig(device=options.device, threads=options.threads, compile="off")
-    check_config(Config(run=run_config))
+    run_config = options.run_config()
     with start_runtime(run_config, "sample", Log(sys.stderr)) as runtime:
         model = open_text_model(options.artifact or options.run, options.tokenizer, runtime)
         generation = model.generate([prompt] * options.batch, sampling)

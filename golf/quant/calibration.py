@@ -183,22 +183,6 @@ def calibrate_within(
     return finalize_statistics(recorder, int(tokens)), int(tokens)
 
 
-def collect_hessians(model: GPT, rows_NT: Tensor, batch_rows: int = 8) -> dict[str, Tensor]:
-    """Mean of x x^T at every matrix product, by forward passes alone; the tied table's is the head's.
-
-    Raises QuantError for no rows.
-    """
-    check_rows(rows_NT, model)
-    recorder = MomentRecorder(model)
-    with torch.no_grad(), recorder.hooks():
-        for start in range(0, len(rows_NT), batch_rows):
-            model.logits(rows_NT[start : start + batch_rows])
-            x_PC = rms_norm(recorder.stream_BTD).flatten(0, 1).float()
-            add_outer(recorder.sums["head"], x_PC, torch.ones(len(x_PC), device=x_PC.device))
-    sums = recorder.sums | {"tok_emb.weight": recorder.sums.pop("head")}
-    return {name: (part.hessian_CC / part.weight).cpu() for name, part in sums.items() if part.weight > 0}
-
-
 def finalize_statistics(recorder: MomentRecorder, tokens: int) -> dict[str, LayerStatistics]:
     """From sums to what they say of each weight. Raises QuantError."""
     statistics = {}

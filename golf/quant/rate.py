@@ -1,4 +1,4 @@
-"""What a code costs to send, for rounding that minds it.
+"""Prices what a code costs to send, for rounding that minds it.
 
 An adaptive coder predicts the size of a code from what it has seen of the code's row and column. Here each code is
 put into one of a few classes by the size that its row and its column let one expect, and costs -log2 of the share
@@ -32,12 +32,12 @@ class CodeCosts:
     """int64: where the table of the weight's class begins."""
 
     def of(self, column: int, magnitude_NR: Tensor) -> Tensor:
-        """bits_NR of candidate magnitudes of a column's weights."""
+        """Returns bits_NR of candidate magnitudes of a column's weights."""
         return self.bits_F[self.offset_CR[column] + magnitude_NR.long()]
 
 
 def expected_classes(level_RC: Tensor) -> Tensor:
-    """int64 classes_RC by the product of mean magnitudes of row and column, equally full up to equal products."""
+    """Returns int64 classes_RC, equally full but for ties, by the product of the row's and column's mean magnitudes."""
     magnitude_RC = level_RC.abs().double()
     expected_RC = magnitude_RC.mean(1, keepdim=True) * magnitude_RC.mean(0, keepdim=True)
     sorted_N = expected_RC.flatten().sort().values
@@ -45,12 +45,17 @@ def expected_classes(level_RC: Tensor) -> Tensor:
     return torch.bucketize(expected_RC, torch.stack(edges), right=True)
 
 
+def class_counts(class_RC: Tensor, value_RC: Tensor, width: int) -> Tensor:
+    """Returns float64 counts_KM of the values 0..width - 1 in each class."""
+    cells_N = (class_RC * width + value_RC).flatten()
+    return torch.bincount(cells_N, minlength=RATE_CLASSES * width).view(RATE_CLASSES, width).double()
+
+
 def learn_costs(level_RC: Tensor, most: int) -> CodeCosts:
-    """Costs under the distribution of these levels, for levels of magnitude 0..most."""
+    """Returns the costs under the distribution of these levels, for levels of magnitude 0..most."""
     width = most + 1
     class_RC = expected_classes(level_RC)
-    cells_N = (class_RC * width + level_RC.abs().long()).flatten()
-    counts_KM = torch.bincount(cells_N, minlength=RATE_CLASSES * width).view(RATE_CLASSES, width).double()
+    counts_KM = class_counts(class_RC, level_RC.abs().long(), width)
     overall_M = counts_KM.sum(0) + 0.5  # half a code: what has not been seen is dear, not impossible
     counts_KM = counts_KM + PRIOR_COUNT * overall_M / overall_M.sum()
     bits_KM = -torch.log2(counts_KM / counts_KM.sum(1, keepdim=True))
@@ -61,7 +66,7 @@ def learn_costs(level_RC: Tensor, most: int) -> CodeCosts:
 def cheapest_level(
     ratio_1R: Tensor, low: Tensor | float, high: Tensor | float, costs: CodeCosts, column: int, price_1R: Tensor
 ) -> Tensor:
-    """level_1R of a column that minimises (ratio - level)^2 + price * bits among 0 and the three next to the ratio.
+    """Returns level_1R of least (ratio - level)^2 + price * bits in a column, among 0 and the three next to the ratio.
 
     Magnitudes floor|ratio| - 1, + 0 and + 1, within low..high; of equal costs the smallest magnitude wins.
     """
@@ -76,12 +81,7 @@ def cheapest_level(
 
 
 def class_entropy(level_RC: Tensor) -> float:
-    """Bits per code that an ideal adaptive coder with these classes would send."""
-    counts_KM = torch.stack([torch.bincount(part_N, minlength=256) for part_N in split_by_class(level_RC)]).double()
+    """Returns the bits per code that an ideal adaptive coder with these classes would send."""
+    counts_KM = class_counts(expected_classes(level_RC), level_RC.long() + 128, 256)
     share_KM = counts_KM / counts_KM.sum(1, keepdim=True).clamp(min=1)
     return float(-(counts_KM * share_KM.clamp(min=1e-300).log2()).sum() / max(level_RC.numel(), 1))
-
-
-def split_by_class(level_RC: Tensor) -> list[Tensor]:
-    class_RC = expected_classes(level_RC)
-    return [level_RC[class_RC == k].long() + 128 for k in range(RATE_CLASSES)]

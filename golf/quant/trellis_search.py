@@ -8,8 +8,8 @@ R rows, C columns, B columns of a block, S states of the trellis, Z parities, A 
 import torch
 from torch import Tensor
 
+from golf.quant.gptq import StepSizes
 from golf.quant.grid import QuantizedTensor
-from golf.quant.rtn import StepSizes
 from golf.quant.trellis import PARITY_H0, PARITY_H1, TRELLIS_STATES
 
 TRELLIS_BLOCK = 128

@@ -19,11 +19,18 @@ import torch
 from torch import Tensor
 
 from golf.quant.calibration import LayerStatistics
-from golf.quant.gptq import ColumnGrid, GptqOptions, GptqProblem, gptq_problem, rate_price
-from golf.quant.grid import FP16_MAX, FP16_TINY, QuantizedTensor, dequantize_tensor, grid_clip
+from golf.quant.gptq import (
+    CODE_BITS,
+    CODE_CLIP,
+    RATE_PASSES,
+    ColumnGrid,
+    GptqProblem,
+    StepSizes,
+    gptq_problem,
+    rate_price,
+)
+from golf.quant.grid import FP16_MAX, FP16_TINY, QuantizedTensor, dequantize_tensor
 from golf.quant.rate import HIGH_RATE_SLOPE, class_entropy
-from golf.quant.rtn import StepSizes, round_to_nearest, stored_form
-from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import QuantError
 from golf.quant.trellis_search import quantize_trellis
 
@@ -77,8 +84,6 @@ def permute_hidden_units(state: Mapping[str, Tensor], orders: Mapping[str, Tenso
 
 
 STEPS_PER_OCTAVE = 16
-WIDEST = QuantSpec(8)
-"""Codes are as large as int8 holds: the coder pays for what is used."""
 CODE_ROOM = 0.9
 """Share of the largest code that the weights as they were may reach: error feedback moves them."""
 RD_LAMBDA = 0.15
@@ -112,7 +117,7 @@ class PreparedMatrix:
         column_C = nearest_on_log_grid(column_C / center)
         row_R = (level / self.row_weight_R).sqrt() * center
         most_R = (self.weight_RC.double().abs() / column_C.double()).amax(dim=1)
-        row_R = torch.maximum(row_R, most_R / (CODE_ROOM * grid_clip(WIDEST.bits)))
+        row_R = torch.maximum(row_R, most_R / (CODE_ROOM * CODE_CLIP))
         return StepSizes(nearest_on_log_grid(row_R).unsqueeze(1), column_C)
 
     def quantize(self, level: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True) -> QuantizedTensor:
@@ -126,14 +131,14 @@ class PreparedMatrix:
         return min(plain, woven, key=lambda entry: self.cost(entry, level))
 
     def quantize_plain(self, scales: StepSizes, level: float, rd_lambda: float) -> QuantizedTensor:
-        options = GptqOptions(rd_lambda=rd_lambda, rate_slope=HIGH_RATE_SLOPE * level, row_weight_R=self.row_weight_R)
-        grid = ColumnGrid(self.weight_RC, WIDEST, scales)
-        level_RC, price = self.problem.round_columns(grid), None
-        for _ in range(options.rate_passes if rd_lambda else 0):
-            price = rate_price(self.problem, level_RC, grid, options)
+        grid, price = ColumnGrid(scales, self.weight_RC.device), None
+        level_RC = self.problem.round_columns(grid)
+        for _ in range(RATE_PASSES if rd_lambda else 0):
+            price = rate_price(level_RC, rd_lambda * (HIGH_RATE_SLOPE * level), self.row_weight_R)
             level_RC = self.problem.round_columns(grid, price)
         level_RC = self.problem.descend(level_RC, grid, price)
-        return stored_form(level_RC, *grid.parts(), WIDEST, grid.column_scale_C)
+        codes_RC, column_scale_C = level_RC.to(torch.int8).cpu(), scales.column_scale_C.cpu()
+        return QuantizedTensor(codes_RC, scales.scale_SG.cpu(), CODE_BITS, column_scale_C)
 
     def cost(self, entry: QuantizedTensor, level: float) -> float:
         """Nats per token: the loss that is predicted, and the codes' bits at the price that the level stands for."""
@@ -145,9 +150,9 @@ class PreparedMatrix:
         of a trellis, which has no nearest."""
         if entry.trellis:
             return entry.codes_RC.numel()
-        column_scale_C = entry.column_scale_C.to(self.weight_RC.device)
-        nearest = round_to_nearest(self.weight_RC, WIDEST, StepSizes(entry.scale_SG, column_scale_C))
-        return int((nearest.codes_RC != entry.codes_RC).sum())
+        step_RC = (entry.scale_SG.float() * entry.column_scale_C.float()).to(self.weight_RC.device)
+        nearest_RC = (self.weight_RC / step_RC).round().clamp(-CODE_CLIP, CODE_CLIP)
+        return int((nearest_RC.to(torch.int8).cpu() != entry.codes_RC).sum())
 
     def loss_added(self, restored_RC: Tensor) -> float:
         """Predicted nats per token."""
@@ -165,5 +170,5 @@ def prepare_matrix(weight_RC: Tensor, statistics: LayerStatistics, damping: floa
     row_weight_R = statistics.row_weight_R.clamp_min(
         LEAST_ROW_WEIGHT * statistics.row_weight_R.mean().clamp_min(1e-300)
     )
-    problem = gptq_problem(weight_RC, statistics.hessian_CC, GptqOptions(damping=damping, act_order=False))
+    problem = gptq_problem(weight_RC, statistics.hessian_CC, damping)
     return PreparedMatrix(weight_RC, problem, row_weight_R, statistics.hessian_CC)

@@ -28,22 +28,22 @@ from golf.score.scorer import (
 )
 
 
-def load_artifact_tokenizer(artifact: Artifact, path: str | Path) -> ByteTable:
-    """The byte table of the artifact's tokenizer. Raises ScoreError where the file is another one."""
+def load_artifact_tokenizer(tokenizer_sha256: str, path: str | Path) -> ByteTable:
+    """Returns the byte table of the tokenizer with that hash. Raises ScoreError where the file is another one."""
     tokenizer = load_tokenizer(path)
-    if tokenizer.sha256 != artifact.tokenizer_sha256:
+    if tokenizer.sha256 != tokenizer_sha256:
         raise ScoreError(
             f"{path}: SHA-256 {tokenizer.sha256[:12]}... is not that of the artifact's tokenizer,"
-            f" {artifact.tokenizer_sha256[:12]}...: give the tokenizer that made the training shards"
+            f" {tokenizer_sha256[:12]}...: give the tokenizer that made the training shards"
         )
     return ByteTable(tokenizer)
 
 
 def load_validation(
-    artifact: Artifact, tokenizer_path: str | Path, val_paths: Sequence[str | Path]
+    tokenizer_sha256: str, tokenizer_path: str | Path, val_paths: Sequence[str | Path]
 ) -> tuple[np.ndarray, ByteTable | StreamBytes]:
-    """Tokens of the validation shards, and what counts their bytes. Raises ScoreError where nothing can."""
-    table, shards = load_artifact_tokenizer(artifact, tokenizer_path), without_sidecars(val_paths)
+    """Returns the validation shards' tokens, and what counts their bytes. Raises ScoreError where nothing can."""
+    table, shards = load_artifact_tokenizer(tokenizer_sha256, tokenizer_path), without_sidecars(val_paths)
     tokens = validation_tokens(shards)
     counter = validation_bytes(table, shards, tokens)
     if isinstance(counter, ByteTable) and not counter.exact:
@@ -66,7 +66,7 @@ def score_weights(
     """What the weights of the artifact's model scored before they were quantized, in plain rows."""
     model = load_gpt(artifact.model, state, runtime)
     settings = plain_settings(artifact.model, max(1, rows // runtime.world_size))
-    tokens, counter = load_validation(artifact, tokenizer_path, val_paths)
+    tokens, counter = load_validation(artifact.tokenizer_sha256, tokenizer_path, val_paths)
     return score_stream(model, tokens, counter, settings, runtime, announce=False)
 
 
@@ -88,7 +88,7 @@ def score_artifact(
     artifact's, or a stream that can't be scored; DataError for files that can't be read.
     """
     started = time.perf_counter()
-    tokens, byte_table = load_validation(artifact, tokenizer_path, val_paths)
+    tokens, byte_table = load_validation(artifact.tokenizer_sha256, tokenizer_path, val_paths)
     model = restore_model(artifact, runtime)
     forward = compiled_losses(model) if compiled else model.token_losses
     settings = sliding_settings(score, artifact.model)

@@ -1,4 +1,4 @@
-"""What each codec makes of the same codes: bytes, their ratio to the order-0 entropy, and seconds in and out.
+"""Measures what each codec makes of the same codes: bytes, their ratio to the order-0 entropy, and seconds in and out.
 
 R rows, C columns.
 """
@@ -20,8 +20,8 @@ ROW_SPREAD, COLUMN_SPREAD = 0.1, 0.2
 
 
 def gptq_like_codes(share: float, seed: int = 0) -> QuantizedState:
-    """Gaussian codes in the shapes of an 11-layer, 512-wide model with a 4 times wider MLP and 8,192 tokens: 35.9
-    million at a share of 1. Smaller shares have fewer layers and tokens."""
+    """Returns Gaussian codes in the shapes of an 11-layer, 512-wide model with a 4 times wider MLP and 8,192 tokens:
+    35.9 million at a share of 1. Smaller shares have fewer layers and tokens."""
     draw, layers = torch.Generator().manual_seed(seed), max(1, round(11 * share))
     shapes = {"tok_emb.weight": (max(16, round(8192 * share)), 512)}
     for layer in range(layers):
@@ -41,7 +41,7 @@ def gptq_like_codes(share: float, seed: int = 0) -> QuantizedState:
 
 
 def bench_coders(stored: QuantizedState, codecs: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Figures of each codec on the same tensors. Raises ArtifactError where one does not give them back."""
+    """Returns the figures of each codec on the same tensors. Raises ArtifactError where one does not give them back."""
     forms, figures = forms_of_state(stored), {}
     for codec in codecs:
         started = time.perf_counter()

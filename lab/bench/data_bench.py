@@ -1,4 +1,4 @@
-"""How fast text becomes shards: against one bare SentencePiece thread, and for several amounts of text.
+"""Times data on its way: text into shards, against one bare SentencePiece thread, and shards into a step's batches.
 
 The text is that of a source, over again with a number in front of each document where it is too short; repeated
 words favour the table of words a little beyond the first pass, so a long source tells most.
@@ -6,13 +6,18 @@ words favour the table of words a little beyond the first pass, so a long source
 
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
+from golf.config.knobs import UserError
+from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
 from golf.data.shards import DataError
 from lab.prepare.readers import iter_documents
 from lab.prepare.text_tokenizer import load_text_tokenizer
@@ -20,17 +25,23 @@ from lab.prepare.text_tokenizer import load_text_tokenizer
 BARE_BYTES = 8_000_000
 """Text that the bare thread encodes."""
 POLL_SECONDS = 0.1
+CONSUMER_TOKENS_PER_SECOND = 10_000_000.0
+"""About what 8xH100 train: 786,432 tokens in 91 ms are 8.7 million a second."""
+
+
+class LoaderBenchError(UserError):
+    """Figures that no loader can be measured with."""
 
 
 def repeated_documents(source: str) -> Iterator[str]:
-    """The documents of `source` without end, each one different."""
+    """Returns the documents of `source` without end, each one different."""
     for copy in itertools.count():
         for text in iter_documents(source):
             yield f"{copy} {text}" if copy else text
 
 
 def write_text(source: str, path: Path, text_bytes: int) -> int:
-    """Write `text_bytes` of text (to the document) as JSON lines; returns the bytes."""
+    """Writes `text_bytes` of text (to the document) as JSON lines; returns the bytes."""
     written = 0
     with path.open("w", encoding="utf-8") as file:
         for text in repeated_documents(source):
@@ -42,7 +53,7 @@ def write_text(source: str, path: Path, text_bytes: int) -> int:
 
 
 def bare_megabytes_per_second(source: str, tokenizer_path: Path) -> float:
-    """One SentencePiece thread over a list of documents in memory, nothing else. Raises DataError."""
+    """Measures one SentencePiece thread over a list of documents in memory, nothing else. Raises DataError."""
     tokenizer = load_text_tokenizer(tokenizer_path)
     if not hasattr(tokenizer, "processor"):
         raise DataError(f"{tokenizer_path}: only SentencePiece models can be compared with a bare SentencePiece thread")
@@ -58,7 +69,7 @@ def bare_megabytes_per_second(source: str, tokenizer_path: Path) -> float:
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes of memory of a process and its children, shared pages counted once; 0 where Linux does not tell."""
+    """Returns the bytes that a process and its children hold, shared pages counted once; 0 where it can't be read."""
     total = 0
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -72,7 +83,7 @@ def tree_memory(pid: int) -> int:
 
 
 def time_preparation(command: list[str]) -> tuple[float, int, dict]:
-    """Seconds, most memory (bytes) and answer of a preparation in processes of its own. Raises DataError."""
+    """Returns seconds, most memory (bytes) and answer of a preparation in processes of its own. Raises DataError."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = 0
@@ -97,7 +108,7 @@ def time_preparation(command: list[str]) -> tuple[float, int, dict]:
 def bench_data(
     program: Path, source: str, tokenizer_path: Path, megabytes: tuple[int, ...], workers: int, folder: Path
 ) -> dict[str, float]:
-    """Figures of `program` (data/prepare.py) on 10^6 bytes of text each of `megabytes`; writes to `folder`."""
+    """Measures `program` (data/prepare.py) on 10^6 bytes of text each of `megabytes`; writes to `folder`."""
     bare = bare_megabytes_per_second(source, tokenizer_path)
     figures = {"bare_thread_mb_per_s": bare}
     for size in megabytes:
@@ -114,3 +125,47 @@ def bench_data(
         figures[f"prepare_{size}_peak_mib"] = peak / 2**20
         path.unlink()
     return figures
+
+
+def bench_loader(
+    paths: Sequence[str | Path],
+    batch_tokens: int = 786_432,
+    seq_len: int = 2048,
+    order: str = "sequential",
+    steps: int = 50,
+    tokens_per_second: float = CONSUMER_TOKENS_PER_SECOND,
+    world_size: int = 1,
+    bos_id: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Measures how long rank 0 of `world_size` waits in `steps` steps of batch_tokens / tokens_per_second each.
+
+    The consumer only sleeps, in the place of a GPU. The first step starts with nothing read ahead, so its wait stands
+    alone. `wait_share` is the waiting of all others as a share of their time. Raises DataError, LoaderBenchError.
+    """
+    if steps < 2 or tokens_per_second <= 0:
+        raise LoaderBenchError(f"{steps} steps at {tokens_per_second:g} tokens a second can't be timed: take 2 or more")
+    started = time.perf_counter()
+    stream = order_stream(TokenStream(paths), order, bos_id, seed)
+    setup_seconds, step_seconds, waits = time.perf_counter() - started, batch_tokens / tokens_per_second, []
+    with BatchPrefetcher(stream, batch_tokens, seq_len, 0, world_size, torch.device(device), order) as batches:
+        asked = time.perf_counter()
+        for step in range(1000, 1003):
+            batches.read_ahead(step)
+        read_seconds = (time.perf_counter() - asked) / 3
+        for step in range(steps):
+            asked = time.perf_counter()
+            batches.get(step)
+            waits.append(time.perf_counter() - asked)
+            time.sleep(step_seconds)
+    return {
+        "setup_seconds": setup_seconds,
+        "read_ms": 1000 * read_seconds,
+        "read_tokens_per_s": batch_tokens / world_size / read_seconds,
+        "step_ms": 1000 * step_seconds,
+        "first_wait_ms": 1000 * waits[0],
+        "median_wait_ms": 1000 * statistics.median(waits[1:]),
+        "longest_wait_ms": 1000 * max(waits[1:]),
+        "wait_share": sum(waits[1:]) / (sum(waits[1:]) + step_seconds * (steps - 1)),
+    }

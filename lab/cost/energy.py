@@ -1,4 +1,5 @@
-"""What the arithmetic of one token's forward pass would cost: operations by site times the energy of one operation.
+"""Estimates what the arithmetic of a token's forward pass would cost: operations by site times the energy of one
+operation.
 
 An estimate for hardware that has the arithmetic, and of nothing else: this program computes in floating point whatever
 the codes are. What it leaves out is part of every EnergyEstimate, in words.
@@ -47,13 +48,13 @@ class OperationCount:
 
     @property
     def arithmetic(self) -> str:
-        """fp32, fp16 or int8: a float's where an operand is one."""
+        """Is fp32, fp16 or int8: a float's where an operand is one."""
         kinds = {self.weight_kind, self.activation_kind} - {SIGNS, INTEGERS}
         return max(kinds, default=INTEGERS)
 
     @property
     def multiplies(self) -> bool:
-        """A factor of -1, 0 or 1 takes an addition, a subtraction or nothing."""
+        """Says whether it multiplies: a factor of -1, 0 or 1 takes an addition, a subtraction or nothing."""
         return SIGNS not in (self.weight_kind, self.activation_kind)
 
     @property
@@ -67,7 +68,7 @@ class OperationCount:
         return self.additions(zero_skip) if self.multiplies else 0.0
 
     def microjoules(self, process: str = "7nm", zero_skip: bool = False) -> float:
-        """uJ for one token, the zeros of the first operand's codes left out where `zero_skip` says so."""
+        """Returns uJ for one token, the zeros of the first operand's codes left out where `zero_skip` says so."""
         add, multiply = OPERATION_PICOJOULES[process][self.arithmetic]
         return 1e-6 * (self.additions(zero_skip) * add + self.multiplications(zero_skip) * multiply)
 
@@ -81,31 +82,31 @@ class EnergyEstimate:
     assumptions: tuple[str, ...]
 
     def microjoules(self, process: str = "7nm", zero_skip: bool = False) -> float:
-        """Of all products with weights, attention's scores and values left out."""
+        """Returns those of all products with weights, attention's scores and values left out."""
         return sum(site.microjoules(process, zero_skip) for site in self.sites if site.in_total)
 
     def float_microjoules(self, process: str = "7nm") -> float:
-        """The same products in floats: what the savings are measured against."""
+        """Returns the cost of the same products in floats: what the savings are measured against."""
         return sum(site.macs for site in self.sites if site.in_total) * sum(
             1e-6 * picojoules for picojoules in OPERATION_PICOJOULES[process][self.float_kind]
         )
 
     def attention_microjoules(self, process: str = "7nm") -> float:
-        """Of attention's scores and values, which grow with the context."""
+        """Returns those of attention's scores and values, which grow with the context."""
         return sum(site.microjoules(process) for site in self.sites if not site.in_total)
 
     def head_share(self, process: str = "7nm", zero_skip: bool = False) -> float:
-        """Share of the total that is the head's."""
+        """Returns the share of the total that is the head's."""
         head = sum(site.microjoules(process, zero_skip) for site in self.sites if site.site == "head")
         return head / self.microjoules(process, zero_skip)
 
     @property
     def measured(self) -> bool:
-        """Whether zeros were counted in stored codes, so that skipping them means something."""
+        """Says whether zeros were counted in stored codes, so that skipping them means something."""
         return any(site.zero_share is not None for site in self.sites)
 
     def summary(self) -> list[str]:
-        """One line for each process, then the assumptions."""
+        """Returns one line for each process, then the assumptions."""
         lines = []
         for process in OPERATION_PICOJOULES:
             floats, own = self.float_microjoules(process), self.microjoules(process)
@@ -125,7 +126,7 @@ def energy_estimate(
     model: ModelConfig, quant: QuantConfig, zero_shares: Mapping[str, float] | None = None,
     context: int = 0, float_kind: str = "fp16",
 ) -> EnergyEstimate:  # fmt: skip
-    """The forward pass for one token of a row of `context` tokens (0: the training length), averaged over the row.
+    """Estimates a token's forward pass, averaged over a row of `context` tokens (0: the training length).
 
     `zero_shares`: share of codes that are 0 by site of the weights, as measured_zero_shares gives them. `float_kind`:
     fp16 or fp32, what is priced where nothing is quantized.
@@ -143,7 +144,7 @@ def energy_estimate(
 def weight_counts(
     model: ModelConfig, quant: QuantConfig, zero_shares: Mapping[str, float], float_kind: str
 ) -> Iterator[OperationCount]:
-    """Products with weights, and the embedding's lookups, which multiply nothing."""
+    """Yields the products with weights, and the embedding's lookups, which multiply nothing."""
     macs = dict.fromkeys(("q", "k", "v", "o", "up", "down", "bigram", "head", "embed"), 0)
     operands: dict[str, tuple[str, str]] = {}
     for name, shape in expected_shapes(model).items():
@@ -162,12 +163,12 @@ def weight_counts(
 
 
 def product_site(name: str) -> str | None:
-    """Site whose product a tensor is part of, by its name; the bigram's table is only looked up."""
+    """Returns the site whose product a tensor is part of, by its name; the bigram's table is only looked up."""
     return PRODUCT_PATHS.get(".".join(name.removesuffix(".weight").split(".")[-2:]))
 
 
 def weight_operand(name: str, shape: tuple[int, ...], quant: QuantConfig, float_kind: str) -> tuple[str, str]:
-    """(text, kind) of a stored matrix; a fit's steps differ by column, so its weights come back to floats first."""
+    """Returns (text, kind) of a stored matrix; a fit's steps differ by column, so its weights are floats again."""
     if quantizer := weight_site(name, quant):
         return quantizer.text, code_kind(quantizer)
     bits, is_fit = bits_of(name, shape, quant), quant.quantizer == "waterfill"
@@ -187,14 +188,14 @@ def site_operand(quantizer: SiteQuantizer | None, float_kind: str) -> tuple[str,
 
 
 def visible_on_average(model: ModelConfig, context: int) -> float:
-    """Keys that a query sees, averaged over the positions of a row, knowledge tokens among them."""
+    """Returns how many keys a query sees, averaged over the positions of a row, knowledge tokens among them."""
     window = min(model.attention_window or context, context)
     pairs = window * (window + 1) // 2 + (context - window) * window
     return pairs / context + model.knowledge_tokens
 
 
 def attention_counts(model: ModelConfig, context: int, float_kind: str) -> Iterator[OperationCount]:
-    """Queries times keys, and probabilities (always floats) times values: model_dim products with each visible key."""
+    """Yields queries times keys, and probabilities (floats) times values: model_dim products with each visible key."""
     macs = model.num_layers * model.model_dim * visible_on_average(model, context)
     act = activation_sites(model)
     query, key, value = (site_operand(act.get(site), float_kind) for site in ("q", "k", "v"))
@@ -203,7 +204,7 @@ def attention_counts(model: ModelConfig, context: int, float_kind: str) -> Itera
 
 
 def assumption_lines(sites: Sequence[OperationCount], float_kind: str) -> Iterator[str]:
-    """What the price of each operation rests on, one sentence a line."""
+    """Yields what the price of each operation rests on, one sentence a line."""
     yield "energy is an estimate: operations counted from the configuration, times published energies of one operation"
     for process, table in OPERATION_PICOJOULES.items():
         prices = ", ".join(f"{kind} {add:g} and {multiply:g}" for kind, (add, multiply) in table.items())
@@ -224,7 +225,7 @@ def assumption_lines(sites: Sequence[OperationCount], float_kind: str) -> Iterat
 
 
 def scope_lines(model: ModelConfig, quant: QuantConfig, context: int) -> Iterator[str]:
-    """What is in the total, and what is not."""
+    """Yields what is in the total, and what is not."""
     yield (
         "scope: products with weight matrices, the head's among them; memory traffic, embedding lookups, norms, "
         "softmax, non-linearities, the quantizers themselves and the scale of each output are not counted"
@@ -240,7 +241,7 @@ def scope_lines(model: ModelConfig, quant: QuantConfig, context: int) -> Iterato
 
 
 def measured_zero_shares(stored: QuantizedState) -> dict[str, float]:
-    """Share of weights whose stored code stands for 0, by site; sites without any codes are left out.
+    """Returns the share of weights whose stored code stands for 0, by site; sites without any codes are left out.
 
     The keys are those that energy_estimate takes: a tied head's zeros are the embedding's.
     """
@@ -260,7 +261,7 @@ def measured_zero_shares(stored: QuantizedState) -> dict[str, float]:
 
 
 def zero_codes(entry: QuantizedTensor | Tensor) -> int:
-    """Weights that are 0 for sure: none of a trellis, whose codes depend on each other, or beside a correction."""
+    """Counts weights that are 0 for sure: none of a trellis, whose codes depend on each other, or with a correction."""
     if not isinstance(entry, QuantizedTensor) or entry.trellis or entry.low_rank is not None:
         return 0
     if entry.zero_SG is None:

@@ -1,4 +1,4 @@
-"""What the keys and values of a text take: bytes for each token, and the longest text that a memory holds.
+"""Counts what the keys and values of a text take: bytes for each token, and the longest text that a memory holds.
 
 Counted as lab/generate/packed_cache.py keeps them: of a site with a quantizer the codes' bits, in whole bytes for a
 token's head, and its scales; of any other site its values. Knowledge tokens are kept, and counted, beside the text.
@@ -37,16 +37,16 @@ class KvBytes:
 
     @property
     def knowledge(self) -> int:
-        """Bytes of the knowledge tokens, which no text adds to."""
+        """Counts the bytes of the knowledge tokens, which no text adds to."""
         return self.knowledge_tokens * self.per_token
 
     def of_text(self, tokens: int) -> int:
-        """Bytes after a text of so many tokens, those of knowledge among them; a window forgets what is before it."""
+        """Returns the bytes after so many tokens, those of knowledge among them; a window forgets what is before it."""
         kept = min(tokens, self.attention_window - 1) if self.attention_window else tokens
         return self.knowledge + self.per_token * kept
 
     def longest_text(self, memory_bytes: int) -> int | None:
-        """Tokens that fit; None: any number, because the window does. Raises KvBytesError where not even one fits."""
+        """Returns how many tokens fit, at least one; None: any number, for the window does. Raises KvBytesError."""
         if self.attention_window and self.of_text(self.attention_window) <= memory_bytes:
             return None
         tokens = (memory_bytes - self.knowledge) // self.per_token
@@ -59,7 +59,7 @@ class KvBytes:
 
 
 def kv_site_bytes(text: str, heads: int, head_dim: int, value_bytes: int, scale_bytes: int) -> int:
-    """Bytes of one token's keys (or values) in one layer, with the quantizer that `text` names."""
+    """Returns the bytes of one token's keys (or values) in one layer, with the quantizer that `text` names."""
     site = parse_site(text, activation=True)
     if site is None:
         return heads * head_dim * value_bytes
@@ -67,7 +67,7 @@ def kv_site_bytes(text: str, heads: int, head_dim: int, value_bytes: int, scale_
 
 
 def kv_bytes_per_token(config: ModelConfig, value_bytes: int = 2, scale_bytes: int = 4) -> KvBytes:
-    """Of a model as it is; `value_bytes` of what has no quantizer (2: bf16), `scale_bytes` of a scale (4: fp32)."""
+    """Counts a model as it is; `value_bytes` of what has no quantizer (2: bf16), `scale_bytes` of a scale (4: fp32)."""
     head_dim = config.model_dim // config.num_heads
     k, v = (
         kv_site_bytes(text, config.num_kv_heads, head_dim, value_bytes, scale_bytes)
@@ -94,7 +94,7 @@ def kv_table(
     config: ModelConfig, settings: tuple[tuple[str, str], ...] = KV_SETTINGS, memory_bytes: int = 0,
     scale_bytes: int = 4,
 ) -> list[KvRow]:  # fmt: skip
-    """The model's size at each setting of (act_k, act_v), its own first. Raises KvBytesError."""
+    """Returns the model's sizes at each setting of (act_k, act_v), its own first. Raises KvBytesError."""
     own = (config.act_k, config.act_v)
     full = kv_bytes_per_token(replace(config, act_k="", act_v=""))
     rows = []

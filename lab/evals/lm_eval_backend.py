@@ -1,4 +1,4 @@
-"""The same questions through EleutherAI's lm-evaluation-harness, where it is installed: its texts, its accuracies.
+"""Asks the same questions through EleutherAI's lm-evaluation-harness, where it is installed: its texts, its accuracies.
 
 Its own definition of the task is used, pointed at the local file; it needs no network. The package is not among our
 requirements: `pip install lm_eval`.
@@ -48,7 +48,7 @@ def has_lm_eval() -> bool:
 
 
 def harness_model(model: ChoiceModel, advance: Callable[[int], None]) -> Any:
-    """`model` as the harness asks it. Raises ZeroShotError for a choice longer than the context."""
+    """Returns `model` as the harness asks it. Raises ZeroShotError for a choice longer than the context."""
     base = importlib.import_module("lm_eval.api.model").LM
 
     class HarnessModel(base):
@@ -75,7 +75,7 @@ def harness_model(model: ChoiceModel, advance: Callable[[int], None]) -> Any:
 
 
 def write_local_task(task: str, data: Path, folder: Path) -> Path:
-    """A task file of the harness for a local data file."""
+    """Returns a task file of the harness for a local data file."""
     package = Path(importlib.import_module("lm_eval").__file__).parent
     published = task == "boolq" and b'"answer"' in data.read_bytes().lstrip().split(b"\n", 1)[0]
     path = folder / f"local_{task}.yaml"
@@ -92,7 +92,7 @@ def score_by_lm_eval(
     model: ChoiceModel, task: str, data: Path, items: Sequence[ZeroShotItem],
     advance: Callable[[int], None] = lambda done: None,
 ) -> ZeroShotResult:  # fmt: skip
-    """Ask the first items of `data`, as many as `items` are. Raises ZeroShotError."""
+    """Asks the first items of `data`, as many as `items` are. Raises ZeroShotError."""
     if not has_lm_eval():
         raise ZeroShotError("lm-eval is not installed: pip install lm_eval, or take --backend own")
     evaluator, tasks = (importlib.import_module(f"lm_eval.{part}") for part in ("evaluator", "tasks"))

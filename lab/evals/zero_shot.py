@@ -1,4 +1,4 @@
-"""Zero-shot multiple choice on local files: HellaSwag (arXiv 1905.07830) and BoolQ (arXiv 1905.10044).
+"""Scores zero-shot multiple choice on local files: HellaSwag (arXiv 1905.07830) and BoolQ (arXiv 1905.10044).
 
 The answer is the choice of largest log-likelihood after the context, divided by the choice's characters; accuracy
 without that division is told beside it. Texts are put together as the lm-eval harness does it, so that figures compare.
@@ -28,16 +28,16 @@ class ZeroShotError(UserError):
 
 
 class ChoiceModel(Protocol):
-    """What is asked of a model; lab/generate/text_model.py has it."""
+    """Describes what is asked of a model; lab/generate/text_model.py has it."""
 
     tokenizer: TextTokenizer
 
     @property
     def context(self) -> int:
-        """Tokens that it sees at once."""
+        """Is the number of tokens that it sees at once."""
 
     def continuation_nats(self, context: str, continuation: str) -> tuple[float, int, int]:
-        """(nats, tokens, bytes) of a continuation, as much of the end of the context read as there is room for.
+        """Returns (nats, tokens, bytes) of a continuation, as much of the end of the context read as there is room for.
 
         Raises SamplingError for a continuation that has no room itself.
         """
@@ -84,7 +84,7 @@ class ZeroShotResult:
 
     @property
     def margin(self) -> float:
-        """What chance must be missed by: standard errors of the accuracy, or of as many guesses where that is more."""
+        """Is how far from chance counts: standard errors of the accuracy, or of as many guesses where that is more."""
         guessed = math.sqrt(self.chance * (1 - self.chance) / self.items)
         return RESOLVED * max(self.standard_error, guessed)
 
@@ -100,7 +100,7 @@ class ZeroShotResult:
 
 
 def share_error(share: float, items: int) -> float:
-    """Standard error of a share of `items`, 2 at least."""
+    """Returns the standard error of a share of `items`, 2 at least."""
     return math.sqrt(share * (1 - share) / (items - 1))
 
 
@@ -111,12 +111,13 @@ def field_of(record: Mapping[str, object], name: str, kind: type) -> object:
 
 
 def cleaned_text(text: str) -> str:
-    """Without the marks that HellaSwag's WikiHow texts have kept: " [title]" ends a sentence, other brackets go."""
+    """Returns the text without the marks that HellaSwag's WikiHow texts have kept: " [title]" ends a sentence, other
+    brackets go."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def hellaswag_item(record: Mapping[str, object]) -> ZeroShotItem:
-    """From a line of hellaswag_val.jsonl. Raises ZeroShotError."""
+    """Makes an item of a line of hellaswag_val.jsonl. Raises ZeroShotError."""
     label, first, second = (str(field_of(record, name, str)) for name in ("activity_label", "ctx_a", "ctx_b"))
     endings, answer = field_of(record, "endings", list), record.get("label")
     assert isinstance(endings, list)
@@ -132,7 +133,7 @@ def hellaswag_item(record: Mapping[str, object]) -> ZeroShotItem:
 
 
 def boolq_item(record: Mapping[str, object]) -> ZeroShotItem:
-    """From a line of BoolQ's dev.jsonl (`answer`) or of SuperGLUE's val.jsonl (`label`). Raises ZeroShotError."""
+    """Makes an item of a line of BoolQ's dev.jsonl (`answer`) or SuperGLUE's (`label`). Raises ZeroShotError."""
     passage, question = field_of(record, "passage", str), field_of(record, "question", str)
     answer = record.get("answer", record.get("label"))
     if answer not in (False, True):
@@ -148,7 +149,7 @@ ZERO_SHOT_TASKS: dict[str, Callable[[Mapping[str, object]], ZeroShotItem]] = {
 
 
 def read_items(task: str, data: bytes, name: str, limit: int = 0) -> list[ZeroShotItem]:
-    """The items in the lines of a JSONL file, the first `limit` (0: all). Raises ZeroShotError, with the line."""
+    """Returns the items in a JSONL file's lines, the first `limit` (0: all). Raises ZeroShotError, with the line."""
     if limit < 0:
         raise ZeroShotError(f"--limit {limit}: a number of items, or 0 for all")
     items: list[ZeroShotItem] = []
@@ -177,7 +178,7 @@ def checked_item(make: Callable[[Mapping[str, object]], ZeroShotItem], line: byt
 
 
 def choice_nats(model: ChoiceModel, item: ZeroShotItem) -> list[float]:
-    """Nats of each choice. Raises SamplingError where one is too long, ZeroShotError for a broken model."""
+    """Returns the nats of each choice. Raises SamplingError where one is too long, ZeroShotError for a broken model."""
     nats = [model.continuation_nats(item.context, f" {choice}")[0] for choice in item.choices]
     if not all(map(math.isfinite, nats)):
         raise ZeroShotError("the model gives a choice NaN or infinite nats: its weights are broken")
@@ -185,13 +186,13 @@ def choice_nats(model: ChoiceModel, item: ZeroShotItem) -> list[float]:
 
 
 def is_cut(model: ChoiceModel, item: ZeroShotItem) -> bool:
-    """Whether the model has no room for all of the context before each choice; its document's start takes one token,
-    and the last token of a choice is never read."""
+    """Says whether the model has no room for all of the context before each choice; its document's start takes one
+    token, and the last token of a choice is never read."""
     return any(len(model.tokenizer.encode(f"{item.context} {choice}")) > model.context for choice in item.choices)
 
 
 def chosen(nats: Sequence[float], item: ZeroShotItem) -> tuple[int, int]:
-    """(choice by nats per character, choice by nats); of equal ones the first."""
+    """Returns (choice by nats per character, choice by nats); of equal ones the first."""
     per_character = [spent / len(choice) for spent, choice in zip(nats, item.choices, strict=True)]
     return per_character.index(min(per_character)), list(nats).index(min(nats))
 
@@ -199,7 +200,7 @@ def chosen(nats: Sequence[float], item: ZeroShotItem) -> tuple[int, int]:
 def score_items(
     model: ChoiceModel, task: str, items: Sequence[ZeroShotItem], advance: Callable[[int], None] = lambda done: None
 ) -> ZeroShotResult:
-    """Ask all items by our own scorer. Raises ZeroShotError."""
+    """Asks all items by our own scorer. Raises ZeroShotError."""
     started = time.perf_counter()
     scored: list[tuple[ZeroShotItem, tuple[int, int]]] = []
     cut = 0
@@ -222,13 +223,13 @@ def score_items(
 
 
 def blind_shares(items: Sequence[ZeroShotItem]) -> tuple[float, float]:
-    """Accuracies without looking: of guesses, and of the most frequent answer."""
+    """Returns the accuracies without looking: of guesses, and of the most frequent answer."""
     guessed = sum(1 / len(item.choices) for item in items) / len(items)
     return guessed, Counter(item.answer for item in items).most_common(1)[0][1] / len(items)
 
 
 def zero_shot_remarks(result: ZeroShotResult, model_context: int) -> list[str]:
-    """What the figures leave unsaid."""
+    """Returns what the figures leave unsaid."""
     lines = [
         f"{result.items:,} items, zero-shot; the answer is the choice of most log-likelihood per character",
         f"chance: {result.chance:.1%}; one answer for every item, the commonest: {result.majority:.1%}",
@@ -245,6 +246,6 @@ def zero_shot_remarks(result: ZeroShotResult, model_context: int) -> list[str]:
 
 
 def load_items(task: str, path: Path, limit: int = 0) -> tuple[list[ZeroShotItem], str]:
-    """The items in a file, and its SHA-256. Raises ZeroShotError, OSError."""
+    """Returns the items in a file, and its SHA-256. Raises ZeroShotError, OSError."""
     data = path.read_bytes()
     return read_items(task, data, str(path), limit), hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""Text that a model goes on with, for one prompt or several, over a cache of keys and values.
+"""Generates a model's text for one prompt or several, over a cache of keys and values.
 
 Prompts of equal length share a cache and are read together, others have their own, so nothing is padded: a row is
 what it is alone with its seed, up to the rounding of a device's kernels for another batch.
@@ -27,7 +27,7 @@ from lab.prepare.text_tokenizer import TextTokenizer
 
 @dataclass
 class SamplingStatistics:
-    """What a generation has cost so far. Seconds are those of the model and of drawing, not of who reads the text."""
+    """Counts what a generation has cost so far. Seconds are the model's and the draws', not those of a reader."""
 
     prompts: int = 0
     prompt_tokens: int = 0
@@ -44,12 +44,12 @@ class SamplingStatistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated, of all rows together."""
+        """Counts the generated tokens, of all rows together."""
         return self.generated_tokens / self.generated_seconds if self.generated_seconds else 0.0
 
 
 def slides(config: ModelConfig) -> bool:
-    """Whether a cache goes on beyond the training length: where training rows were longer than the window."""
+    """Says whether a cache goes on beyond the training length: where training rows were longer than the window."""
     return 0 < config.attention_window < config.train_seq_len
 
 
@@ -70,7 +70,7 @@ class RowGroup:
         return all(row.ended for row in self.rows)
 
     def read(self, tokens: int) -> None:
-        """Read the last `tokens` of every row, in pieces of a training row, into an empty cache."""
+        """Reads the last `tokens` of every row, in pieces of a training row, into an empty cache."""
         self.cache = self.make_cache(self.model.config)
         ids_BT = torch.tensor([row.ids[-tokens:] for row in self.rows])
         for piece_BT in ids_BT.split(self.model.config.train_seq_len, dim=1):
@@ -82,7 +82,7 @@ class RowGroup:
             self.logits_BV = self.model.logits(ids_BT, last=1, cache=self.cache)[:, -1].cpu().numpy()
 
     def advance(self) -> bool:
-        """Read the tokens that were drawn last. True where the context was full, and was cut to its last half."""
+        """Reads the tokens drawn last. Returns True where the context was full, and was cut to its last half."""
         context = self.model.config.train_seq_len
         if slides(self.model.config) or self.cache.length < context:
             self.forward(torch.tensor([row.ids[-1:] for row in self.rows]))
@@ -94,7 +94,7 @@ class RowGroup:
         return True
 
     def draw(self, drawable_V: np.ndarray) -> dict[SampledRow, str]:
-        """The new text of the rows that had not ended. Raises SamplingError."""
+        """Draws, and returns the new text of the rows that had not ended. Raises SamplingError."""
         return {
             row: row.draw(logits_V, drawable_V)
             for row, logits_V in zip(self.rows, self.logits_BV, strict=True)
@@ -103,7 +103,7 @@ class RowGroup:
 
 
 class TextGeneration(Iterator[list[str]]):
-    """Iterate over it for the new text of each prompt, token by token; it ends when all prompts have.
+    """Iterates over the new text of each prompt, token by token; it ends when all prompts have.
 
     `statistics` and `notes` (what was cut, in words) can be read at any time, `ended` (length, document or stop; empty
     while it goes on) of each prompt. Raises SamplingError, QuantError for a packed cache of a model without codes.
@@ -129,7 +129,7 @@ class TextGeneration(Iterator[list[str]]):
         self.statistics.prompt_tokens = sum(lengths.values())
 
     def prompt_length(self, row: SampledRow, number: int, config: ModelConfig) -> int:
-        """Tokens of the prompt that are read, counted from its end."""
+        """Returns how many tokens of the prompt are read, counted from its end."""
         if slides(config) or row.prompt_tokens <= self.context:
             return row.prompt_tokens
         which = f"prompt {number + 1}" if len(self.rows) > 1 else "the prompt"
@@ -144,7 +144,7 @@ class TextGeneration(Iterator[list[str]]):
         return [row.ended for row in self.rows]
 
     def timed(self, work: Callable[[], object]) -> float:
-        """Seconds."""
+        """Returns the seconds that `work` takes."""
         started = time.perf_counter()
         work()
         self.runtime.synchronize()

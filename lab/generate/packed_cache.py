@@ -1,4 +1,4 @@
-"""A cache of keys and values as the codes that the model's own quantizers (act_k, act_v) make of them.
+"""Keeps keys and values as the codes that the model's own quantizers (act_k, act_v) make of them.
 
 Per token and head: the codes' bits in whole bytes, and the scale (of `twosided8` one for each sign; of the unit
 quantizers none, theirs is fixed). What comes out is what the quantizer gives, exactly where scales are kept in fp32; in
@@ -26,12 +26,12 @@ SQUASHES = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "unit": lambda x: x, "
 
 
 def packed_width(values: int, bits: int) -> int:
-    """Bytes of so many codes."""
+    """Returns the bytes of so many codes."""
     return -(-values * bits // 8)
 
 
 def pack_codes(codes_BGTK: Tensor, site: SiteQuantizer) -> Tensor:
-    """uint8_BGTN: the codes of each head as numbers of `site.bits` bits from 0, the lowest bit first."""
+    """Returns uint8_BGTN: the codes of each head as numbers of `site.bits` bits from 0, the lowest bit first."""
     numbers = ((codes_BGTK - site.low) / site.step_of_levels).to(torch.uint8)
     places = torch.arange(site.bits, dtype=torch.uint8, device=numbers.device)
     bits = ((numbers.unsqueeze(-1) >> places) & 1).flatten(-2)
@@ -40,7 +40,7 @@ def pack_codes(codes_BGTK: Tensor, site: SiteQuantizer) -> Tensor:
 
 
 def unpack_codes(packed_BGTN: Tensor, values: int, site: SiteQuantizer) -> Tensor:
-    """fp32 codes_BGTK, K = `values`: inverse of pack_codes."""
+    """Returns fp32 codes_BGTK, K = `values`: inverse of pack_codes."""
     places = torch.arange(8, dtype=torch.uint8, device=packed_BGTN.device)
     bits = ((packed_BGTN.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : values * site.bits]
     bits = bits.unflatten(-1, (values, site.bits)) << places[: site.bits]
@@ -48,7 +48,7 @@ def unpack_codes(packed_BGTN: Tensor, values: int, site: SiteQuantizer) -> Tenso
 
 
 def scale_count(site: SiteQuantizer) -> int:
-    """Scales that are kept for a token's head."""
+    """Returns how many scales are kept for a token's head."""
     return {"unit": 0, "twosided": 2}.get(site.scale, 1)
 
 
@@ -62,7 +62,7 @@ class PackedPart:
         """(packed_BGUN, scale_BGUS), or (values_BGUK,) without a quantizer."""
 
     def extend(self, x_BGTK: Tensor) -> Tensor:
-        """Keep new values, not yet quantized; returns all that are kept, quantized, the new ones last."""
+        """Keeps new values, not yet quantized; returns all that are kept, quantized, the new ones last."""
         new = (x_BGTK,) if self.site is None else self.encode(x_BGTK)
         if self.kept is not None:
             new = tuple(torch.cat(pair, 2) for pair in zip(self.kept, new, strict=True))
@@ -70,7 +70,7 @@ class PackedPart:
         return new[0] if self.site is None else self.decode(*new, x_BGTK.size(-1)).to(x_BGTK.dtype)
 
     def encode(self, x_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """packed_BGTN and scale_BGTS."""
+        """Returns packed_BGTN and scale_BGTS."""
         x_RK = SQUASHES[self.site.squash](x_BGTK).reshape(-1, x_BGTK.size(-1)).float()
         grid = site_grid(x_RK, self.site, activation=True)
         if self.site.scale == "unit":
@@ -86,7 +86,7 @@ class PackedPart:
         return packed, scale_RS.to(self.scale_dtype).view(*x_BGTK.shape[:-1], scale_RS.size(1))
 
     def decode(self, packed_BGUN: Tensor, scale_BGUS: Tensor, values: int) -> Tensor:
-        """fp32 values_BGUK."""
+        """Returns fp32 values_BGUK."""
         codes_BGUK, scale_BGUS = unpack_codes(packed_BGUN, values, self.site), scale_BGUS.float()
         if self.site.scale == "unit":
             return codes_BGUK * torch.full_like(codes_BGUK, 1 / self.site.high)
@@ -110,7 +110,7 @@ class PackedLayer:
     def extend(
         self, k_BGTK: Tensor, v_BGTK: Tensor, act_k: QuantizerSite, act_v: QuantizerSite
     ) -> tuple[Tensor, Tensor]:
-        """As PlainLayer's; the quantizers are known from the configuration."""
+        """Does what PlainLayer's does; the quantizers are known from the configuration."""
         return self.k.extend(k_BGTK), self.v.extend(v_BGTK)
 
     @property
@@ -119,7 +119,7 @@ class PackedLayer:
 
 
 def packed_cache(config: ModelConfig, scale_dtype: torch.dtype = torch.float32) -> KeyValueCache:
-    """An empty cache that keeps codes. Raises QuantError for a model that has no quantizer there."""
+    """Returns an empty cache that keeps codes. Raises QuantError for a model that has no quantizer there."""
     if not (config.act_k or config.act_v):
         raise QuantError("a packed cache needs a model with act_k or act_v: this one's keys and values have no codes")
     assert scale_dtype in (torch.float32, torch.float16)

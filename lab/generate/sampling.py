@@ -1,4 +1,4 @@
-"""One row of sampled text: how the next token is drawn, and how tokens become text as they come.
+"""Samples one row of text: how the next token is drawn, and how tokens become text as they come.
 
 A draw is a function of the logits, the options and one uniform number, in float64 on the CPU, so that equal logits
 give equal text on every device. V vocabulary.
@@ -59,7 +59,7 @@ class SamplingOptions:
 
 
 def text_ids(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """Ids of a text. Raises SamplingError for what is none: a command line makes it of bytes that are not UTF-8."""
+    """Returns a text's ids. Raises SamplingError for what a command line makes of bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -68,7 +68,7 @@ def text_ids(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 
 def drawable_ids(tokenizer: TextTokenizer, vocab_size: int) -> np.ndarray:
-    """bool_V of the model's ids that may be drawn: those of text, and BOS, which ends a document.
+    """Returns bool_V of the model's ids that may be drawn: those of text, and BOS, which ends a document.
 
     Never: ids that the tokenizer does not have, controls, unused and unknown pieces. Raises SamplingError for a
     tokenizer that is larger than the model.
@@ -85,7 +85,7 @@ def drawable_ids(tokenizer: TextTokenizer, vocab_size: int) -> np.ndarray:
 
 
 def most_likely(logits_V: np.ndarray, count: int) -> np.ndarray:
-    """bool_V of the `count` largest, of equal ones those of the lowest ids."""
+    """Returns bool_V of the `count` largest, of equal ones those of the lowest ids."""
     if count >= len(logits_V):
         return np.ones(len(logits_V), dtype=bool)
     smallest = np.partition(logits_V, -count)[-count]
@@ -95,7 +95,7 @@ def most_likely(logits_V: np.ndarray, count: int) -> np.ndarray:
 
 
 def token_probabilities(logits_V: np.ndarray, drawable_V: np.ndarray, options: SamplingOptions) -> np.ndarray:
-    """float64 probabilities of a draw at a positive temperature, 0 for what can't be drawn. Raises SamplingError."""
+    """Returns float64 probabilities at a positive temperature, 0 for what can't be drawn. Raises SamplingError."""
     logits_V = np.where(drawable_V, logits_V.astype(np.float64), -np.inf)
     if not np.isfinite(logits_V[drawable_V]).all():
         raise SamplingError("the model's predictions are NaN or infinite: its weights are broken")
@@ -112,7 +112,7 @@ def token_probabilities(logits_V: np.ndarray, drawable_V: np.ndarray, options: S
 
 
 def choose_token(logits_V: np.ndarray, drawable_V: np.ndarray, options: SamplingOptions, uniform: float) -> int:
-    """The id at `uniform`, from [0, 1), of the cumulative probabilities in the order of ids. Raises SamplingError."""
+    """Returns the id at `uniform`, from [0, 1), of the probabilities summed in order of ids. Raises SamplingError."""
     if options.temperature == 0:
         if not np.isfinite(logits_V[drawable_V]).all():
             raise SamplingError("the model's predictions are NaN or infinite: its weights are broken")
@@ -132,7 +132,7 @@ class GrowingText:
         """Characters of the decoded ids that are the prompt's, or were given."""
 
     def add(self, token: int) -> str:
-        """What the token makes certain."""
+        """Returns what the token makes certain."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         tail = text[1 - LONGEST_CHARACTER :]
@@ -142,7 +142,7 @@ class GrowingText:
         return new
 
     def finish(self) -> str:
-        """The rest, a character that was never completed as U+FFFD."""
+        """Returns the rest, a character that was never completed as U+FFFD."""
         text = self.tokenizer.decode(self.ids)
         return self.take(text, len(text))
 
@@ -152,7 +152,7 @@ class GrowingText:
         return new
 
     def shorten(self) -> None:
-        """Go on from the last token alone, where what follows decodes the same behind it.
+        """Goes on from the last token alone, where what follows decodes the same behind it.
 
         It must not begin within a character, nor be a blank, which some tokenizers swallow at the start of a text. An
         operator of CaseOps acts on any number of tokens, so its text is decoded from the start.
@@ -169,7 +169,7 @@ class StopTexts:
         self.stops, self.held, self.found = stops, "", False
 
     def add(self, text: str) -> str:
-        """What comes out for sure. The stop text that is complete first counts, of those the longest."""
+        """Returns what comes out for sure. The stop text that is complete first counts, of those the longest."""
         assert not self.found, "nothing follows a stop text"
         self.held += text
         begins = [(self.held.find(stop) + len(stop), -len(stop)) for stop in self.stops if stop in self.held]
@@ -180,7 +180,7 @@ class StopTexts:
         return self.release(max((self.overlap(stop) for stop in self.stops), default=0))
 
     def overlap(self, stop: str) -> int:
-        """Characters at the end of what is held that a stop text begins with."""
+        """Counts the characters at the end of what is held that a stop text begins with."""
         longest = min(len(stop) - 1, len(self.held))
         return next((size for size in range(longest, 0, -1) if self.held.endswith(stop[:size])), 0)
 
@@ -208,7 +208,7 @@ class SampledRow:
         return len(self.ids) - self.prompt_tokens
 
     def draw(self, logits_V: np.ndarray, drawable_V: np.ndarray) -> str:
-        """Draw a token; the new text that it makes certain. Raises SamplingError."""
+        """Draws a token; returns the new text that it makes certain. Raises SamplingError."""
         assert not self.ended
         token = choose_token(logits_V, drawable_V, self.options, self.uniform())
         self.ids.append(token)
@@ -224,7 +224,7 @@ class SampledRow:
         return new
 
     def last_text(self) -> str:
-        """What was held back."""
+        """Returns what was held back."""
         new = self.stops.add(self.text.finish())
         if self.stops.found:
             self.ended = "stop"

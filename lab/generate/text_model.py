@@ -1,4 +1,4 @@
-"""A trained model as people meet it: text in, text out, and how well it knows a text.
+"""Opens a trained model as people meet it: text in, text out, and how well it knows a text.
 
 Opened from an artifact or the folder of a run, with the tokenizer that the artifact names by its SHA-256. T tokens.
 """
@@ -44,15 +44,15 @@ class TextModel:
 
     @property
     def context(self) -> int:
-        """Tokens that the model was trained to see at once."""
+        """Is the number of tokens that the model was trained to see at once."""
         return self.model.config.train_seq_len
 
     def generate(self, prompts: Sequence[str], options: SamplingOptions) -> TextGeneration:
-        """Go on with each prompt; iterate for the new texts, token by token. Raises SamplingError, QuantError."""
+        """Goes on with each prompt; iterate for the new texts, token by token. Raises SamplingError, QuantError."""
         return TextGeneration(self.model, self.tokenizer, prompts, options, self.runtime)
 
     def score(self, text: str) -> Score:
-        """The score of a text as one document, in windows of the context that overlap by half.
+        """Returns the score of a text as one document, in windows of the context that overlap by half.
 
         Raises SamplingError for no text, DataError for one with characters that the tokenizer does not have.
         """
@@ -67,11 +67,11 @@ class TextModel:
         return score_stream(self.model, tokens_T, counter, settings, self.runtime, announce=False)
 
     def bits_per_byte(self, text: str) -> float:
-        """As `score`."""
+        """Returns the bits per byte of `score`."""
         return self.score(text).val_bpb
 
     def continuation_nats(self, context: str, continuation: str) -> tuple[float, int, int]:
-        """(nats, tokens, bytes) of a continuation after a context, for choosing among several.
+        """Returns (nats, tokens, bytes) of a continuation after a context, for choosing among several.
 
         Tokens are those of the whole text from the first that the context alone does not have: where a token would
         span both, it counts. As much of the context as fits is read. Raises SamplingError where the continuation is
@@ -91,7 +91,7 @@ class TextModel:
 def open_text_model(
     artifact_or_run_path: Path | str, tokenizer_path: Path | str | None = None, runtime: Runtime | None = None
 ) -> TextModel:
-    """The model in an artifact, or that of a run's folder, and its tokenizer: the run's where none is named.
+    """Returns the model in an artifact, or that of a run's folder, and its tokenizer: the run's where none is named.
 
     Without a `runtime`, on the CPU.
 
@@ -102,7 +102,8 @@ def open_text_model(
     source = find_artifact(path, folder)
     artifact = read_artifact(source)
     tokenizer_path = tokenizer_path or run_tokenizer_path(source, folder)
-    table, tokenizer = load_artifact_tokenizer(artifact, tokenizer_path), load_text_tokenizer(tokenizer_path)
+    table = load_artifact_tokenizer(artifact.tokenizer_sha256, tokenizer_path)
+    tokenizer = load_text_tokenizer(tokenizer_path)
     drawable_ids(tokenizer, artifact.model.vocab_size)
     if tokenizer.bos_id != artifact.model.bos_id:
         raise SamplingError(f"{source}: its documents start with {artifact.model.bos_id}, not {tokenizer.bos_id}")
@@ -122,7 +123,7 @@ def open_text_model(
 
 
 def find_artifact(path: Path, folder: RunFolder) -> Path:
-    """The file itself, or that of a run. Raises SamplingError."""
+    """Returns the file itself, or that of a run. Raises SamplingError."""
     if not path.exists():
         raise SamplingError(f"{path}: no such file or folder; give an artifact, or the folder of a run")
     if not path.is_dir():
@@ -135,7 +136,7 @@ def find_artifact(path: Path, folder: RunFolder) -> Path:
 
 
 def run_tokenizer_path(source: Path, folder: RunFolder) -> Path:
-    """What the configuration beside an artifact names. Raises SamplingError, ProbeError."""
+    """Returns what the configuration beside an artifact names. Raises SamplingError, ProbeError."""
     if not folder.config.is_file():
         raise SamplingError(f"{source} does not lie in the folder of a run: name its tokenizer with --tokenizer")
     data = read_run_record(folder.config, ["data"])["data"]
@@ -146,7 +147,7 @@ def run_tokenizer_path(source: Path, folder: RunFolder) -> Path:
 
 
 def measured_bpb(artifact: Artifact, folder: RunFolder) -> float | None:
-    """The score of this very artifact in the result beside it. Raises ProbeError for a damaged file."""
+    """Returns the score of this very artifact in the result beside it. Raises ProbeError for a damaged file."""
     if not folder.result.is_file():
         return None
     result = read_run_record(folder.result)

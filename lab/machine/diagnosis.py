@@ -1,4 +1,4 @@
-"""What a machine's fingerprint, data and step times say about a run that would start on it, and what to do."""
+"""Judges what a machine's fingerprint, data and step times say about a run that would start on it, and what to do."""
 
 import math
 import re
@@ -47,11 +47,6 @@ SPEED_KNOBS = {knob for knob, (section, _) in KNOBS.items() if section in SPEED_
     "train_batch_tokens", "micro_batch_tokens", "device", "compile", "threads",
 }  # fmt: skip
 """Knobs that change how long a step takes: a band that was measured with others says nothing."""
-COMPARED = (
-    "machine_id", "platform", "python", "torch", "cuda", "cudnn", "nccl", "device", "world_size", "compile", "gpus",
-    "driver", "cpu", "cpu_cores", "torch_threads", "environment", "attention", "codecs",
-)  # fmt: skip
-"""What of two fingerprints must agree for equal speed and numerics; clocks, free disk and used memory come and go."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def diagnose(
     pinned_torch: str | None = None,
     states_under_load: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[MachineFinding]:
-    """Findings, errors first. `states_under_load` is gpu_states() right after some training."""
+    """Returns all findings, errors first. `states_under_load` is gpu_states() right after some training."""
     findings = [
         *device_findings(fingerprint, config),
         *software_findings(fingerprint, config, pinned_torch),
@@ -142,7 +137,7 @@ def software_findings(
 
 
 def run_bytes(model: ModelConfig) -> int:
-    """Disk that a run needs: weights, average and optimizer state of a checkpoint in fp32, and its files."""
+    """Returns the disk that a run needs: weights, average and optimizer of a checkpoint in fp32, and its files."""
     elements = sum(math.prod(shape) for shape in expected_shapes(model).values())
     return 4 * 4 * elements + RUN_FILES_BYTES
 
@@ -207,13 +202,13 @@ def gpu_findings(
 
 
 def pinned_version(requirements: str, package: str) -> str | None:
-    """Version that a requirements file asks for exactly; None where it does not."""
+    """Returns the version that a requirements file asks for exactly; None where it does not."""
     found = re.search(rf"(?m)^{re.escape(package)}==([^\s;#]+)", requirements)
     return found[1] if found else None
 
 
 def inspect_data(config: Config, cache: Path) -> tuple[dict[str, str], list[MachineFinding]]:
-    """Where the run's data is and what it is ({folder, data_id, tokenizer_sha256}), and what is wrong with it.
+    """Finds where the run's data is and what it is ({folder, data_id, tokenizer_sha256}), and what is wrong with it.
 
     `cache` is the folder of prepared corpora. Data that is not there is told by a finding and an empty dictionary.
     """
@@ -245,7 +240,7 @@ def unprepared(config: Config) -> MachineFinding:
 
 
 def step_figures(step_seconds: Sequence[float]) -> dict[str, float]:
-    """Milliseconds per step: median, quartiles, extremes. At least two steps."""
+    """Returns milliseconds per step: median, quartiles, extremes. At least two steps."""
     quartiles = statistics.quantiles(step_seconds, n=4, method="inclusive")
     names = ("quartile_1_ms", "median_ms", "quartile_3_ms", "fastest_ms", "slowest_ms")
     values = (*quartiles, min(step_seconds), max(step_seconds))
@@ -253,7 +248,7 @@ def step_figures(step_seconds: Sequence[float]) -> dict[str, float]:
 
 
 def expected_band(preset: str) -> StepBand | None:
-    """The time of a step that is expected of a preset as it is, give or take what one machine drifts."""
+    """Returns the time of a step that is expected of a preset as it is, give or take what one machine drifts."""
     if preset not in EXPECTED_STEP_SECONDS:
         return None
     seconds, machine = EXPECTED_STEP_SECONDS[preset]
@@ -261,7 +256,7 @@ def expected_band(preset: str) -> StepBand | None:
 
 
 def machine_name(fingerprint: Mapping[str, Any]) -> str:
-    """This machine as EXPECTED_STEP_SECONDS begins to name one: "8xH100", "2 cores of an AMD EPYC"."""
+    """Names this machine as EXPECTED_STEP_SECONDS begins to name one: "8xH100", "2 cores of an AMD EPYC"."""
     if fingerprint.get("device") == "cuda":
         name = ((fingerprint.get("gpus") or [{}])[0].get("name") or "GPU").removeprefix("NVIDIA ")
         model = re.match(r"[A-Z]+\d+", name)  # H100 80GB HBM3 is the one that is called H100
@@ -274,7 +269,7 @@ def machine_name(fingerprint: Mapping[str, Any]) -> str:
 def diagnose_speed(
     figures: Mapping[str, float], config: Config, machine: str, band: StepBand | None
 ) -> list[MachineFinding]:
-    """Compare step_figures with the band of the preset; `machine` is machine_name of this one."""
+    """Compares step_figures with the band of the preset; `machine` is machine_name of this one."""
     low, median, high = (figures[name] for name in ("quartile_1_ms", "median_ms", "quartile_3_ms"))
     budget = f"steps in the budget would be about {steps_in_budget(config, median / 1000):,.0f}"
     findings, reason = [], band_reason(config, machine, band)
@@ -302,7 +297,7 @@ def diagnose_speed(
 
 
 def band_reason(config: Config, machine: str, band: StepBand | None) -> str:
-    """Why no band applies; empty where it does."""
+    """Says why no band applies; empty where it does."""
     changed = sorted(SPEED_KNOBS & set(changed_knobs(config)))
     if band is None:
         return f"the preset {config.run.preset} has no expected time of a step"
@@ -321,19 +316,3 @@ def steps_in_budget(config: Config, step_seconds: float) -> float:
     train = config.train
     by_clock = train.max_wallclock_seconds / step_seconds if train.max_wallclock_seconds else math.inf
     return min(by_clock, train.iterations or math.inf)
-
-
-def compare_fingerprints(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Differences that can change speed or numerics, as "name: value / value"; empty for runs of like machines."""
-    differences = []
-    for name in COMPARED:
-        first, second = one.get(name), other.get(name)
-        if first == second:
-            continue
-        if isinstance(first, dict) and isinstance(second, dict):
-            parts = [key for key in sorted(first | second) if first.get(key) != second.get(key)]
-            differences += [f"{name}.{key}: {first.get(key)} / {second.get(key)}" for key in parts]
-        else:
-            differences.append(f"{name}: {first} / {second}")
-    limits = [[state.get("power_limit_w") for state in prints.get("gpu_states") or []] for prints in (one, other)]
-    return differences + ([f"power_limit_w: {limits[0]} / {limits[1]}"] if limits[0] != limits[1] else [])

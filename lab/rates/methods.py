@@ -1,6 +1,7 @@
-"""Ways from trained weights to stored ones, each over a range of rates: the competitors of the rate curve."""
+"""Quantizes by several ways from trained weights to stored ones, each over a range of rates: the competitors of the
+rate curve."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,18 +10,18 @@ from torch import Tensor
 from golf.artifact.fill_limit import LevelSearch
 from golf.artifact.weights import SavedWeights
 from golf.config.model import ModelConfig
-from golf.config.quantization import CODECS, QuantConfig
+from golf.config.quantization import QuantConfig
 from golf.quant.calibration import LayerStatistics, calibrate
 from golf.quant.export import prune_state, quantize_state
-from golf.quant.gptq import quantize_matrix
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
-from golf.quant.qat import quantized_gpt
-from golf.quant.spec import QuantSpec
 from golf.quant.tensor_classes import tensor_class
 from golf.quant.waterfill import RD_LAMBDA
 from golf.runtime import Runtime
-from lab.rates.awq_columns import protected_steps
-from lab.rates.low_rank import correct_worst
+from lab.rates.corrections import correct_worst, protected_steps
+from lab.rates.grids import QuantSpec
+from lab.rates.quantizers import quantize_matrix
+from lab.rates.rate_points import RateMethod
+from lab.rates.trained_run import load_float_model
 
 FRONTIER_GRIDS = {"attn": (6, 13.0), "mlp": (6, 11.5), "embed": (7, 14.0), "bigram": (6, 13.0)}
 """Bits and k of SDClip, step = k * std(row) / largest code, by class (parameter-golf PR #1855)."""
@@ -43,32 +44,19 @@ class MethodInput:
         return LevelSearch(self.state, self.statistics, self.quant, self.model)
 
 
-@dataclass(frozen=True)
-class Method:
-    """Weights to stored weights at a rate: a number that the method understands, more of it being more bytes."""
-
-    name: str
-    text: str
-    codec: CODECS
-    rates: tuple[float, ...]
-    encode: Callable[[MethodInput, float], QuantizedState]
-
-
 def prepare_method_input(saved: SavedWeights, rows_NT: Tensor, runtime: Runtime) -> MethodInput:
-    """Weights with their calibration on rows of training tokens. Raises QuantError."""
-    model = quantized_gpt(saved.model, runtime.compute_dtype)
-    model.load_state_dict(saved.state)
-    statistics = calibrate(model.to(runtime.device), rows_NT, runtime)
+    """Returns the weights with their calibration on rows of training tokens. Raises QuantError."""
+    statistics = calibrate(load_float_model(saved, runtime), rows_NT, runtime)
     return MethodInput(saved.state, saved.model, saved.quant, statistics)
 
 
 def others_as_fp16(given: MethodInput, stored: QuantizedState) -> QuantizedState:
-    """All tensors in the model's order: those of `stored`, the rest as fp16."""
+    """Returns all tensors in the model's order: those of `stored`, the rest as fp16."""
     return {name: stored.get(name, part.half()) for name, part in given.state.items()}
 
 
 def round_like_recipe(given: MethodInput, rate: float) -> QuantizedState:
-    """Round to nearest on absmax rows, 5 % pruned; `rate` is the bits of the MLPs."""
+    """Rounds to nearest on absmax rows, 5 % pruned; `rate` is the bits of the MLPs."""
     bits = {knob: min(8, int(rate) + offset) for knob, offset in RECIPE_OFFSETS.items()}
     quant = replace(given.quant, prune_frac=0.05, **bits)
     pruned, _ = prune_state(given.state, quant)
@@ -76,13 +64,13 @@ def round_like_recipe(given: MethodInput, rate: float) -> QuantizedState:
 
 
 def frontier_grid(name: str, weight_RC: Tensor, rate: float) -> QuantSpec:
-    """SDClip with k divided by `rate`. The step is what counts: codes are int8's, so that a fine step does not clip."""
+    """Returns SDClip with k divided by `rate`. The step counts: codes are int8's, so that a fine one does not clip."""
     bits, k = FRONTIER_GRIDS[tensor_class(name, weight_RC.shape)]
     return QuantSpec(8, scale_rule="std", parameter=k / rate * grid_clip(8) / grid_clip(bits))
 
 
 def round_like_frontier(given: MethodInput, rate: float) -> QuantizedState:
-    """GPTQ on rows of step k * std / clip."""
+    """Rounds by GPTQ on rows of step k * std / clip."""
     return others_as_fp16(given, frontier_codes(given, rate))
 
 
@@ -94,14 +82,14 @@ def frontier_codes(given: MethodInput, rate: float) -> dict[str, QuantizedTensor
 
 
 def round_with_correction(given: MethodInput, rate: float) -> QuantizedState:
-    """The frontier's codes, and LQER of rank 4 for the three matrices of largest error (PR #1797)."""
+    """Adds to the frontier's codes LQER of rank 4 for the three matrices of largest error (PR #1797)."""
     hessians = {name: one.hessian_CC for name, one in given.statistics.items()}
     weights = {name: given.state[name] for name in hessians}
     return others_as_fp16(given, correct_worst(weights, frontier_codes(given, rate), hessians, 3))
 
 
 def round_with_protection(given: MethodInput, rate: float) -> QuantizedState:
-    """The frontier's grids with two bits more for the most salient 64 columns of the embedding (PR #1908)."""
+    """Rounds on the frontier's grids with two bits more for the most salient 64 columns of the embedding (PR #1908)."""
     stored, name = frontier_codes(given, rate), "tok_emb.weight"
     weight_RC, hessian_CC = given.state[name], given.statistics[name].hessian_CC
     bits, k = FRONTIER_GRIDS["embed"]
@@ -113,7 +101,7 @@ def round_with_protection(given: MethodInput, rate: float) -> QuantizedState:
 def round_by_level(
     given: MethodInput, rate: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True
 ) -> QuantizedState:
-    """One water level for all matrices (golf/quant/waterfill.py), 2^-rate nats."""
+    """Rounds by one water level for all matrices (golf/quant/waterfill.py), 2^-rate nats."""
     given.search.trellis, given.search.quant = trellis, replace(given.quant, rd_lambda=rd_lambda)
     return given.search.quantize(-rate)
 
@@ -122,21 +110,21 @@ RECIPE_RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 FRONTIER_RATES = (0.3, 0.45, 0.65, 1.0, 1.5, 2.2, 3.2)
 LEVEL_RATES = (19.5, 20.5, 21.5, 22.5, 23.5, 24.5, 25.5, 27.0)
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, RateMethod] = {
     method.name: method
     for method in (
-        Method("recipe", "int5/int6 round to nearest, 5 % pruned, lzma", "lzma", RECIPE_RATES, round_like_recipe),
-        Method("recipe-rans", "the recipe's codes, our coder", "rans", RECIPE_RATES, round_like_recipe),
-        Method("frontier", "GPTQ, SDClip, brotli", "brotli", FRONTIER_RATES, round_like_frontier),
-        Method("frontier-rans", "GPTQ, SDClip, our coder", "rans", FRONTIER_RATES, round_like_frontier),
-        Method("frontier-lqer", "GPTQ, SDClip, low-rank correction, our coder", "rans", FRONTIER_RATES,
-               round_with_correction),
-        Method("frontier-awq", "GPTQ, SDClip, a protected group, our coder", "rans", FRONTIER_RATES,
-               round_with_protection),
-        Method("fit-nearest", "one water level, plain grids, codes by error alone", "rans", LEVEL_RATES,
-               lambda given, rate: round_by_level(given, rate, 0.0, trellis=False)),
-        Method("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,
-               lambda given, rate: round_by_level(given, rate, trellis=False)),
-        Method("waterfill", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
+        RateMethod("recipe", "int5/int6 round to nearest, 5 % pruned, lzma", "lzma", RECIPE_RATES, round_like_recipe),
+        RateMethod("recipe-rans", "the recipe's codes, our coder", "rans", RECIPE_RATES, round_like_recipe),
+        RateMethod("frontier", "GPTQ, SDClip, brotli", "brotli", FRONTIER_RATES, round_like_frontier),
+        RateMethod("frontier-rans", "GPTQ, SDClip, our coder", "rans", FRONTIER_RATES, round_like_frontier),
+        RateMethod("frontier-lqer", "GPTQ, SDClip, low-rank correction, our coder", "rans", FRONTIER_RATES,
+                   round_with_correction),
+        RateMethod("frontier-awq", "GPTQ, SDClip, a protected group, our coder", "rans", FRONTIER_RATES,
+                   round_with_protection),
+        RateMethod("fit-nearest", "one water level, plain grids, codes by error alone", "rans", LEVEL_RATES,
+                   lambda given, rate: round_by_level(given, rate, 0.0, trellis=False)),
+        RateMethod("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,
+                   lambda given, rate: round_by_level(given, rate, trellis=False)),
+        RateMethod("waterfill", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
     )
 }  # fmt: skip

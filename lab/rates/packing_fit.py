@@ -1,4 +1,4 @@
-"""What `tools/pack_artifact.py --fit` does: calibrate weights, and fill a limit with them or keep a score."""
+"""Calibrates weights and fills a limit with them, or finds the smallest artifact that keeps a score."""
 
 import time
 from collections.abc import Callable
@@ -7,23 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from golf.artifact.container import pack_artifact, read_artifact
-from golf.artifact.fill_limit import FittedArtifact, LevelSearch, fill_limit
+from golf.artifact.fill_limit import (
+    COARSEST,
+    FINEST,
+    FitError,
+    FittedArtifact,
+    LevelArtifact,
+    LevelSearch,
+    fill_limit,
+)
 from golf.artifact.weights import SavedWeights
 from golf.config.knobs import ConfigError
 from golf.config.quantization import CODECS, QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import expand_glob
 from golf.quant.calibration import LayerStatistics, calibrate, generated_rows, training_rows
-from golf.quant.qat import quantized_gpt
 from golf.runtime import Runtime
 from golf.score.roundtrip import score_artifact
-from lab.rates.target_fit import smallest_at_score
-from lab.rates.trained_run import check_calibration_shards, scoring_config
+from lab.rates.trained_run import check_calibration_shards, load_float_model, scoring_config
+
+FIRST_TARGET_GUESS, STRIDE = -23.0, 2.0
+FINE_ENOUGH = 0.03
+"""Octaves of level between the artifact that is returned and one that misses the score: 0.015 bit a weight."""
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What is asked of a fit."""
+    """Holds what is asked of a fit."""
 
     goal_bytes: int
     """Most bytes of the artifact, reserve taken off."""
@@ -37,7 +47,7 @@ class FitRequest:
     tokenizer: Path | None = None
 
     def check(self) -> None:
-        """Raise ConfigError for what does not go together."""
+        """Raises ConfigError for what does not go together."""
         if self.target_bpb is not None and not (self.val and self.tokenizer):
             raise ConfigError("--target-bpb is measured: give --val and --tokenizer too")
         if self.goal_bytes <= 0:
@@ -45,11 +55,8 @@ class FitRequest:
 
 
 def measure_weights(saved: SavedWeights, request: FitRequest, runtime: Runtime) -> dict[str, LayerStatistics]:
-    """Calibration on training shards, or on text of the model's own. Raises UserError."""
-    model = quantized_gpt(saved.model, runtime.compute_dtype)
-    model.load_state_dict(saved.state)
-    model.to(runtime.device)
-    length = saved.model.train_seq_len
+    """Calibrates on training shards, or on text of the model's own. Raises UserError."""
+    model, length = load_float_model(saved, runtime), saved.model.train_seq_len
     if request.calibration:
         paths = [Path(path) for path in expand_glob(request.calibration)]
         check_calibration_shards(paths, [Path(path) for path in expand_glob(request.val)] if request.val else [])
@@ -62,7 +69,7 @@ def measure_weights(saved: SavedWeights, request: FitRequest, runtime: Runtime) 
 def fit_weights(
     saved: SavedWeights, request: FitRequest, runtime: Runtime, log: Callable[[str], None]
 ) -> tuple[FittedArtifact, dict[str, Any]]:
-    """The artifact that was asked for, and how it came about. Raises UserError."""
+    """Returns the artifact that was asked for, and how it came about. Raises UserError."""
     request.check()
     started = time.perf_counter()
     statistics = measure_weights(saved, request, runtime)
@@ -87,7 +94,7 @@ def fit_to_score(
     saved: SavedWeights, statistics: dict[str, LayerStatistics], quant: QuantConfig, request: FitRequest,
     runtime: Runtime, log: Callable[[str], None],
 ) -> FittedArtifact:  # fmt: skip
-    """The smallest artifact of at most `target_bpb` on the validation shards, in plain rows."""
+    """Returns the smallest artifact of at most `target_bpb` on the validation shards, in plain rows."""
     score = scoring_config(saved.model, 0, 0, runtime.device.type)
     paths = expand_glob(request.val)
 
@@ -101,3 +108,31 @@ def fit_to_score(
     data, sizes = pack_artifact(found.stored, saved.model, saved.tokenizer_sha256, quant.codec)
     action = f"water level 2^{found.log_level:.4f} keeps {request.target_bpb:g} bits per byte"
     return FittedArtifact(data, sizes, found.stored, [], [action])
+
+
+def smallest_at_score(
+    search: LevelSearch, score_of: Callable[[bytes], float], target: float, log: Callable[[str], None]
+) -> LevelArtifact:
+    """Returns the smallest artifact met whose score is at most `target`, `score_of` being measured on its bytes.
+
+    Raises FitError where even the finest level misses it.
+    """
+    keeps = misses = None
+    guess = FIRST_TARGET_GUESS
+    while keeps is None or misses is None or misses - keeps > FINE_ENOUGH:
+        found = search.at(guess)
+        score = score_of(found.data)
+        log(f"fit: {len(found.data):,} bytes have {score:.5f} bits per byte, {target:.5f} are wanted")
+        keeps, misses = (guess, misses) if score <= target else (keeps, guess)
+        if keeps == COARSEST:
+            break
+        if misses == FINEST:
+            raise FitError(
+                f"no artifact of these weights has {target:g} bits per byte: the finest, of {len(found.data):,} bytes, "
+                f"has {score:.5f}; ask for no less than that"
+            )
+        if keeps is None or misses is None:
+            guess = min(COARSEST, guess + STRIDE) if misses is None else max(FINEST, guess - STRIDE)
+        else:
+            guess = (keeps + misses) / 2
+    return search.at(keeps)

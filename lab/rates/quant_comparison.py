@@ -1,4 +1,4 @@
-"""Quantized forms of one model against its fp32 weights, on the same tokens: loss, bytes, and what is resolved.
+"""Compares quantized forms of one model with its fp32 weights, on the same tokens: loss, bytes, and what is resolved.
 
 Every form but fp32 is packed into an artifact, loaded back from its bytes and scored; the losses of single targets
 come from the scorer, which records them. C columns, N targets of the stream (N + 1 tokens).
@@ -10,22 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact, restore_model
 from golf.model.gpt import GPT
-from golf.quant.calibration import calibrate, collect_hessians
+from golf.model.layers import rms_norm
+from golf.quant.calibration import MomentRecorder, add_outer, calibrate, check_rows
 from golf.quant.export import check_storable
-from golf.quant.gptq import GPTQ_DEFAULTS, GptqOptions, quantize_matrix
 from golf.quant.grid import QuantizedState
-from golf.quant.qat import quantized_gpt
-from golf.quant.spec import NAIVE_INT8, QuantSpec, parse_quantizer
 from golf.quant.tensor_classes import FP16_BITS, QuantError, tensor_class
 from golf.runtime import Runtime
 from golf.score.scorer import ScoreSettings, evaluation_mode
 from lab.compare.statistics import BootstrapInterval, block_numbers, bootstrap_ratio
+from lab.rates.grids import NAIVE_INT8, QuantSpec, parse_quantizer
+from lab.rates.quantizers import GPTQ_DEFAULTS, GptqOptions, quantize_matrix
 from lab.rates.targets import first_targets, target_nats
-from lab.rates.trained_run import TrainedRun, TrainedRunError
+from lab.rates.trained_run import TrainedRun, TrainedRunError, load_float_model
 
 FP32, FP16, NAIVE = "fp32", "fp16", "naive8"
 FEWEST_DOCUMENTS = 20
@@ -92,7 +93,7 @@ class QuantComparison:
 
 
 def parse_variants(text: str, keeps_embedding: bool = False) -> list[QuantVariant]:
-    """The variants that words with commas name, fp32 first, each once. Raises QuantError."""
+    """Returns the variants that words with commas name, fp32 first, each once. Raises QuantError."""
     words = list(dict.fromkeys([FP32, *(word.strip() for word in text.split(","))]))
     return [parse_variant(word, keeps_embedding) for word in words]
 
@@ -109,9 +110,25 @@ def parse_variant(word: str, keeps_embedding: bool) -> QuantVariant:
     return QuantVariant(word, method, spec, keeps_embedding)
 
 
+def collect_hessians(model: GPT, rows_NT: Tensor, batch_rows: int = 8) -> dict[str, Tensor]:
+    """Returns the mean of x x^T at every matrix product, by forward passes alone; the tied table's is the head's.
+
+    Raises QuantError for no rows.
+    """
+    check_rows(rows_NT, model)
+    recorder = MomentRecorder(model)
+    with torch.no_grad(), recorder.hooks():
+        for start in range(0, len(rows_NT), batch_rows):
+            model.logits(rows_NT[start : start + batch_rows])
+            x_PC = rms_norm(recorder.stream_BTD).flatten(0, 1).float()
+            add_outer(recorder.sums["head"], x_PC, torch.ones(len(x_PC), device=x_PC.device))
+    sums = recorder.sums | {"tok_emb.weight": recorder.sums.pop("head")}
+    return {name: (part.hessian_CC / part.weight).cpu() for name, part in sums.items() if part.weight > 0}
+
+
 def gptq_moments(model: GPT, rows_NT: Tensor, runtime: Runtime, table: bool) -> dict[str, Tensor]:
-    """hessian_CC of every matrix; with `table`, of the tied embedding by both of its uses (by that of the head alone,
-    GPTQ is worse than rounding: docs/LOG.md). Raises QuantError."""
+    """Returns hessian_CC of every matrix; with `table`, of the tied embedding by both of its uses (by that of the head
+    alone, GPTQ is worse than rounding: docs/LOG.md). Raises QuantError."""
     with evaluation_mode(model):
         hessians = collect_hessians(model, rows_NT.to(runtime.device))
     if table:
@@ -125,7 +142,7 @@ def quantize_variant(
     hessians: Mapping[str, Tensor],
     options: GptqOptions = GPTQ_DEFAULTS,
 ) -> QuantizedState:
-    """Codes for the matrices, fp16 for the rest; GPTQ rounds a table that is only looked up to nearest.
+    """Returns codes for the matrices, fp16 for the rest; GPTQ rounds a table that is only looked up to nearest.
 
     `hessians` hold hessian_CC of each matrix by name. Raises QuantError.
     """
@@ -143,7 +160,7 @@ def quantize_variant(
 
 @dataclass(frozen=True, eq=False)
 class ComparisonSubject:
-    """What all variants are made from and scored on."""
+    """Holds what all variants are made from and scored on."""
 
     run: TrainedRun
     tokens_N1: np.ndarray
@@ -167,12 +184,10 @@ class ScoredVariant:
 
 
 def score_variant(variant: QuantVariant, subject: ComparisonSubject) -> ScoredVariant:
-    """Quantize, pack, load back, score. Raises UserError."""
+    """Quantizes, packs, loads back and scores a form. Raises UserError."""
     saved, runtime, clock = subject.run.saved, subject.runtime, [time.perf_counter()]
     if variant.name == FP32:
-        model = quantized_gpt(saved.model, runtime.compute_dtype)
-        model.load_state_dict(saved.state)
-        model = model.to(runtime.device)
+        model = load_float_model(saved, runtime)
         size, sha256 = subject.run.weights_path.stat().st_size, subject.run.weights_sha256
         clock += [time.perf_counter()] * 2
     else:
@@ -199,7 +214,7 @@ def compare_variants(
     seed: int = 0,
     advance: Callable[[VariantResult], None] = lambda result: None,
 ) -> QuantComparison:
-    """Score all variants, fp32 first, and tell each one's difference to fp32.
+    """Scores all variants, fp32 first, and compares each with fp32.
 
     `block_tokens` targets are a block of the bootstrap; 0: a document is; None: whichever there is enough of.
     Raises UserError.
@@ -224,7 +239,7 @@ def compare_variants(
 def variant_result(
     scored: ScoredVariant, reference: ScoredVariant, block_N: np.ndarray, run: TrainedRun, alpha: float, seed: int
 ) -> VariantResult:
-    """The same draws of blocks for every variant: one seed."""
+    """Compares a form with the reference, by the same draws of blocks for every variant: one seed."""
     nll, difference = float(scored.nats_N.mean()), None
     nats_per_bpb = math.log(2) * scored.bytes_scored / len(scored.nats_N)
     if scored is not reference:

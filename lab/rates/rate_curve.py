@@ -1,8 +1,8 @@
-"""val_bpb against real bytes for several methods, and how many bytes each saves at equal loss."""
+"""Compares val_bpb with real bytes for several methods, and how many bytes each saves at equal loss."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from lab.rates.rate_difference import (
     LossCurve,
@@ -30,13 +30,13 @@ FEWEST_RATES = 6
 class RateDifference:
     """One method against an anchor; None where the curves don't allow it, with the reason."""
 
-    percent: float | None
+    percent: float | None = None
     """Bjontegaard's, over equal losses; negative: fewer bytes."""
-    span: tuple[float, float] | None
+    span: tuple[float, float] | None = None
     """Excesses, in bits per byte, that both curves reach."""
-    log_percent: float | None
+    log_percent: float | None = None
     """The same with equal weight for equal ratios of excess, as decibels have it: the fine end counts as much."""
-    log_span: tuple[float, float] | None
+    log_span: tuple[float, float] | None = None
     reason: str = ""
 
 
@@ -69,7 +69,7 @@ class MethodCurve:
 
 @dataclass(frozen=True)
 class CurveSet:
-    """All that a comparison found."""
+    """Holds all that a comparison found."""
 
     unquantized: RatePoint
     methods: list[MethodCurve]
@@ -77,7 +77,7 @@ class CurveSet:
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """Distinct rates in rising order from words with commas. Raises RateError."""
+    """Returns the distinct rates in rising order from words with commas. Raises RateError."""
     try:
         rates = {float(word) for word in text.split(",")}
         if not all(map(math.isfinite, rates)):
@@ -88,7 +88,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 
 def parse_methods(text: str, methods: Mapping[str, RateMethod]) -> list[RateMethod]:
-    """The methods that words with commas name; all of them for no words. Raises RateError."""
+    """Returns the methods that words with commas name; all of them for no words. Raises RateError."""
     names = list(dict.fromkeys(text.split(","))) if text else list(methods)
     for name in names:
         if name not in methods:
@@ -106,7 +106,7 @@ class CurvePair:
 
 
 def fit_curves(name: str, points: Sequence[RatePoint], base: float) -> CurvePair:
-    """Both curves of a method; `base` is the unquantized val_bpb."""
+    """Returns both curves of a method; `base` is the unquantized val_bpb."""
     excesses = [(point.bytes, point.val_bpb - base) for point in points]
     try:
         plain = loss_curve(name, excesses)
@@ -117,72 +117,54 @@ def fit_curves(name: str, points: Sequence[RatePoint], base: float) -> CurvePair
 
 
 def rate_difference(curve: CurvePair, anchor: CurvePair, most: float) -> RateDifference:
-    """What `curve` takes more than `anchor`, over excesses up to `most`."""
+    """Returns what `curve` takes more than `anchor`, over excesses up to `most`."""
     if curve.plain is None or anchor.plain is None:
-        return RateDifference(None, None, None, None, curve.reason or anchor.reason)
+        return RateDifference(reason=curve.reason or anchor.reason)
     try:
-        span = shared_span(curve.plain, anchor.plain, most)
-        percent = bjontegaard_percent(curve.plain, anchor.plain, most)
+        plain = bjontegaard_percent(curve.plain, anchor.plain, most), shared_span(curve.plain, anchor.plain, most)
     except RateError as error:
-        return RateDifference(None, None, None, None, str(error))
+        return RateDifference(reason=str(error))
     if curve.log is None or anchor.log is None:
-        reason = f"fewer than two points have an excess of {FINEST_EXCESS:g} or more"
-        return RateDifference(percent, span, None, None, reason)
+        return RateDifference(*plain, reason=f"fewer than two points have an excess of {FINEST_EXCESS:g} or more")
     try:
         low, high = shared_span(curve.log, anchor.log, math.log(most))
     except RateError:  # they meet below the finest excess only
-        return RateDifference(percent, span, None, None, f"the curves share no excess above {FINEST_EXCESS:g}")
+        return RateDifference(*plain, reason=f"the curves share no excess above {FINEST_EXCESS:g}")
     log_percent = bjontegaard_percent(curve.log, anchor.log, math.log(most))
-    return RateDifference(percent, span, log_percent, (math.exp(low), math.exp(high)))
-
-
-def bytes_at_excess(curve: CurvePair, excess: float) -> float | None:
-    """Interpolated over log(excess), where the curve is nearly straight."""
-    return curve.log.bytes_at(math.log(excess)) if curve.log else None
+    return RateDifference(*plain, log_percent, (math.exp(low), math.exp(high)))
 
 
 def stated_bytes(curve: CurvePair, anchors: Mapping[str, CurvePair], excess: float) -> StatedBytes:
-    own = bytes_at_excess(curve, excess)
-    theirs = {name: bytes_at_excess(anchor, excess) for name, anchor in anchors.items()}
-    known = {name: size is not None and own is not None for name, size in theirs.items()}
-    return StatedBytes(
-        excess_bpb=excess,
-        bytes=None if own is None else round(own),
-        saved={name: round(size - own) if known[name] else None for name, size in theirs.items()},
-        saved_percent={name: 100 * (1 - own / size) if known[name] else None for name, size in theirs.items()},
-    )
+    """Returns the bytes at an excess, interpolated over log(excess), where the curve is nearly straight."""
+    sizes = {name: pair.log and pair.log.bytes_at(math.log(excess)) for name, pair in anchors.items()}
+    own = curve.log and curve.log.bytes_at(math.log(excess))
+    saved = {name: round(size - own) if size and own else None for name, size in sizes.items()}
+    percent = {name: 100 * (1 - own / size) if size and own else None for name, size in sizes.items()}
+    return StatedBytes(excess, own and round(own), saved, percent)
 
 
 def build_curves(
     methods: Sequence[RateMethod], points: Sequence[RatePoint], unquantized: RatePoint, most: float = MOST_EXCESS
 ) -> CurveSet:
-    """Curves and comparisons of the methods; `most` is the largest excess that counts in a rate difference."""
+    """Returns curves and comparisons of the methods; `most` is the largest excess that counts in a difference."""
     base = unquantized.val_bpb
-    own = {method.name: sorted_points(points, method.name) for method in methods}
+    ordered = sorted(points, key=lambda point: (point.bytes, point.rate))
+    own = {method.name: [point for point in ordered if point.method == method.name] for method in methods}
     curves = {name: fit_curves(name, found, base) for name, found in own.items()}
     anchors = {name: curves[name] for name in ANCHORS if name in curves}
-    found = [
-        MethodCurve(
-            name=method.name,
-            text=method.text,
-            codec=method.codec,
-            points=own[method.name],
-            excess_bpb=[point.val_bpb - base for point in own[method.name]],
-            left_out=curves[method.name].plain.left_out if curves[method.name].plain else 0,
-            against={name: rate_difference(curves[method.name], anchor, most) for name, anchor in anchors.items()},
-            stated=[stated_bytes(curves[method.name], anchors, excess) for excess in STATED_EXCESSES],
-        )
-        for method in methods
-    ]
+    found = []
+    for method in methods:
+        curve, excesses = curves[method.name], [point.val_bpb - base for point in own[method.name]]
+        against = {name: rate_difference(curve, anchor, most) for name, anchor in anchors.items()}
+        stated = [stated_bytes(curve, anchors, excess) for excess in STATED_EXCESSES]
+        left_out = curve.plain.left_out if curve.plain else 0
+        described = method.name, method.text, method.codec
+        found.append(MethodCurve(*described, own[method.name], excesses, left_out, against, stated))
     return CurveSet(unquantized, found, list(curve_notes(found, curves, most)))
 
 
-def sorted_points(points: Sequence[RatePoint], name: str) -> list[RatePoint]:
-    return sorted((point for point in points if point.method == name), key=lambda point: (point.bytes, point.rate))
-
-
 def curve_notes(found: Sequence[MethodCurve], curves: Mapping[str, CurvePair], most: float) -> Iterator[str]:
-    """What the tables leave unsaid."""
+    """Yields what the tables leave unsaid."""
     yield "the excess is val_bpb less that of the unquantized weights, on the same tokens in the same windows"
     yield f"rate differences are over excesses up to {most:g} bits per byte, where both curves reach them"
     for name in ANCHORS:
@@ -198,8 +180,3 @@ def curve_notes(found: Sequence[MethodCurve], curves: Mapping[str, CurvePair], m
             yield f"{curve.name}: {below} points are no worse than the unquantized weights"
         for reason in sorted({d.reason for name, d in curve.against.items() if d.reason and name != curve.name}):
             yield f"{curve.name}: {reason}"
-
-
-def curves_dict(curves: CurveSet) -> dict[str, object]:
-    """For JSON."""
-    return asdict(curves)

@@ -1,4 +1,4 @@
-"""The points of rate curves: one method at one rate, packed into real bytes, read back from them, scored.
+"""Measures the points of rate curves: one method at one rate, packed into real bytes, read back from them, scored.
 
 Every finished point is a file of its own, named by the hash of all that decides about it: method, rate, weights,
 calibration rows, validation tokens, windows, device and code. A point that is there is never measured again.
@@ -12,34 +12,35 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.config.config import Config
 from golf.config.model import ModelConfig
+from golf.config.quantization import CODECS
 from golf.config.scoring import ScoreConfig
 from golf.quant.grid import QuantizedState, dequantize_state
-from golf.quant.qat import quantized_gpt
 from golf.runtime import Runtime, write_file_atomically
 from golf.score.roundtrip import score_artifact, stream_identity
 from golf.score.scorer import score_stream, sliding_settings
 from lab.bundle.parts import code_sha256
 from lab.machine.fingerprint import machine_fingerprint
 from lab.rates.rate_difference import RateError
-from lab.rates.trained_run import TrainedRun
+from lab.rates.trained_run import TrainedRun, load_float_model
 
 UNQUANTIZED = "unquantized"
 MACHINE_KEYS = ("machine_id", "cpu", "cpu_cores", "gpus", "torch", "torch_threads", "python", "platform", "codecs")
 
 
-class RateMethod(Protocol):
-    """A way from weights to an artifact, with one dial."""
+@dataclass(frozen=True)
+class RateMethod:
+    """A way from weights to stored weights at a rate: a number that it understands, more of it being more bytes."""
 
     name: str
     text: str
-    codec: str
+    codec: CODECS
     rates: tuple[float, ...]
     encode: Callable[[Any, float], QuantizedState]
 
@@ -70,7 +71,7 @@ class RatePoint:
 
 @dataclass(frozen=True)
 class RateSubject:
-    """What all points of one comparison have in common; they are the same where its identity is."""
+    """Holds what all points of one comparison have in common; they are the same where its identity is."""
 
     weights_sha256: str
     tokenizer_sha256: str
@@ -82,19 +83,19 @@ class RateSubject:
     code_sha256: str
 
     def key(self, method: str, rate: float) -> str:
-        """32 hex digits; the unquantized weights don't depend on the calibration."""
+        """Returns 32 hex digits; the unquantized weights don't depend on the calibration."""
         subject = asdict(self) | ({"calibration_id": ""} if method == UNQUANTIZED else {})
         text = json.dumps([subject, method, repr(float(rate))], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def scoring_code_sha256(root: Path) -> str:
-    """Hash over the files that quantize, pack and score; `root` is the repository."""
-    return code_sha256(root, "lab/rates/rate_points.py")
+    """Returns a hash over the files that quantize, pack and score; `root` is the repository."""
+    return code_sha256(root, "lab/rates/rate_points.py", "lab/rates/methods.py")
 
 
 def rate_subject(run: TrainedRun, rows_NT: Any, score: ScoreConfig, runtime: Runtime, root: Path) -> RateSubject:
-    """The subject of a run's comparison; `rows_NT` are the calibration rows."""
+    """Returns the subject of a run's comparison; `rows_NT` are the calibration rows."""
     windows = {"seq_len": score.eval_seq_len, "stride": score.eval_stride, "rope": score.eval_rope}
     return RateSubject(
         weights_sha256=run.weights_sha256,
@@ -119,7 +120,7 @@ class PointStore:
         return self.folder / f"{self.subject.key(method, rate)}.json"
 
     def load(self, method: str, rate: float) -> RatePoint | None:
-        """The point, if it has been measured. Raises RateError for a damaged file."""
+        """Returns the point, if it has been measured. Raises RateError for a damaged file."""
         path = self.path(method, rate)
         point = read_rate_point(path) if path.is_file() else None
         if point:
@@ -147,12 +148,11 @@ def read_rate_point(path: Path) -> RatePoint:
 
 
 def measure_unquantized(run: TrainedRun, score: ScoreConfig, runtime: Runtime, machine_id: str) -> RatePoint:
-    """The score of the weights as training left them, by the scorer and in the windows of all points."""
+    """Measures the score of the weights as training left them, by the scorer and in the windows of all points."""
     saved = run.saved
-    model = quantized_gpt(saved.model, runtime.compute_dtype)
-    model.load_state_dict(saved.state)
+    model = load_float_model(saved, runtime)
     settings = sliding_settings(score, saved.model)
-    found = score_stream(model.to(runtime.device), run.tokens_N, run.counter, settings, runtime, announce=False)
+    found = score_stream(model, run.tokens_N, run.counter, settings, runtime, announce=False)
     size = run.weights_path.stat().st_size
     bits = 8 * size / sum(tensor.numel() for tensor in saved.state.values())
     return RatePoint(
@@ -171,7 +171,7 @@ def measure_rate_point(
     machine_id: str,
     scored: Mapping[str, RatePoint],
 ) -> RatePoint:
-    """One method at one rate: quantize, pack, read the bytes back, score what they hold. `given` is encode's input.
+    """Quantizes `given` by a method at a rate, packs it, reads the bytes back and scores what they hold.
 
     Weights that a point of `scored` (by their hash) has been scored with, to the bit, have its score. Raises UserError.
     """
@@ -200,7 +200,7 @@ def measure_rate_point(
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and fp32 values."""
+    """Returns SHA-256 over names and fp32 values."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -208,6 +208,6 @@ def hash_state(state: Mapping[str, Tensor]) -> str:
 
 
 def describe_machine(runtime: Runtime, folder: Path, model: ModelConfig, score: ScoreConfig) -> dict[str, Any]:
-    """What of the machine a reader of times and bytes asks for."""
+    """Returns what of the machine a reader of times and bytes asks for."""
     found = machine_fingerprint(runtime, os.environ, folder, Config(model=model, score=score))
     return {key: found[key] for key in MACHINE_KEYS}

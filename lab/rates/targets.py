@@ -1,4 +1,4 @@
-"""The nats of every single target of a stream, for what compares models target by target.
+"""Scores the nats of every single target of a stream, for what compares models target by target.
 
 N targets of a stream (N + 1 tokens), M targets of a batch.
 """
@@ -18,7 +18,7 @@ from golf.score.scorer import ScoreSettings, evaluation_mode, prepare_job, score
 def first_targets(
     tokens_N1: np.ndarray, counter: ByteTable | StreamBytes, targets: int
 ) -> tuple[np.ndarray, ByteTable | StreamBytes]:
-    """The stream's beginning, and what counts its bytes; 0: all of it."""
+    """Returns the stream's beginning, and what counts its bytes; 0: all of it."""
     if targets and targets + 1 < len(tokens_N1):
         tokens_N1 = tokens_N1[: targets + 1]
         if isinstance(counter, StreamBytes):  # by position
@@ -29,7 +29,7 @@ def first_targets(
 def target_nats(
     model: GPT, tokens_N1: np.ndarray, counter: ByteTable | StreamBytes, settings: ScoreSettings, runtime: Runtime
 ) -> tuple[np.ndarray, int]:
-    """(float64 nats_N of every target, bytes of all), by the scorer on this rank."""
+    """Returns (float64 nats_N of every target, bytes of all), by the scorer on this rank."""
     job = prepare_job(model, tokens_N1, counter, settings, runtime.device)
     nats_N = np.full(len(tokens_N1) - 1, np.nan)
 

@@ -1,4 +1,4 @@
-"""A trained run as comparisons of its quantized forms open it: weights, a validation stream, rows to calibrate on.
+"""Opens a trained run for comparisons of its quantized forms: weights, a validation stream, rows to calibrate on.
 
 N tokens of a stream, T tokens of a row.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from golf.artifact.container import Artifact
 from golf.artifact.weights import SavedWeights, load_weights
 from golf.config.knobs import UserError
 from golf.config.model import ModelConfig
@@ -19,8 +18,10 @@ from golf.data.manifest import MANIFEST_NAME
 from golf.data.shards import SHARD_NAME, expand_glob, find_shards
 from golf.data.sidecar import StreamBytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer
+from golf.model.gpt import GPT
+from golf.quant.qat import quantized_gpt
 from golf.run.folder import RunFolder
-from golf.runtime import file_sha256
+from golf.runtime import Runtime, file_sha256
 from golf.score.roundtrip import load_validation, stream_identity
 from golf.score.scorer import ScoreSettings, check_settings, check_stream
 from lab.probe.data_probes import read_run_record
@@ -54,8 +55,15 @@ class TrainedRun:
         return stream_identity(self.tokens_N)
 
 
+def load_float_model(saved: SavedWeights, runtime: Runtime) -> GPT:
+    """Returns the model of trained weights as they are, on the runtime's device."""
+    model = quantized_gpt(saved.model, runtime.compute_dtype)
+    model.load_state_dict(saved.state)
+    return model.to(runtime.device)
+
+
 def open_trained_run(path: Path, val: str = "", tokenizer: str = "", calibration: str = "") -> TrainedRun:
-    """The run in a folder, on its own data or what `val`, `tokenizer` and `calibration` name (patterns and a file).
+    """Opens the run in a folder, on its own data or another `tokenizer` (file), `val` and `calibration` (patterns).
 
     Raises UserError, OSError.
     """
@@ -71,7 +79,7 @@ def open_trained_run(path: Path, val: str = "", tokenizer: str = "", calibration
         Path(shard) for shard in without_sidecars(expand_glob(val) if val else find_shards(data.data_path, "val"))
     ]
     train_paths = expand_glob(calibration) if calibration else find_shards(data.data_path, "train")
-    tokens_N, counter = load_validation(description_only(saved), tokenizer_path, val_paths)
+    tokens_N, counter = load_validation(saved.tokenizer_sha256, tokenizer_path, val_paths)
     for shards in (val_paths, train_paths):
         check_shards_tokenizer(shards, saved.tokenizer_sha256)
     check_stream(torch.from_numpy(tokens_N.astype(np.int32)), saved.model)
@@ -83,13 +91,8 @@ def open_trained_run(path: Path, val: str = "", tokenizer: str = "", calibration
     )
 
 
-def description_only(saved: SavedWeights) -> Artifact:
-    """An artifact without tensors, which says what scoring asks of one: the model and its tokenizer."""
-    return Artifact(saved.model, saved.tokenizer_sha256, {}, "none", "", 0)
-
-
 def check_shards_tokenizer(shards: Sequence[Path], tokenizer_sha256: str) -> None:
-    """Raise TrainedRunError where the manifest beside the shards names another tokenizer.
+    """Raises TrainedRunError where the manifest beside the shards names another tokenizer.
 
     A smaller vocabulary would pass as tokens of a larger one.
     """
@@ -106,7 +109,7 @@ def check_shards_tokenizer(shards: Sequence[Path], tokenizer_sha256: str) -> Non
 
 
 def check_calibration_shards(train_paths: Sequence[Path], val_paths: Sequence[Path]) -> None:
-    """Raise TrainedRunError for a validation shard, or a copy of one, among the training shards."""
+    """Raises TrainedRunError for a validation shard, or a copy of one, among the training shards."""
     sizes = {path.stat().st_size for path in val_paths}
     held_out = {file_sha256(path) for path in val_paths}
     for path in train_paths:
@@ -118,7 +121,7 @@ def check_calibration_shards(train_paths: Sequence[Path], val_paths: Sequence[Pa
 
 
 def scoring_config(model: ModelConfig, window: int, stride: int, device: str) -> ScoreConfig:
-    """Windows of `window` tokens (0: the training length) at `stride` (0: plain rows), without a limit of time.
+    """Returns windows of `window` tokens (0: the training length) at `stride` (0: plain rows), without a limit of time.
 
     Raises ScoreError.
     """

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf.artifact.container import Artifact, coded_bytes, read_artifact, restore_model
+from golf.artifact.container import coded_bytes, read_artifact, restore_model
 from golf.config.config import Config
 from golf.config.knobs import UserError
 from golf.config.model import ModelConfig
@@ -47,8 +47,7 @@ class DivergedError(UserError):
 def open_validation(spec: RunSpec, tokenizer_sha256: str) -> tuple[np.ndarray, ByteCounter]:
     """Returns (tokens_N1, what counts their bytes) of the spec's validation data. Raises StudyError for other data."""
     data = spec.config.data
-    description = Artifact(spec.config.model, tokenizer_sha256, {}, "none", "", 0)
-    tokens_N1, counter = load_validation(description, data.tokenizer_path, find_shards(data.data_path, "val"))
+    tokens_N1, counter = load_validation(tokenizer_sha256, data.tokenizer_path, find_shards(data.data_path, "val"))
     found = stream_identity(tokens_N1)
     if found != spec.val_data_id:
         raise StudyError(

@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from lab.rates.pictures import LINE_COLOURS, line_style, round_ticks, save_picture, shown_bytes, shown_power, tidy_axes
 from lab.rates.quant_comparison import parse_variant
-from lab.rates.quant_picture import shown_power
 from lab.rates.rate_difference import unbeaten_points
-from lab.rates.rate_picture import LINE_COLOURS, line_style, round_ticks, save_picture, shown_bytes, tidy_axes
 from lab.study.measures import site_of_weight
 from lab.study.table import RowDifference, Study, StudyRow, band, differences, mean_interval, row_difference
 

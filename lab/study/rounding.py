@@ -14,11 +14,11 @@ from torch import Tensor
 from golf.artifact.container import pack_artifact
 from golf.artifact.weights import load_weights
 from golf.quant.calibration import training_rows
-from golf.quant.gptq import GptqOptions
 from golf.quant.qat import quantized_gpt
 from golf.run.datasets import open_training_data
 from golf.runtime import Runtime
 from lab.rates.quant_comparison import gptq_moments, parse_variant, quantize_variant
+from lab.rates.quantizers import GptqOptions
 from lab.study.measures import measure_artifact, open_validation
 from lab.study.spec import FINISHED, RunSpec, StudyError, load_result, require
 from lab.study.training import check_training_data

@@ -1,7 +1,10 @@
-"""A low-rank correction of the rounding error (LQER: Zhang et al. 2024, arXiv 2402.02446).
+"""Two ways to spend a few more bits where they count: a low-rank correction, and finer steps for salient columns.
 
-What rounding leaves, E = W - Q, is made up for by two thin factors, themselves rounded. With the inputs' second
-moments H = S S^T the factors are those of the singular values of E S: the directions that the outputs notice.
+A low-rank correction (LQER: Zhang et al. 2024, arXiv 2402.02446) makes up for what rounding leaves, E = W - Q, by two
+thin factors, themselves rounded. With the inputs' second moments H = S S^T the factors are those of the singular values
+of E S: the directions that the outputs notice. Finer steps go to the columns that matter most (after AWQ, Lin et al.
+2023, arXiv 2306.00978; parameter-golf PR #1908): by the root mean square of their input times the mean magnitude of
+their weights.
 
 R rows, C columns, K rank.
 """
@@ -12,11 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from golf.quant.gptq import checked_hessian, factor_and_damped
-from golf.quant.grid import QuantizedTensor, dequantize_tensor
-from golf.quant.rtn import check_finite, round_to_nearest
-from golf.quant.spec import QuantSpec
+from golf.quant.gptq import StepSizes, check_finite, checked_hessian, factor_and_damped
+from golf.quant.grid import QuantizedTensor, dequantize_tensor, group_width
 from golf.quant.tensor_classes import QuantError
+from lab.rates.grids import QuantSpec, grid_of, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class LowRankOptions:
 
 
 def root_of_inputs(hessian_CC: Tensor | None, columns: int, damping: float) -> Tensor:
-    """S with S S^T = H damped; the identity without H."""
+    """Returns S with S S^T = H damped; the identity without H."""
     if hessian_CC is None:
         return torch.eye(columns, dtype=torch.float64)
     factor_CC, damped_CC = factor_and_damped(checked_hessian(hessian_CC.cpu(), columns), damping)
@@ -38,7 +40,7 @@ def root_of_inputs(hessian_CC: Tensor | None, columns: int, damping: float) -> T
 
 
 def leading_directions(error_RC: Tensor, rank: int) -> Tensor:
-    """left_RK, orthonormal: the first left singular vectors, the largest entry of each positive."""
+    """Returns left_RK, orthonormal: the first left singular vectors, the largest entry of each positive."""
     left_RK = torch.linalg.svd(error_RC, full_matrices=False).U[:, :rank]
     largest_1K = left_RK.abs().argmax(0, keepdim=True)
     return left_RK * left_RK.gather(0, largest_1K).sign()
@@ -50,7 +52,7 @@ def with_low_rank(
     hessian_CC: Tensor | None = None,
     options: LowRankOptions = LowRankOptions(),
 ) -> QuantizedTensor:
-    """`entry` with the rounded factors of what it lacks of `weight_RC`, in the metric of H where that is given.
+    """Returns `entry` with the rounded factors of what it lacks of `weight_RC`, in the metric of H where that is given.
 
     The right factor is fitted to the rounded left one by least squares. Raises QuantError.
     """
@@ -68,7 +70,7 @@ def with_low_rank(
 
 
 def weighted_error(weight_RC: Tensor, entry: QuantizedTensor, hessian_CC: Tensor | None = None) -> float:
-    """tr(E H E^T) of what `entry` lacks of the weights; without H the sum of squares."""
+    """Returns tr(E H E^T) of what `entry` lacks of the weights; without H the sum of squares."""
     error_RC = weight_RC.detach().cpu().double() - dequantize_tensor(entry).double()
     moved_RC = error_RC if hessian_CC is None else error_RC @ hessian_CC.cpu().double()
     return float((moved_RC * error_RC).sum())
@@ -81,7 +83,7 @@ def correct_worst(
     count: int,
     options: LowRankOptions = LowRankOptions(),
 ) -> dict[str, QuantizedTensor]:
-    """`entries` with corrections of those `count` tensors that lose the largest errors by it, in the metric of their H.
+    """Returns `entries`, those `count` tensors corrected that gain most by it in the metric of their H.
 
     Tensors without H are measured by squares: give all or none.
     """
@@ -93,3 +95,34 @@ def correct_worst(
             gains[name] = before - after
     chosen = sorted(gains, key=lambda name: (-gains[name], name))[:count]
     return {name: corrected[name] if name in chosen and gains[name] > 0 else entries[name] for name in entries}
+
+
+def column_saliency(weight_RC: Tensor, hessian_CC: Tensor) -> Tensor:
+    """Returns saliency_C, float64, in units of the root of H's."""
+    return hessian_CC.diagonal().double().cpu().sqrt() * weight_RC.detach().cpu().double().abs().mean(dim=0)
+
+
+def most_salient_group(weight_RC: Tensor, hessian_CC: Tensor, width: int) -> slice:
+    """Returns the group of at most `width` neighbouring columns of greatest mean saliency; of equal ones the first."""
+    columns = weight_RC.size(1)
+    width = group_width(columns, -(-columns // width))
+    saliency_C = column_saliency(weight_RC, hessian_CC)
+    start = max(range(0, columns, width), key=lambda c: (float(saliency_C[c : c + width].mean()), -c))
+    return slice(start, min(start + width, columns))
+
+
+def protected_steps(
+    weight_RC: Tensor, hessian_CC: Tensor, spec: QuantSpec, width: int = 64, finer_bits: int = 2
+) -> tuple[QuantSpec, StepSizes]:
+    """Returns the grid and steps for `quantize` that give the most salient group of columns `finer_bits` more bits.
+
+    The other columns keep the steps of `spec`, and codes beyond its range only where its rule would have clipped.
+    Raises QuantError.
+    """
+    if not (spec.symmetric and spec.bits >= 2 and finer_bits >= 1 and spec.bits + finer_bits <= 8 and width >= 1):
+        raise QuantError(f"columns of a symmetric grid of 2 bits or more can have up to 8: {spec.bits} + {finer_bits}")
+    scale_SG, _ = grid_of(weight_RC.detach().float(), spec)
+    column_scale_C = torch.ones(weight_RC.size(1))
+    column_scale_C[most_salient_group(weight_RC, hessian_CC, width)] = 0.5**finer_bits
+    steps = StepSizes(scale_SG.half().cpu(), column_scale_C.half())
+    return QuantSpec(spec.bits + finer_bits), steps
