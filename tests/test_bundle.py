@@ -109,7 +109,7 @@ def toy(tmp_path, write_tree):
 def run_script(path: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
 
 
 def test_one_file_with_header_imports_and_rulers(toy):

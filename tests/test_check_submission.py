@@ -291,7 +291,7 @@ def test_a_file_that_is_not_in_the_list_is_a_warning(own):
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(REPOSITORY / "tools" / "check_submission.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_the_command_lists_and_counts(own, published):

@@ -30,7 +30,7 @@ def run_check(project: Path, apt_get: str = "", **variables: str) -> subprocess.
         path.chmod(0o755)
     environment = os.environ | {"PATH": str(project / "bin")} | variables
     command = ["bash", str(project / ".ci/run")]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_a_browser_is_installed_where_there_is_none(project):

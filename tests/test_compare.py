@@ -255,7 +255,7 @@ def test_settings_without_sense_are_refused(settings):
 
 def run_tool(repository: Path, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/compare.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=600)
 
 
 def test_the_tool_prints_tables(repository, tmp_path):

@@ -308,7 +308,7 @@ def run_program(repository: Path, *arguments: str) -> dict:
     """What the program says in JSON; it must find no error."""
     command = [sys.executable, "tools/doctor.py", "--preset", "local", "--json", *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0 and finished.stderr == "", finished.stderr
     return json.loads(finished.stdout)
 

@@ -309,7 +309,7 @@ def test_an_interrupted_build_leaves_no_record(tmp_path, monkeypatch):
 
 def run_tool(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(REPOSITORY / "tools" / "make_submission.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd)
 
 
 TEXTS = ("--name", "A record", "--author", "Somebody", "--github-id", "some-body", "--blurb", "What it is.")

@@ -250,7 +250,7 @@ def importing_does_nothing(root: Path) -> Iterator[str]:
             externals |= {name for name in names if name.split(".")[0] not in ("golf", "__future__")}
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", IMPORT_PROBE, " ".join(modules), " ".join(sorted(externals))]
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root / "golf", timeout=300)
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root / "golf", timeout=600)
     yield from finished.stdout.splitlines()
     if finished.returncode:
         yield f"import failed: {finished.stderr.strip().splitlines()[-1]}"

@@ -58,7 +58,7 @@ def run_sh(
     path = f"{project / 'bin'}:/usr/bin:/bin"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(project / "fake")} | variables
     command = ["bash", str(project / "run.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or project, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or project, env=environment, timeout=600)
 
 
 @pytest.mark.parametrize("script", ["run.sh", ".ci/run"])

@@ -50,7 +50,7 @@ TORCH_FREE = ("tools/check_submission.py", "tools/make_submission.py")
 
 
 def run_tool(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=repository, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], cwd=repository, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
