@@ -2,10 +2,12 @@
 
 POINT: none, before:STAGE (its outputs are there, its record is not), after:STAGE, step:N, moment:N (in the midst of
 step N), checkpoint:N (while the N-th checkpoint of the process is written), chunk:N (after chunk N is scored), torn:N
-(half of chunk N's line is written). At stop:N, after chunk N, it sends itself SIGTERM instead. Of several processes only
-that of rank KILL_RANK dies, where that is set; with STEP_SECONDS every step takes so long on the training clock, so that
-no test depends on the machine's speed. The fresh process that scores is watched in the same way. The code of the run is
-not packed here (a small file stands for it), and pictures are not drawn: both have their own tests.
+(half of chunk N's line is written); at stop:N the process sends itself SIGTERM after chunk N instead. The fresh process
+that scores is watched in the same way. The code of the run is not packed here (a small file stands for it), and
+pictures are not drawn: both have their own tests.
+
+So that nothing depends on the machine's speed: of several processes only that of rank KILL_RANK dies, where that
+variable is set, and with STEP_SECONDS every step takes so long on the training clock.
 """
 
 import os

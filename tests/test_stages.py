@@ -264,9 +264,7 @@ def watch_signals(world_size: int, line) -> None:
         (2, signal.SIGTERM, EXIT_INTERRUPTED),
     ],
 )
-def test_the_first_signal_asks_and_the_second_ends_or_among_several_processes_the_grace(
-    world_size, number, status
-):
+def test_the_first_signal_asks_and_the_second_ends_or_among_several_processes_the_grace(world_size, number, status):
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     process = context.Process(target=watch_signals, args=(world_size, there), daemon=True)
