@@ -21,6 +21,7 @@ import pytest
 
 from tests.demo_fixtures import FORMS, PROMPT, make_demo_artifacts
 
+pytestmark = pytest.mark.slow
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync")

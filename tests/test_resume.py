@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TINY = [
     "vocab_size=400", "model_dim=32", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32", "iterations=24",
     "max_wallclock_seconds=0", "train_batch_tokens=256", "micro_batch_tokens=256", "warmup_steps=1", "threads=1",
