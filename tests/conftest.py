@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -54,6 +55,28 @@ def write_tree() -> Callable[[Path, Mapping[str, str]], None]:
             (root / name).write_text(text, encoding="utf-8")
 
     return write
+
+
+@pytest.fixture
+def run_command_here(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a script of the repository in this process, as `python SCRIPT ARGUMENTS` would, without its start."""
+
+    def run(script: str, *arguments: object, cwd: Path = repository) -> subprocess.CompletedProcess:
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            patch.setattr(sys, "path", [*sys.path])
+            patch.chdir(cwd)
+            try:
+                runpy.run_path(str(repository / script), run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+        return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -258,6 +258,7 @@ def test_tracebacks_of_a_packed_script_show_its_lines(tmp_path):
     assert "numerator/0" in finished.stderr and "ZeroDivisionError" in finished.stderr
 
 
+@pytest.mark.slow
 def test_the_command_writes_at_once_and_reports_sizes(tmp_path, repository):
     """Run in a copy of the parts that the command needs, with the toy for an entry."""
     for name in ("golf", "lab", "tools"):

@@ -324,6 +324,7 @@ def doctor(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
+@pytest.mark.slow
 def test_program_without_probe(repository):
     report = run_program(repository, "--skip-probe", "compile=off")
     assert report["probe"] == {} and report["preset"] == "local" and not report["probe_blocked"]
@@ -331,6 +332,7 @@ def test_program_without_probe(repository):
     assert {finding["severity"] for finding in report["findings"]} <= {"warning", "note"}
 
 
+@pytest.mark.slow
 def test_program_with_probe(repository):
     report = run_program(repository, *TINY)
     probe = report["probe"]

@@ -326,6 +326,7 @@ def plain_interrupt():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_whole(hub, root, monkeypatch, capsys, plain_interrupt):
     hub.faults[f"{SHARDS}/fineweb_train_000001.bin"] = ["slow"]
     hub.pause = 0.2  # a piece; the interrupt must be there before the last one, on a busy machine too
@@ -348,6 +349,7 @@ def test_an_interrupt_keeps_what_is_whole(hub, root, monkeypatch, capsys, plain_
     assert_whole(hub, root, 4)
 
 
+@pytest.mark.slow
 def test_a_killed_download_is_gone_on_with(hub, root, repository):
     """In processes of their own, with huggingface_hub's own settings (HF_ENDPOINT, HF_HOME)."""
     hub.faults[f"{SHARDS}/fineweb_train_000001.bin"] = ["slow"]

@@ -192,6 +192,7 @@ for number, chunk in enumerate(encode_chunks(chunks(), sys.argv[1], 2)):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds children in /proc")
 @pytest.mark.parametrize("victim", ["parent", "worker"])
+@pytest.mark.slow
 def test_killed_processes(model, tmp_path, repository, victim):
     path = tmp_path / "some.model"
     path.write_bytes(model)
