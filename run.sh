@@ -224,7 +224,7 @@ run_tool() {
 # Runs the tests that are not marked slow, or every one after --all.
 run_tests() {
     local which="the quick tests (--all runs every one)"
-    local arguments=(--numprocesses auto --dist loadfile)
+    local arguments=(--numprocesses auto --dist loadfile --no-loadscope-reorder) # tests/conftest.py has the order
     if [[ "${1:-}" == --all ]]; then
         which="every test"
         shift

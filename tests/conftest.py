@@ -22,7 +22,13 @@ hypothesis.settings.register_profile("golf", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("golf")
 
 
+LONG_FILES = ("test_resume", "test_end_to_end", "test_ablate_runs", "test_demo_page")
+"""Begun first, the longest before all: a file is one process's, and none of these should end alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if torch.cuda.is_available():
         return
     for item in items:

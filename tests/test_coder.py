@@ -125,6 +125,7 @@ def test_independent_codes_take_their_entropy():
         assert size_of(codes) < limit * entropy_bytes(codes)
 
 
+@pytest.mark.slow
 def test_what_is_known_makes_codes_shorter():
     """Each source of information, planted: bits saved by knowing it, less a little for finding out."""
     draw = np.random.default_rng(3)
@@ -190,6 +191,7 @@ def test_sparse_ternary_codes_are_modelled():
 
 
 @pytest.mark.parametrize("trellis", [False, True])
+@pytest.mark.slow
 def test_damaged_streams_give_the_artifact_error_or_other_codes(trellis):
     """No crash, no hang, no array of another shape, whatever the bytes."""
     draw, chance, refused = np.random.default_rng(6), random.Random(6), 0

@@ -174,6 +174,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_phases_of_a_real_process_add_up_to_its_time_within_one_percent(repository, tmp_path):
     script, path = tmp_path / "twice.py", tmp_path / "ledger.jsonl"
     script.write_text(f"import sys; sys.path.insert(0, {str(repository)!r})\n{EXEC_TWICE}")

@@ -18,6 +18,7 @@ def json_lines(texts) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
+@pytest.mark.slow
 def test_embedded_text_is_the_same_as_in_memory():
     assert list(itertools.islice(iter_documents("embedded"), 20)) == read_documents("embedded")[:20]
 

@@ -85,6 +85,7 @@ def expected_score(folder: Path, score: ScoreConfig):
     return score_stream(model, tokens, table, sliding_settings(score, artifact.model), CPU, announce=False)
 
 
+@pytest.mark.slow
 def test_fresh_process_gives_the_score_of_the_model_in_memory(bundle):
     command = [sys.executable, str(TOOL), *arguments(), "--json"]
     done = subprocess.run(command, cwd=bundle, capture_output=True, text=True, check=True)

@@ -5,6 +5,7 @@ which it must find.
 """
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -49,8 +50,14 @@ def program_files(root: Path) -> list[Path]:
     return folders + sorted(root.glob("*.py"))
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a file's text, which many rules walk."""
+    return ast.parse(text)
+
+
 def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return ast.walk(parsed(path.read_text(encoding="utf-8")))
 
 
 def place(root: Path, path: Path, node: ast.AST) -> str:

@@ -182,6 +182,27 @@ def test_a_tool_that_is_none_is_one_line_with_all_names(project, name):
     assert finished.stderr == "run.sh: tool takes one of these names: compare demo inspect_data\n"
 
 
+XDIST = "--numprocesses auto --dist loadfile --no-loadscope-reorder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed_on", "which"),
+    [
+        ([], f"{XDIST} -m not slow", "the quick tests (--all runs every one)"),
+        (["-x", "tests/a.py"], f"{XDIST} -m not slow -x tests/a.py", "the quick tests (--all runs every one)"),
+        (["--all"], XDIST, "every test"),
+        (["--all", "-x"], f"{XDIST} -x", "every test"),
+    ],
+)
+def test_the_slow_tests_run_only_when_asked_for(project, arguments, passed_on, which):
+    (project / "requirements-dev.txt").write_text("")
+    show = 'shift 2; echo "$OMP_NUM_THREADS: $*"; exit 5'
+    write_stub(project, "python", f'if [ "$2" = pytest ]; then {show}; fi; exec "{sys.executable}" "$@"')
+    finished = run_sh(project, "test", *arguments, OMP_NUM_THREADS="")
+    assert (finished.returncode, finished.stdout) == (5, f"1: {passed_on}\n"), finished.stderr
+    assert f"run.sh: {which} with Python 3" in finished.stderr
+
+
 TESTS = """
 import os
 import pytest
@@ -195,16 +216,16 @@ def test_a_whole_run():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "passed"), [([], "1 passed, 1 deselected"), (["--all"], "2 passed"), (["-m", "slow"], "1 passed, 1")]
+    ("arguments", "passed"), [([], "1 passed"), (["--all"], "2 passed"), (["-m", "slow"], "1 passed")]
 )
-def test_tests_run_with_the_arguments_given_and_the_slow_ones_only_when_asked_for(project, arguments, passed):
+def test_tests_run_with_the_arguments_given(project, arguments, passed):
     (project / "requirements-dev.txt").write_text("")
     (project / "test_one.py").write_text(TESTS)
     (project / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
-    finished = run_sh(project, "test", *arguments, "-n", "0", "-q", "test_one.py", OMP_NUM_THREADS="")
+    finished = run_sh(project, "test", *arguments, "-q", "test_one.py", OMP_NUM_THREADS="")
     assert finished.returncode == 0 and passed in finished.stdout.splitlines()[-1], finished.stdout + finished.stderr
-    assert ("every test with" if "--all" in arguments else "the quick tests (--all runs every one)") in finished.stderr
 
 
 def test_path_variables_are_meant_from_where_the_command_is_given(project, tmp_path):
