@@ -5,12 +5,16 @@
 #   bash run.sh --resume RUN_ID                                    go on with a run that was stopped or killed
 #   bash run.sh download --variant sp1024 [...]                    FineWeb's published shards, verified (data/README.md)
 #   bash run.sh prepare --input PATH [...]                         shards from text of your own
-#   bash run.sh test [pytest arguments]                            set up what is missing, then run every test
-#   bash run.sh lint                                               set up what is missing, then check style
+#   bash run.sh tool NAME [arguments]                              tools/NAME.py, for instance `bash run.sh tool compare --help`
+#   bash run.sh test [pytest arguments]                            the quick tests: a few minutes on 2 cores
+#   bash run.sh test --all [pytest arguments]                      every test: whole runs, kills, torchrun, a browser as well
+#   bash run.sh lint                                               style
 #
 # Without --preset: `leaderboard` on all CUDA devices where there are some, else `local`.
-# The Python that is active is used as it is where it has what requirements.txt asks for; else `.venv` is made
-# here and filled by pip, once. PYTHON=... names another Python to look at first.
+# Each command sets up what it needs, and no more: requirements.txt for a run, with requirements-data.txt, -lab.txt
+# and -demo.txt for the commands and tools that take more, all of them for the tests, requirements-dev.txt for style.
+# The Python that is active is used as it is where it has what they ask for; else `.venv` is made here and filled by
+# pip, once. PYTHON=... names another Python to look at first.
 # Relative paths on the command line are meant from where the command is given. The exit status is that of what ran.
 set -euo pipefail
 
@@ -199,21 +203,49 @@ run_data_command() {
     exec "$python" "$repository/data/$command.py" "${@:2}"
 }
 
+# Runs a tool with what it needs; paths are meant from where the command is given.
+run_tool() {
+    local name="${1:-}" files=(requirements.txt requirements-lab.txt) names=(tools/*.py)
+    name="${name%.py}"
+    if [[ "$name" == */* || ! -f "tools/$name.py" ]]; then
+        names=("${names[@]#tools/}")
+        say "tool takes one of these names: ${names[*]%.py}"
+        exit 2
+    fi
+    case "$name" in
+        demo) files+=(requirements-demo.txt) ;;
+        bench | inspect_data) files+=(requirements-data.txt) ;;
+    esac
+    set_up "${files[@]}"
+    cd "$caller"
+    exec "$python" "$repository/tools/$name.py" "${@:2}"
+}
+
+# Runs the tests that are not marked slow, or every one after --all.
 run_tests() {
-    set_up requirements.txt requirements-data.txt requirements-demo.txt requirements-dev.txt
-    say "tests with $("$python" --version) at $python"
+    local which="the quick tests (--all runs every one)"
+    local arguments=(--numprocesses auto --dist loadfile --no-loadscope-reorder) # tests/conftest.py has the order
+    if [[ "${1:-}" == --all ]]; then
+        which="every test"
+        shift
+    else
+        arguments+=(-m "not slow")
+    fi
+    set_up requirements.txt requirements-data.txt requirements-lab.txt requirements-demo.txt requirements-dev.txt
+    say "$which with $("$python" --version) at $python"
     # Many small models: more threads than one only wait for each other, so there is a process for each core.
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest --numprocesses auto --dist loadfile "$@"
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest "${arguments[@]}" "$@"
 }
 
 run_lint() {
-    set_up requirements.txt requirements-data.txt requirements-dev.txt
+    set_up requirements-dev.txt
     "$python" -m ruff check .
     "$python" -m ruff format --check .
 }
 
 cd "$repository"
 case "${1:-}" in
+    tool) run_tool "${@:2}" ;;
     test) run_tests "${@:2}" ;;
     lint) run_lint ;;
     download | prepare) run_data_command "$@" ;;

@@ -1,4 +1,8 @@
-"""Does what every tool does around its work: a typed command line, one line for a mistake, an exit status."""
+"""Does what every tool does around its work: a typed command line, one line for a mistake, an exit status.
+
+A tool that is started without the packages of its purpose says in one line which file names them, whether it misses
+them where it is imported or in the midst of its work.
+"""
 
 import json
 import sys
@@ -7,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -42,7 +46,39 @@ class DeviceOptions(ToolOptions):
         return run
 
 
+OPTIONAL_PACKAGES = {
+    "requirements-data.txt": ("huggingface_hub", "pyarrow", "tiktoken", "tiktoken_ext"),
+    "requirements-demo.txt": ("gradio",),
+    "requirements-lab.txt": ("jinja2", "scipy"),
+}
+"""Packages that are imported for some purposes only, by the file that installs them."""
 AnyOptions = TypeVar("AnyOptions", bound=ToolOptions)
+
+
+def missing_package_hint(error: BaseException) -> str:
+    """Returns one line that says how to install an optional package that was not found; "" for any other error."""
+    missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    for requirements, packages in OPTIONAL_PACKAGES.items():
+        if missing in packages:
+            return f"{missing} is not installed: pip install -r {requirements} (bash run.sh does it)"
+    return ""
+
+
+def fail_without_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints an error that nothing caught: one line and status 2 for a missing optional package, else a traceback."""
+    hint = missing_package_hint(error)
+    if not hint:
+        return sys.__excepthook__(kind, error, trace)
+    print_complaint(hint)
+    raise SystemExit(EXIT_BAD_INPUT)
+
+
+sys.excepthook = fail_without_package  # imports at the top of a tool fail before any code of the tool could catch them
+
+
+def print_complaint(text: str) -> None:
+    """Prints one line on standard error, behind the name of the tool that runs."""
+    print(f"{Path(sys.argv[0]).stem}: {' '.join(text.splitlines())}", file=sys.stderr)
 
 
 def run_command(options_type: type[AnyOptions], description: str | None, work: Callable[[AnyOptions], int]) -> int:
@@ -50,10 +86,13 @@ def run_command(options_type: type[AnyOptions], description: str | None, work: C
     options = tyro.cli(options_type, description=description, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         return work(options)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ModuleNotFoundError) as error:
+        hint = missing_package_hint(error)
+        if isinstance(error, ModuleNotFoundError) and not hint:
+            raise
         if options.debug:
             traceback.print_exc()
-        print(f"{Path(sys.argv[0]).stem}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print_complaint(hint or str(error))
         return EXIT_BAD_INPUT
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,7 +22,13 @@ hypothesis.settings.register_profile("golf", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("golf")
 
 
+LONG_FILES = ("test_resume", "test_end_to_end", "test_ablate_runs", "test_demo_page")
+"""Begun first, the longest before all: a file is one process's, and none of these should end alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -54,6 +61,28 @@ def write_tree() -> Callable[[Path, Mapping[str, str]], None]:
             (root / name).write_text(text, encoding="utf-8")
 
     return write
+
+
+@pytest.fixture
+def run_command_here(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a script of the repository in this process, as `python SCRIPT ARGUMENTS` would, without its start."""
+
+    def run(script: str, *arguments: object, cwd: Path = repository) -> subprocess.CompletedProcess:
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            patch.setattr(sys, "path", [*sys.path])
+            patch.chdir(cwd)
+            try:
+                runpy.run_path(str(repository / script), run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+        return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

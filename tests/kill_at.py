@@ -2,8 +2,12 @@
 
 POINT: none, before:STAGE (its outputs are there, its record is not), after:STAGE, step:N, moment:N (in the midst of
 step N), checkpoint:N (while the N-th checkpoint of the process is written), chunk:N (after chunk N is scored), torn:N
-(half of chunk N's line is written). The fresh process that scores is watched in the same way. The code of the run is
-not packed here (a small file stands for it), and pictures are not drawn: both have their own tests.
+(half of chunk N's line is written); at stop:N the process sends itself SIGTERM after chunk N instead. The fresh process
+that scores is watched in the same way. The code of the run is not packed here (a small file stands for it), and
+pictures are not drawn: both have their own tests.
+
+So that nothing depends on the machine's speed: of several processes only that of rank KILL_RANK dies, where that
+variable is set, and with STEP_SECONDS every step takes so long on the training clock.
 """
 
 import os
@@ -14,18 +18,32 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import golf.run.checkpoint
+import golf.run.trainer
 import train_gpt
 from golf.run.frozen_code import Program
 from golf.run.session import StageBook
 from golf.run.trainer import Trainer
+from golf.runtime import Stopwatch
 from golf.score.journal import ScoreJournal
 
 KIND, _, WHERE = sys.argv[1].partition(":")
 
 
 def die_at(kind: str, where: object) -> None:
-    if (kind, str(where)) == (KIND, WHERE):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if (kind, str(where)) == (KIND, WHERE) and os.environ.get("KILL_RANK") in (None, os.environ.get("RANK")):
+        os.kill(os.getpid(), signal.SIGTERM if kind == "stop" else signal.SIGKILL)
+
+
+class ConstantStopwatch(Stopwatch):
+    """Every step takes STEP_SECONDS."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        super().__init__(now=lambda: self.time)
+
+    def start(self) -> None:
+        super().start()
+        self.time += float(os.environ["STEP_SECONDS"])
 
 
 def watch_stages() -> None:
@@ -40,6 +58,8 @@ def watch_stages() -> None:
 
 
 def watch_training() -> None:
+    if "STEP_SECONDS" in os.environ:
+        golf.run.trainer.Stopwatch = ConstantStopwatch
     take_step, accumulate = Trainer.take_step, Trainer.accumulate_gradients
 
     def watched_step(self: Trainer, progress: float):
@@ -75,6 +95,7 @@ def watch_scoring() -> None:
             die_at("torn", WHERE)
         add(self, begin, end, sums, seconds)
         die_at("chunk", len(self.chunks))
+        die_at("stop", len(self.chunks))
 
     ScoreJournal.add = watched
 

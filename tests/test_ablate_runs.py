@@ -67,6 +67,7 @@ def study(repository, tmp_path_factory) -> tuple[Path, Path, subprocess.Complete
 # ---- a whole study ----
 
 
+@pytest.mark.slow
 def test_a_study_leaves_tables_pictures_and_a_page(study):
     _, out, finished = study
     assert finished.returncode == 1, finished.stderr  # a row failed
@@ -86,6 +87,7 @@ def test_a_study_leaves_tables_pictures_and_a_page(study):
     assert r"\begin{tabular}" in (out / "results.tex").read_text()
 
 
+@pytest.mark.slow
 def test_figures_of_a_row(study):
     _, out, _ = study
     rows = {row["rows"]: row for row in read_csv_rows((out / "results.csv").read_text())}
@@ -102,6 +104,7 @@ def test_figures_of_a_row(study):
     assert float(plain["train_val_gap"]) == pytest.approx(float(plain["val_nll"]) - float(plain["train_loss"]))
 
 
+@pytest.mark.slow
 def test_markdown_is_what_the_csv_gives(study):
     _, out, _ = study
     found = load_study_results(out)
@@ -109,6 +112,7 @@ def test_markdown_is_what_the_csv_gives(study):
     assert render_study("md", study_title(found), rows, study_notes(found)) == (out / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_curves_are_on_the_grid_of_steps_with_codes_and_flips(study):
     _, out, _ = study
     spec = next(path for path in out.glob("runs/*/spec.json") if json.loads(path.read_text())["name"] == "ternary")
@@ -123,6 +127,7 @@ def test_curves_are_on_the_grid_of_steps_with_codes_and_flips(study):
     assert not any("c_k" in row.get("matrix", "") for row in rows)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_bytes_on_all_tokens(study):
     _, out, _ = study
     for folder in out.glob("runs/*"):
@@ -141,6 +146,7 @@ def test_the_loss_is_that_of_the_bytes_on_all_tokens(study):
         assert sum(blocks["nats"]) == pytest.approx(score.nats, rel=1e-6) and len(blocks["nats"]) == -(-600 // 32)
 
 
+@pytest.mark.slow
 def test_a_run_alone_gives_the_same_bytes(study, repository, tmp_path):
     _, out, _ = study
     specs = {json.loads(path.read_text())["name"]: path for path in sorted(out.glob("runs/*/spec.json"))}
@@ -157,6 +163,7 @@ def test_a_run_alone_gives_the_same_bytes(study, repository, tmp_path):
 # ---- going on ----
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_others_done(study, run_here):
     matrix, out, _ = study
     command = ["--matrix", matrix, "--profile", "tiny", "--seeds", "2", "--out", out]
@@ -174,6 +181,7 @@ def test_finished_runs_are_skipped_and_others_done(study, run_here):
     assert after.keys() == before.keys() and {path for path in before if after[path] != before[path]} == {gone}
 
 
+@pytest.mark.slow
 def test_tables_are_made_anew_without_a_run(study, run_here):
     matrix, out, _ = study
     before = (out / "results.csv").read_text()
@@ -204,7 +212,7 @@ def test_a_study_that_is_killed_goes_on(repository, tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while processes_of(out) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_of(out) == [] and not list(out.glob("runs/*/result.json"))
@@ -229,6 +237,7 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_of_other_code_or_data_leaves_no_result(study, repository, tmp_path):
     _, out, _ = study
     spec = next(path for path in out.glob("runs/*/spec.json") if json.loads(path.read_text())["name"] == "plain")
@@ -250,6 +259,7 @@ def test_a_run_of_other_code_or_data_leaves_no_result(study, repository, tmp_pat
 # ---- codes ----
 
 
+@pytest.mark.slow
 def test_shares_and_flips_by_brute_force(study):
     codes = torch.tensor([[-1, 0, 0], [1, 1, 0]], dtype=torch.int8)
     assert code_shares(codes) == {"-1": 1 / 6, "0": 3 / 6, "1": 2 / 6}

@@ -156,6 +156,7 @@ def test_damaged_bytes_give_the_artifact_error(codec):
     assert refused > 1800
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS_TO_TEST)
 def test_damage_under_a_valid_checksum_never_crashes(codec):
     """Such bytes may be a sound artifact of other weights; all else must be the artifact error."""

@@ -111,7 +111,7 @@ def toy(tmp_path, write_tree):
 def run_script(path: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
 
 
 def test_one_file_with_header_imports_and_rulers(toy):
@@ -273,6 +273,7 @@ def test_tracebacks_of_a_packed_script_show_its_lines(tmp_path):
     assert "numerator/0" in finished.stderr and "ZeroDivisionError" in finished.stderr
 
 
+@pytest.mark.slow
 def test_the_command_writes_at_once_and_reports_sizes(tmp_path, repository):
     """Run in a copy of the parts that the command needs, with the toy for an entry."""
     for name in ("golf", "lab", "tools"):

@@ -3,7 +3,8 @@
 import json
 import math
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -289,12 +290,12 @@ def test_a_file_that_is_not_in_the_list_is_a_warning(own):
 # ---- the command ----
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "tools" / "check_submission.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def run_tool(run_command_here) -> Callable[..., subprocess.CompletedProcess]:
+    return partial(run_command_here, "tools/check_submission.py")
 
 
-def test_the_command_lists_and_counts(own, published):
+def test_the_command_lists_and_counts(run_tool, own, published):
     assert run_tool(own).returncode == 0
     claim(published, val_bpb=None, val_loss=2.0001)
     finished = run_tool(published)
@@ -307,7 +308,7 @@ def test_the_command_lists_and_counts(own, published):
     assert {log["seed"] for log in report["logs"]} == {7, 42, 1337}
 
 
-def test_no_folder_is_bad_input(tmp_path):
+def test_no_folder_is_bad_input(run_tool, tmp_path):
     finished = run_tool(tmp_path / "nowhere")
     assert finished.returncode == 2 and finished.stdout == ""
     assert finished.stderr.startswith("check_submission: ") and finished.stderr.count("\n") == 1

@@ -131,7 +131,7 @@ def test_what_is_written_is_the_state_at_that_moment(stream, folder, monkeypatch
     state = trainer.state()
     before = {name: tensor.clone() for name, tensor in state.tensors.items()}
     save, trained = golf.run.checkpoint.save_file, threading.Event()
-    monkeypatch.setattr(golf.run.checkpoint, "save_file", lambda *what: trained.wait(10) and save(*what))
+    monkeypatch.setattr(golf.run.checkpoint, "save_file", lambda *what: trained.wait(600) and save(*what))
     writer = CheckpointWriter(folder.checkpoints, 0, 1)
     path = writer.write(state, 2)
     take(trainer, 2)

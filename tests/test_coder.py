@@ -125,6 +125,7 @@ def test_independent_codes_take_their_entropy():
         assert size_of(codes) < limit * entropy_bytes(codes)
 
 
+@pytest.mark.slow
 def test_what_is_known_makes_codes_shorter():
     """Each source of information, planted: bits saved by knowing it, less a little for finding out."""
     draw = np.random.default_rng(3)
@@ -190,15 +191,16 @@ def test_sparse_ternary_codes_are_modelled():
 
 
 @pytest.mark.parametrize("trellis", [False, True])
+@pytest.mark.slow
 def test_damaged_streams_give_the_artifact_error_or_other_codes(trellis):
     """No crash, no hang, no array of another shape, whatever the bytes."""
     draw, chance, refused = np.random.default_rng(6), random.Random(6), 0
     codes, spec = bell(draw, (1, 300, 12), 3.0), [StackSpec((1, 300, 12), trellis)]
     codes[0, 200:] = codes[0, :100]
     data = encode_codes(spec, [codes])
-    started = time.perf_counter()
+    started = time.process_time()
     decode_codes(data, spec)
-    sound_seconds = time.perf_counter() - started
+    sound_seconds = time.process_time() - started
     for _ in range(60):
         damaged = bytearray(data)
         kind, place = chance.randrange(4), chance.randrange(min(len(data), 400 if chance.random() < 0.5 else 10**9))
@@ -210,14 +212,14 @@ def test_damaged_streams_give_the_artifact_error_or_other_codes(trellis):
             del damaged[place:]
         else:
             damaged[place:] = bytes([chance.randrange(256)]) * (len(data) - place)
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             (read,) = decode_codes(bytes(damaged), spec)
             assert read.shape == codes.shape and np.abs(read).max() <= 511
         except ArtifactError as error:
             refused += 1
             assert "\n" not in str(error)
-        assert time.perf_counter() - started < 20 * sound_seconds + 1
+        assert time.process_time() - started < 20 * sound_seconds + 1
     assert refused > 45
 
 

@@ -3,7 +3,8 @@
 import json
 import math
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -259,15 +260,15 @@ def test_settings_without_sense_are_refused(settings):
         compare([], [], **settings)
 
 
-def run_tool(repository: Path, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/compare.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run_tool(run_command_here) -> Callable[..., subprocess.CompletedProcess]:
+    return partial(run_command_here, "tools/compare.py")
 
 
-def test_the_tool_prints_tables(repository, tmp_path):
+def test_the_tool_prints_tables(run_tool, tmp_path):
     make_arm(tmp_path / "record" / "runs", "a", steps=1000)
     b = make_arm(tmp_path, "b", steps=800, valid=False, fingerprint={"machine_id": "m2"})
-    finished = run_tool(repository, tmp_path / "record", "--vs", *b, "--include-invalid", "--variants-tried", 2)
+    finished = run_tool(tmp_path / "record", "--vs", *b, "--include-invalid", "--variants-tried", 2)
     assert finished.returncode == 0, finished.stderr
     text = " ".join(finished.stdout.split())
     for part in (
@@ -285,19 +286,19 @@ def test_the_tool_prints_tables(repository, tmp_path):
     assert max(map(len, finished.stdout.splitlines())) <= 80
 
 
-def test_the_tool_prints_json(repository, tmp_path):
+def test_the_tool_prints_json(run_tool, tmp_path):
     a, b = make_arm(tmp_path, "a"), make_arm(tmp_path, "same")
-    finished = run_tool(repository, *a, "--vs", *b, "--json")
+    finished = run_tool(*a, "--vs", *b, "--json")
     assert finished.returncode == 0, finished.stderr
     figures = json.loads(finished.stdout)
     assert figures["measures"][0]["welch"]["test"]["p_two_sided"] == pytest.approx(SAME_P, abs=1e-10)
     assert figures["verdict"] == "not resolved" and figures["arms"]["A"][0]["path"] == str(a[0] / "result.json")
 
 
-def test_the_tool_refuses_in_one_line(repository, tmp_path):
+def test_the_tool_refuses_in_one_line(run_tool, tmp_path):
     a = make_arm(tmp_path, "a")
-    missing = run_tool(repository, *a, "--vs", tmp_path / "nothing")
+    missing = run_tool(*a, "--vs", tmp_path / "nothing")
     message = f"there is no {tmp_path / 'nothing'}: name a scored run, or a folder of them"
     assert (missing.returncode, missing.stderr) == (2, f"compare: {message}\n")
-    debug = run_tool(repository, *a, "--debug")
+    debug = run_tool(*a, "--debug")
     assert debug.returncode != 0 and "Traceback" in debug.stderr and "arm B has no run" in debug.stderr

@@ -21,9 +21,12 @@ import pytest
 
 from tests.demo_fixtures import FORMS, PROMPT, make_demo_artifacts
 
+pytestmark = pytest.mark.slow
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync")
+PATIENCE = 600_000
+"""Milliseconds after which what the page should show won't come."""
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +89,9 @@ def served(artifacts, repository, tmp_path_factory) -> Iterator[Served]:
 def test_the_server_listens_to_this_machine_alone(served):
     place = urlsplit(served.address)
     assert place.hostname == "127.0.0.1"
-    socket.create_connection(("127.0.0.1", place.port), timeout=5).close()
+    socket.create_connection(("127.0.0.1", place.port), timeout=60).close()
     with pytest.raises(ConnectionRefusedError):  # what listens on all addresses has this one too
-        socket.create_connection(("127.0.0.2", place.port), timeout=5)
+        socket.create_connection(("127.0.0.2", place.port), timeout=60)
 
 
 def test_it_says_what_it_opened(served, artifacts):
@@ -138,6 +141,7 @@ def open_page(browser, served):
     def open_it(width: int, height: int = 900):
         contexts.append(browser.new_context(viewport={"width": width, "height": height}))
         page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(served.address)
@@ -159,7 +163,7 @@ def answers_on(page, press: str = "#answer") -> list[str]:
     """Press a button; the texts of the three columns when they have been written."""
     page.evaluate(EMPTIED)
     page.click(press)
-    page.wait_for_function(WRITTEN, timeout=40_000)
+    page.wait_for_function(WRITTEN, timeout=PATIENCE)
     return page.locator(".golf-new").all_text_contents()
 
 
@@ -253,6 +257,6 @@ def test_the_server_asked_nothing_of_any_other_machine(served):
 
 def test_ctrl_c_ends_it_cleanly(served):
     served.process.send_signal(signal.SIGINT)
-    output, complaint = served.process.communicate(timeout=30)
+    output, complaint = served.process.communicate(timeout=600)
     assert (served.process.returncode, output) == (0, ""), complaint
     assert "Traceback" not in complaint and "ERROR" not in complaint

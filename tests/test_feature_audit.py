@@ -154,7 +154,9 @@ def compile_honestly(trainer: Trainer) -> None:
 @pytest.mark.parametrize(
     ("plant", "dead"), [(ignore_grid, True), (fold_the_flag, True), (compile_honestly, False), (lambda _: None, False)]
 )
-@pytest.mark.parametrize("knobs", [{"qat_start": "0"}, {"qat_start": "0.5", "embed_bits": "16"}])
+@pytest.mark.parametrize(
+    "knobs", [{"qat_start": "0"}, pytest.param({"qat_start": "0.5", "embed_bits": "16"}, marks=pytest.mark.slow)]
+)
 def test_fake_quantization_that_is_dead_in_the_compiled_step_is_found(stream, own_graphs, plant, dead, knobs):
     trainer = new_trainer(tiny_config(**knobs), stream)
     plant(trainer)

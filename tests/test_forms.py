@@ -51,7 +51,9 @@ def test_artifacts_of_format_version_2_stay_readable(codec):
     assert same_stored_state(artifact.state, stored_of_every_form())
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    "bits", [bits if bits in (1, 2, 5, 8) else pytest.param(bits, marks=pytest.mark.slow) for bits in range(1, 9)]
+)
 @pytest.mark.parametrize("codec", ["zlib", "rans"])
 def test_every_width_round_trips(bits, codec):
     stored = quantize_state(integer_weights(TINY), QuantConfig(embed_bits=8))
@@ -139,6 +141,7 @@ def test_forms_that_lie_say_what_is_wrong(forms, message):
 
 
 @pytest.mark.parametrize("codec", ["none", "rans"])
+@pytest.mark.slow
 def test_random_lies_about_forms_never_crash(codec):
     chance = random.Random(0)
     data = pack_artifact(stored_of_every_form(), TINY, TOKENIZER, codec)[0]

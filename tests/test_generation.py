@@ -230,6 +230,7 @@ def test_codes_in_the_cache_change_no_text():
         text_model().generate(["a"], replace(options, packed_cache=True))
 
 
+@pytest.mark.slow
 def test_a_row_that_ended_early_does_not_hold_up_one_that_fills_the_context():
     """The longer one is read again at the full context; the other's text is shorter than what is read by then."""
     model, early = text_model(), 0

@@ -28,7 +28,7 @@ server = socket.create_server(("127.0.0.1", 0))
 address = server.getsockname()
 
 def connect():
-    socket.create_connection(address, timeout=5).close()
+    socket.create_connection(address, timeout=60).close()
 
 def send():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
@@ -80,7 +80,7 @@ def tried(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     script = folder / "attempts.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(repository)!r})\n{ATTEMPTS}")
     command = [sys.executable, script, folder, *STAGES_TRIED]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 

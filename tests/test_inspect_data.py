@@ -2,7 +2,8 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,14 +143,14 @@ def test_text_before_the_first_start_is_shown_too(tmp_path):
     assert split.lengths_D.tolist() == [2, 1, 2] and sample_documents(split, tokenizer, 3) == ["BC", "D", "EF"]
 
 
-def run_tool(repository: Path, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/inspect_data.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True)
+@pytest.fixture
+def run_tool(run_command_here) -> Callable[..., subprocess.CompletedProcess]:
+    return partial(run_command_here, "tools/inspect_data.py")
 
 
-def test_the_tool_prints_tables_and_draws_a_picture(repository, tmp_path):
+def test_the_tool_prints_tables_and_draws_a_picture(run_tool, tmp_path):
     folder, picture = write_folder(tmp_path), tmp_path / "lengths.png"
-    finished = run_tool(repository, folder, "--picture", picture)
+    finished = run_tool(folder, "--picture", picture)
     assert finished.returncode == 0, finished.stderr
     for words in (
         "documents",
@@ -162,15 +163,15 @@ def test_the_tool_prints_tables_and_draws_a_picture(repository, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_tool_gives_figures_and_a_status_for_findings(repository, tmp_path):
-    finished = run_tool(repository, write_folder(tmp_path, val=[*VAL, TRAIN[0]]), "--json")
+def test_the_tool_gives_figures_and_a_status_for_findings(run_tool, tmp_path):
+    finished = run_tool(write_folder(tmp_path, val=[*VAL, TRAIN[0]]), "--json")
     figures = json.loads(finished.stdout)
     assert finished.returncode == 1 and figures["shared_documents"] == len(figures["findings"]) == 1
     assert figures["splits"]["val"]["documents"] == 3 and figures["splits"]["train"]["frequent_pieces"][0][2] == 301
 
 
-def test_the_tool_says_what_is_missing(repository, tmp_path):
+def test_the_tool_says_what_is_missing(run_tool, tmp_path):
     (write_folder(tmp_path) / "tokenizer.json").unlink()
-    finished = run_tool(repository, tmp_path)
+    finished = run_tool(tmp_path)
     assert finished.returncode == 2 and finished.stdout == ""
     assert finished.stderr.startswith("inspect_data: ") and finished.stderr.count("\n") == 1

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -162,8 +160,7 @@ def test_the_name_is_the_file_s_where_none_is_given(study_file):
     assert read_study(study_file({"experiment_name": "a name"})).name == "a name"
 
 
-def test_the_tool_prints_what_a_command_line_takes(repository):
-    command = [sys.executable, repository / "tools/study.py", "quant_weights"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+def test_the_tool_prints_what_a_command_line_takes(run_command_here):
+    printed = run_command_here("tools/study.py", "quant_weights").stdout.split()
     assert dict(word.split("=") for word in printed) == load_study("quant_weights")
     assert "weight_up=ternary-tensor-fork-attached" in printed and not any("weight_o" in word for word in printed)

@@ -5,7 +5,8 @@ import os
 import re
 import statistics
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -277,15 +278,15 @@ def test_an_interrupted_build_leaves_no_record(tmp_path, monkeypatch):
 # ---- the command ----
 
 
-def run_tool(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "tools" / "make_submission.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd)
+@pytest.fixture
+def run_tool(run_command_here) -> Callable[..., subprocess.CompletedProcess]:
+    return partial(run_command_here, "tools/make_submission.py")
 
 
 TEXTS = ("--name", "A record", "--author", "Somebody", "--github-id", "some-body", "--blurb", "What it is.")
 
 
-def test_the_command_builds_and_says_so_in_json(tmp_path):
+def test_the_command_builds_and_says_so_in_json(run_tool, tmp_path):
     runs = three_seeds(tmp_path)
     finished = run_tool(*runs, *TEXTS, "--records", "records", "--date", "2026-04-01", "--json", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
@@ -294,7 +295,7 @@ def test_the_command_builds_and_says_so_in_json(tmp_path):
     assert json.loads((tmp_path / report["folder"] / "submission.json").read_text()) == report["submission"]
 
 
-def test_the_command_numbers_its_reasons(tmp_path):
+def test_the_command_numbers_its_reasons(run_tool, tmp_path):
     run = write_run(tmp_path / "r")
     edit_result(run, partial=True, train_seconds=200.0)
     finished = run_tool(run, *TEXTS, "--records", tmp_path / "records", cwd=tmp_path)
@@ -311,7 +312,7 @@ def test_the_command_numbers_its_reasons(tmp_path):
     (lambda run: write_json(run / "result.json", {"run_id": "r"}), "an older version of the program made it"),
     (lambda run: (run / "config.json").unlink(), "config.json is missing"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_status_2(tmp_path, spoil, message):
+def test_bad_input_is_one_line_and_status_2(run_tool, tmp_path, spoil, message):
     run = write_run(tmp_path / "r")
     spoil(run)
     finished = run_tool(run, *TEXTS, "--records", tmp_path / "records", cwd=tmp_path)
@@ -320,13 +321,13 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, spoil, message):
     assert message in finished.stderr and str(run) in finished.stderr
 
 
-def test_no_run_is_bad_input(tmp_path):
+def test_no_run_is_bad_input(run_tool, tmp_path):
     finished = run_tool(*TEXTS, cwd=tmp_path)
     assert finished.returncode == 2
     assert finished.stderr == "make_submission: name the folder of at least one finished run\n"
 
 
-def test_a_traceback_only_when_asked_for(tmp_path):
+def test_a_traceback_only_when_asked_for(run_tool, tmp_path):
     quiet, loud = (run_tool("nowhere", *TEXTS, *flags, cwd=tmp_path) for flags in ((), ("--debug",)))
     assert "Traceback" not in quiet.stderr and "nowhere is not a folder" in quiet.stderr
     assert "Traceback" in loud.stderr

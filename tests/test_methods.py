@@ -32,6 +32,9 @@ def given() -> MethodInput:
     return prepare_method_input(saved, ROWS_NT, Runtime(torch.device("cpu")))
 
 
+QUICK_METHODS = ("recipe", "fit-nearest")
+
+
 def divergence(given, weights) -> float:
     """KL from the unquantized predictions, nats per token."""
     model, predictions = GPT(MODEL), []
@@ -42,7 +45,9 @@ def divergence(given, weights) -> float:
     return (predictions[0].exp() * (predictions[0] - predictions[1])).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_METHODS else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_more_rate_is_more_bytes_and_a_nearer_model(given, name):
     method = METHODS[name]
     assert method.name == name and len(method.rates) >= 6 and list(method.rates) == sorted(method.rates)

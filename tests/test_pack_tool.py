@@ -2,8 +2,9 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ QUANT = QuantConfig(embed_bits=6, prune_frac=0.1)
 TOKENIZER = "ab" * 32
 
 
-def run_pack(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "pack_artifact.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+@pytest.fixture
+def run_pack(run_command_here) -> Callable[..., subprocess.CompletedProcess]:
+    return partial(run_command_here, "tools/pack_artifact.py")
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def stored_by_library(weights: Path, quant: QuantConfig):
     return quantize_state(prune_state(load_weights(weights).state, quant)[0], quant)
 
 
-def test_packs_counts_and_refuses_what_is_over(weights, tmp_path):
+def test_packs_counts_and_refuses_what_is_over(run_pack, weights, tmp_path):
     out, code = tmp_path / "model.golf", tmp_path / "code.py"
     code.write_text("x = 1\n")
     done = run_pack("--weights", weights, "--out", out, "--code", code, "--json", "--prune", "0.2", "--codec", "zstd")
@@ -96,7 +97,7 @@ def trained(tmp_path) -> Path:
     return tmp_path / "trained.safetensors"
 
 
-def test_fit_fills_the_limit_and_says_how(trained, tmp_path):
+def test_fit_fills_the_limit_and_says_how(run_pack, trained, tmp_path):
     out = tmp_path / "model.golf"
     options = ["--fit", "--calibration-tokens", "4096", "--threads", "1", "--json"]
     done = run_pack("--weights", trained, "--out", out, "--limit-bytes", "9000", "--reserve-bytes", "500", *options)
@@ -121,7 +122,7 @@ BAD_FITS = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_FITS.items())
-def test_a_fit_that_can_not_be_is_one_line_and_touches_nothing(trained, tmp_path, arguments, message):
+def test_a_fit_that_can_not_be_is_one_line_and_touches_nothing(run_pack, trained, tmp_path, arguments, message):
     out = tmp_path / "model.golf"
     out.write_bytes(b"the old one")
     done = run_pack(

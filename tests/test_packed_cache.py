@@ -59,6 +59,7 @@ def test_the_packed_cache_gives_the_plain_ones_outputs_exactly(text, dtype):
     st.sampled_from(["", *SITES]), st.sampled_from(SITES), st.booleans(), st.sampled_from([0, 1, 4]),
     st.sampled_from([0, 2]), st.sampled_from(["input", "layers"]), st.integers(1, 9),
 )  # fmt: skip
+@pytest.mark.slow
 def test_so_with_windows_documents_and_knowledge(act_k, act_v, documents, window, knowledge, place, first):
     config = replace(
         CACHED, act_k=act_k, act_v=act_v, document_attention=documents, attention_window=window,
@@ -106,6 +107,7 @@ def test_a_model_without_codes_is_refused():
     st.sampled_from([1, 2]), st.sampled_from([torch.float32, torch.float16]), st.sampled_from([0, 3]),
     st.sampled_from([0, 6]),
 )  # fmt: skip
+@pytest.mark.slow
 def test_bytes_by_the_formula_are_those_of_the_tensors(act_k, act_v, head_dim, heads, scale_dtype, knowledge, window):
     config = replace(
         CACHED, model_dim=4 * head_dim, num_heads=4, num_kv_heads=heads, act_k=act_k, act_v=act_v,

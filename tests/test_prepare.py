@@ -154,6 +154,7 @@ prepare_data(Preparation(sys.argv[1], "train:300", 0.1), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_in_place(corpus, prepared, tmp_path, repository):
     out = tmp_path / "own"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(corpus), str(out)], cwd=repository)
@@ -271,6 +272,7 @@ def test_growing_shards_are_the_shards_of_their_tokens(tmp_path):
         GrowingShards(tmp_path, "x_train", 10, 26)
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_race(corpus, prepared, tmp_path, repository):
     command = [sys.executable, "data/prepare.py", "--input", str(corpus), "--tokenizer", "train:300"]
     command += ["--val-fraction", "0.1", "--out", str(tmp_path / "own"), "--json"]

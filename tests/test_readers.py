@@ -25,6 +25,7 @@ def json_lines(texts) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
+@pytest.mark.slow
 def test_embedded_text_is_the_same_as_in_memory():
     assert list(itertools.islice(iter_documents("embedded"), 20)) == [t for t in embedded_documents() if t.strip()][:20]
 

@@ -86,6 +86,7 @@ def expected_score(folder: Path, score: ScoreConfig):
     return score_stream(model, tokens, table, sliding_settings(score, artifact.model), CPU, announce=False)
 
 
+@pytest.mark.slow
 def test_fresh_process_gives_the_score_of_the_model_in_memory(bundle):
     command = [sys.executable, str(TOOL), *arguments(), "--json"]
     done = subprocess.run(command, cwd=bundle, capture_output=True, text=True, check=True)
@@ -99,6 +100,7 @@ def test_fresh_process_gives_the_score_of_the_model_in_memory(bundle):
     assert "score:forecast" in done.stderr or expected.windows < 6 * values["eval_batch_seqs"]
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_print_one_score(bundle):
     options = [*arguments(stride="8", batch="4"), "--json"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TOOL)]

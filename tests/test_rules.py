@@ -5,6 +5,7 @@ which it must find.
 """
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -49,8 +50,14 @@ def program_files(root: Path) -> list[Path]:
     return folders + sorted(root.glob("*.py"))
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a file's text, which many rules walk."""
+    return ast.parse(text)
+
+
 def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return ast.walk(parsed(path.read_text(encoding="utf-8")))
 
 
 def place(root: Path, path: Path, node: ast.AST) -> str:
@@ -250,7 +257,7 @@ def importing_does_nothing(root: Path) -> Iterator[str]:
             externals |= {name for name in names if name.split(".")[0] not in ("golf", "__future__")}
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", IMPORT_PROBE, " ".join(modules), " ".join(sorted(externals))]
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root / "golf", timeout=300)
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root / "golf", timeout=600)
     yield from finished.stdout.splitlines()
     if finished.returncode:
         yield f"import failed: {finished.stderr.strip().splitlines()[-1]}"

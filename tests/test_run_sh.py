@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 TRAIN = "import os, sys\nprint('train', os.getcwd(), *sys.argv[1:])\nsys.exit(int(os.environ.get('STATUS', '0')))\n"
+TOOL = "import os, sys\nprint('{name}', os.getcwd(), *sys.argv[1:])\nsys.exit(int(os.environ.get('STATUS', '0')))\n"
 TORCH = "class cuda:\n    is_available = lambda: {count} > 0\n    device_count = lambda: {count}\n"
 
 
@@ -21,9 +22,11 @@ def project(tmp_path, repository, write_tree):
         "requirements.txt": "pytest>=7,<99  # is here\n",
         "requirements-data.txt": "",
         "requirements-demo.txt": "",
+        "requirements-lab.txt": "",
         "requirements-dev.txt": "ruff\n",
         "fake/__init__.py": "",
     }
+    files |= {f"tools/{name}.py": TOOL.format(name=name) for name in ("compare", "demo", "inspect_data")}
     files |= {"fake/torch/__init__.py": TORCH.format(count=0)}
     files |= {"fake/torch/distributed/__init__.py": ""}
     files |= {"fake/torch/distributed/run.py": "import sys\nprint('torchrun', *sys.argv[1:])\n"}
@@ -41,13 +44,21 @@ def write_stub(root: Path, name: str, command: str) -> None:
     path.chmod(0o755)
 
 
+def write_environment(project: Path, at_install: str) -> None:
+    """A stand-in for .venv whose pip does `at_install` where it is asked to install."""
+    (project / ".venv/bin").mkdir(parents=True)
+    command = f'[ "$2" = pip ] && [ "$3" = install ] && {at_install}; exec "{sys.executable}" "$@"'
+    write_stub(project, "venv-python", command)
+    (project / "bin/venv-python").rename(project / ".venv/bin/python")
+
+
 def run_sh(
     project: Path, *arguments: str, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     path = f"{project / 'bin'}:/usr/bin:/bin"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(project / "fake")} | variables
     command = ["bash", str(project / "run.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or project, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or project, env=environment, timeout=600)
 
 
 @pytest.mark.parametrize("script", ["run.sh", ".ci/run"])
@@ -92,9 +103,7 @@ def test_what_only_an_older_python_needs_is_not_asked_for(project):
     (project / "requirements.txt").write_text('golf-no-such-package>=2,<3; python_version < "3.10"\n')
     assert run_sh(project).returncode == 0
     (project / "requirements.txt").write_text('golf-no-such-package>=2,<3; python_version < "3.99"\n')
-    (project / ".venv/bin").mkdir(parents=True)
-    write_stub(project, "venv-python", f'[ "$3" = install ] && exit 9; exec "{sys.executable}" "$@"')
-    (project / "bin/venv-python").rename(project / ".venv/bin/python")
+    write_environment(project, "exit 9")
     assert "golf-no-such-package" in run_sh(project).stderr
 
 
@@ -123,10 +132,7 @@ def test_only_pythons_of_the_wrong_age_are_one_clear_line(project, version):
 def test_what_is_missing_is_named_and_asked_of_pip(project, requirement, reason):
     """A stand-in for .venv whose pip always fails: one clear line with pip's status, and nothing runs."""
     (project / "requirements.txt").write_text(f"# comment\n\n{requirement}\n")
-    (project / ".venv/bin").mkdir(parents=True)
-    pip = f'[ "$2" = pip ] && [ "$3" = install ] && exit 9; exec "{sys.executable}" "$@"'
-    write_stub(project, "venv-python", pip)
-    (project / "bin/venv-python").rename(project / ".venv/bin/python")
+    write_environment(project, "exit 9")
     finished = run_sh(project)
     assert finished.returncode == 3 and finished.stdout == ""
     assert f"installing into {project}/.venv: {reason}" in finished.stderr
@@ -142,13 +148,84 @@ def test_a_failing_venv_module_is_one_clear_line(project):
     assert "venv failed: install its venv module" in finished.stderr.splitlines()[-1]
 
 
-def test_tests_run_with_the_arguments_given(project):
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        (["seed=2"], ["requirements"]),
+        (["download"], ["requirements", "requirements-data"]),
+        (["tool", "compare"], ["requirements", "requirements-lab"]),
+        (["tool", "inspect_data"], ["requirements", "requirements-lab", "requirements-data"]),
+        (["tool", "demo"], ["requirements", "requirements-lab", "requirements-demo"]),
+        (["test"], ["requirements", *(f"requirements-{name}" for name in ("data", "lab", "demo", "dev"))]),
+        (["lint"], ["requirements-dev"]),
+    ],
+)
+def test_each_command_installs_what_it_needs_and_no_more(project, command, files):
+    for path in project.glob("requirements*.txt"):
+        path.write_text("golf-no-such-package\n")
+    write_environment(project, f'echo "$@" >"{project}/asked" && exit 9')
+    assert run_sh(project, *command).returncode == 3
+    words = (project / "asked").read_text().split()
+    assert [word for word in words if word.endswith(".txt")] == [f"{name}.txt" for name in files]
+
+
+def test_a_tool_runs_where_the_command_is_given_with_its_arguments_and_status(project, tmp_path):
+    finished = run_sh(project, "tool", "compare", "runs/a b", "--vs", "runs/c", cwd=tmp_path, STATUS="7")
+    assert (finished.returncode, finished.stdout) == (7, f"compare {tmp_path} runs/a b --vs runs/c\n"), finished.stderr
+    assert run_sh(project, "tool", "compare.py").stdout == f"compare {project}\n"
+
+
+@pytest.mark.parametrize("name", [[], ["nothing"], ["../train_gpt"], ["--help"]])
+def test_a_tool_that_is_none_is_one_line_with_all_names(project, name):
+    finished = run_sh(project, "tool", *name)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "run.sh: tool takes one of these names: compare demo inspect_data\n"
+
+
+XDIST = "--numprocesses auto --dist loadfile --no-loadscope-reorder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed_on", "which"),
+    [
+        ([], f"{XDIST} -m not slow", "the quick tests (--all runs every one)"),
+        (["-x", "tests/a.py"], f"{XDIST} -m not slow -x tests/a.py", "the quick tests (--all runs every one)"),
+        (["--all"], XDIST, "every test"),
+        (["--all", "-x"], f"{XDIST} -x", "every test"),
+    ],
+)
+def test_the_slow_tests_run_only_when_asked_for(project, arguments, passed_on, which):
     (project / "requirements-dev.txt").write_text("")
-    (project / "test_one.py").write_text(
-        "import os\ndef test_threads():\n    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
-    )
-    finished = run_sh(project, "test", "-q", "test_one.py", OMP_NUM_THREADS="")
-    assert finished.returncode == 0 and "1 passed" in finished.stdout.splitlines()[-1], finished.stderr
+    show = 'shift 2; echo "$OMP_NUM_THREADS: $*"; exit 5'
+    write_stub(project, "python", f'if [ "$2" = pytest ]; then {show}; fi; exec "{sys.executable}" "$@"')
+    finished = run_sh(project, "test", *arguments, OMP_NUM_THREADS="")
+    assert (finished.returncode, finished.stdout) == (5, f"1: {passed_on}\n"), finished.stderr
+    assert f"run.sh: {which} with Python 3" in finished.stderr
+
+
+TESTS = """
+import os
+import pytest
+
+def test_threads():
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+@pytest.mark.slow
+def test_a_whole_run():
+    pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "passed"), [([], "1 passed"), (["--all"], "2 passed"), (["-m", "slow"], "1 passed")]
+)
+def test_tests_run_with_the_arguments_given(project, arguments, passed):
+    (project / "requirements-dev.txt").write_text("")
+    (project / "test_one.py").write_text(TESTS)
+    (project / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    finished = run_sh(project, "test", *arguments, "-q", "test_one.py", OMP_NUM_THREADS="")
+    assert finished.returncode == 0 and passed in finished.stdout.splitlines()[-1], finished.stdout + finished.stderr
 
 
 def test_path_variables_are_meant_from_where_the_command_is_given(project, tmp_path):

@@ -116,7 +116,7 @@ def test_a_run_of_the_preset_is_valid(located, repository, tmp_path):
     small += ["max_wallclock_seconds=0", "train_batch_tokens=128", "micro_batch_tokens=128", "compile=off", "threads=1"]
     small += [f"data_path={located.data.data_path}", f"runs_root={tmp_path}", "run_id=s", "swa_start=0.4"]
     command = [sys.executable, "train_gpt.py", "--preset", "stories", *small, "swa_snapshots=2", "eval_batch_seqs=8"]
-    finished = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    finished = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     result = json.loads((tmp_path / "s" / "result.json").read_text())
     assert result["valid"] and result["tokenizer_kind"] == "chars"

@@ -50,7 +50,7 @@ TORCH_FREE = ("tools/check_submission.py", "tools/make_submission.py")
 
 
 def run_tool(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=repository, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], cwd=repository, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -69,9 +69,11 @@ def test_every_tool_is_told_bad_input_here(repository):
     assert {path.relative_to(repository).as_posix() for path in programs} == BAD_INPUT.keys()
 
 
+@pytest.mark.parametrize("in_a_process", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tool", BAD_INPUT)
-def test_bad_input_is_one_line_with_the_name_of_the_tool(repository, tool):
-    finished = run_tool(repository, tool, *BAD_INPUT[tool])
+def test_bad_input_is_one_line_with_the_name_of_the_tool(repository, run_command_here, tool, in_a_process):
+    arguments = tool, *BAD_INPUT[tool]
+    finished = run_tool(repository, *arguments) if in_a_process else run_command_here(*arguments)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert finished.stderr.startswith(f"{Path(tool).stem}: ")
     assert finished.stderr.count("\n") == 1 and finished.stderr.endswith("\n")
@@ -126,6 +128,7 @@ def test_a_mistake_of_ours_is_not_taken_for_one_of_the_input(monkeypatch):
 # ---- bench ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knobs", [[], ["act_hidden=int8", "act_attn_in=int8"]])
 def test_bench_measures_every_stage(run_here, knobs):
     """Also of a model with quantized activations."""

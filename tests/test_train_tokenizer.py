@@ -1,8 +1,6 @@
 """Tokenizers with the competition's settings, and how they compress. pytest tests/test_train_tokenizer.py"""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -94,15 +92,15 @@ def test_larger_vocabularies_compress_further(tmp_path):
         sample_texts(str(path), 5, 0.1)
 
 
-def test_command(tmp_path, repository):
+def test_command(tmp_path, run_command_here):
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    command = [sys.executable, "data/train_tokenizer.py", "--input", str(path), "--val-fraction", "0.1"]
+    command = ["data/train_tokenizer.py", "--input", str(path), "--val-fraction", "0.1"]
     sweep = [*command, "--sweep", "--sizes", "300", "400", "--out", str(tmp_path / "models"), "--json"]
-    answer = json.loads(subprocess.run(sweep, cwd=repository, capture_output=True, check=True).stdout)
+    answer = json.loads(run_command_here(*sweep).stdout)
     assert [row["asked"] for row in answer["tokenizers"]] == [300, 400]
     for row in answer["tokenizers"]:
         assert load_tokenizer(row["path"]).sha256 == row["sha256"]
-    bad = subprocess.run([*command, "--vocab", "256"], cwd=repository, capture_output=True, text=True)
+    bad = run_command_here(*command, "--vocab", "256")
     assert bad.returncode == 2 and bad.stderr.startswith("train_tokenizer: vocab_size=256 must be above 260")
     assert bad.stderr.count("\n") == 1
