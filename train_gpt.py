@@ -20,7 +20,7 @@ from golf.artifact.weights import load_quantized, load_weights, save_quantized, 
 from golf.config.config import Config
 from golf.config.knobs import EXIT_FINDINGS, UserError
 from golf.data.shards import find_shards
-from golf.run.checkpoint import CheckpointWriter, final_weights, read_checkpoint
+from golf.run.checkpoint import CheckpointWriter, features_of, final_weights, read_checkpoint
 from golf.run.command import Command, parse_command
 from golf.run.datasets import locate_data, open_training_data
 from golf.run.feature_audit import FeatureAudit
@@ -55,7 +55,9 @@ def main(command: Command, session: Session) -> int:
 def train_and_pack(command: Command, session: Session) -> RunFolder:
     """Everything from the text to the artifact's bytes; stages that a run has behind it are not done again."""
     with start_runtime(command.config.run, "train", session.log) as runtime:
-        folder = take_up(command.resume) if command.resume else open_run(command.config, runtime)
+        folder = (
+            take_up(command.resume, command.new_code, runtime) if command.resume else open_run(command.config, runtime)
+        )
         session.open(folder, runtime)
         config = folder.load_config()
         session.do("train", lambda: train(config, session), together=True)
@@ -80,8 +82,12 @@ def open_run(config: Config, runtime: Runtime) -> RunFolder:
     return folder
 
 
-def take_up(path: Path) -> RunFolder:
+def take_up(path: Path, new_code: bool, runtime: Runtime) -> RunFolder:
+    """The folder of a run to go on with, whose code is what runs now; or becomes it, which the result will say."""
     folder = RunFolder(path)
+    if new_code and runtime.is_main:
+        PROGRAM.replace_code(folder)
+    runtime.barrier()
     PROGRAM.check(folder)
     return folder
 
@@ -115,7 +121,7 @@ def average(config: Config, session: Session) -> StageResult:
     """From the last checkpoint to the weights that count."""
     folder, training = session.folder, session.folder.load_json(session.folder.training)
     state = read_checkpoint([folder.path / next(iter(session.book.stages["train"]))])
-    audit = FeatureAudit(config, state.numbers["features"])
+    audit = FeatureAudit(config, features_of(state.numbers))
     weights = final_weights(state, audit)
     if training["swa_snapshots"] >= 2:
         session.runtime.print(f"swa:applying averaged {training['swa_snapshots']} checkpoints")

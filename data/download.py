@@ -1,4 +1,4 @@
-"""Download a published token export from the Hugging Face hub, every file verified.
+"""Downloads a published token export from the Hugging Face hub and verifies every file.
 
 python data/download.py --variant sp1024 [--train-shards 80] [--dry-run]
 
@@ -29,8 +29,11 @@ from lab.cli import ToolOptions, run_command
 from lab.prepare.published import DownloadPlan, WantedFile, find_dataset_folder, plan_download, repository_of
 
 try:
-    from lab.prepare.hub import Hub, hush_hub, is_offline
-    from lab.prepare.transfer import Download, DownloadEvents, find_downloads
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    from lab.prepare.hub import Hub
+    from lab.prepare.transfer import Download, find_downloads
 except ModuleNotFoundError as missing:
     print(
         f"download: {str(missing.name).split('.')[0]} is not installed: pip install -r requirements-data.txt",
@@ -68,9 +71,9 @@ class Options(ToolOptions):
 
 
 def make_plan(options: Options) -> tuple[Hub, DownloadPlan]:
-    """Ask the hub what there is, and choose. Raises DownloadError."""
+    """Asks the hub what there is, and chooses. Raises DownloadError."""
     repo_id = options.repo_id or repository_of(options.variant)
-    hub = Hub(repo_id, options.endpoint, options.cache_dir, is_offline(options.offline))
+    hub = Hub(repo_id, options.endpoint, options.cache_dir, options.offline or is_offline_mode())
     earlier = find_downloads(options.root, repo_id, options.variant)
     listing = hub.list_files(options.revision or earlier.get("revision", "main"), earlier)
     manifest = hub.read_manifest(listing, find_dataset_folder(listing, options.variant))
@@ -106,7 +109,7 @@ def plan_figures(download: Download) -> dict:
 
 
 class DownloadDisplay:
-    """A bar with rate and time left on a terminal; elsewhere a line for each file."""
+    """Shows a bar with rate and time left on a terminal; elsewhere a line for each file."""
 
     def __init__(self, download: Download):
         self.started, self.received, self.files = time.perf_counter(), 0, 0
@@ -117,7 +120,7 @@ class DownloadDisplay:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task(f"0/{self.of_files} files", total=self.total)
-        download.events = DownloadEvents(self.receive, self.finish, self.note)
+        download.on_received, download.on_finished, download.on_note = self.receive, self.finish, self.note
 
     def __enter__(self) -> "DownloadDisplay":
         if self.console.is_terminal:
@@ -146,7 +149,7 @@ class DownloadDisplay:
 
 
 def fetch(download: Download) -> None:
-    """Run the download with its display. Raises DownloadError or OSError."""
+    """Runs the download with its display. Raises DownloadError or OSError."""
     download.check_room()
     with DownloadDisplay(download):
         download.run()
@@ -174,7 +177,7 @@ def report(download: Download, seconds: float, options: Options) -> int:
 
 
 def work(options: Options) -> int:
-    hush_hub()
+    set_verbosity_error()  # what huggingface_hub tries again is told by the download itself
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.perf_counter()
     hub, plan = make_plan(options)

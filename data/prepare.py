@@ -1,4 +1,4 @@
-"""Split documents, tokenize them, and write shards, tokenizer and manifest to a folder.
+"""Splits documents, tokenizes them, and writes shards, tokenizer and manifest to a folder.
 
 python data/prepare.py --input embedded --tokenizer train:1024 [--out DIR] [--json]
 
@@ -67,7 +67,7 @@ class Options(ToolOptions):
 
 
 def prepare(options: Options) -> PreparedData:
-    """Do what the options ask for. Raises DataError."""
+    """Prepares the data that the options ask for. Raises DataError."""
     if options.tokenizer.startswith("train:") and not TRAINED.fullmatch(options.tokenizer):
         raise DataError(f"--tokenizer {options.tokenizer}: write train:1024, or give a .model file")
     if options.tokenizer in PLAIN_KINDS and options.transform == "caseops":

@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer with the competition's settings, and say how far it compresses held-out text.
+"""Trains a SentencePiece BPE tokenizer with the competition's settings, and says how far it compresses held-out text.
 
 python data/train_tokenizer.py --input TEXT --vocab 1024 [--out FILE.model] [--transform caseops]
 python data/train_tokenizer.py --input TEXT --sweep [--sizes 512 1024 2048 4096 8192]
@@ -24,7 +24,7 @@ from golf.data.shards import DataError
 from golf.runtime import write_file_atomically
 from lab.cli import ToolOptions, run_command
 from lab.prepare.prepare import VAL_FRACTION
-from lab.prepare.tokenizer_sweep import TokenizerFigures, sample_texts, train_and_measure
+from lab.prepare.vocabulary import TokenizerFigures, sample_texts, train_and_measure
 
 TOKENIZERS = Path(os.path.relpath(Path(__file__).resolve().parent / "tokenizers"))
 

@@ -1,4 +1,4 @@
-"""Check a folder of token shards against its record: headers, sizes, numbering, doubles; with --full all hashes.
+"""Checks a folder of token shards against its record: headers, sizes, numbering, doubles; with --full all hashes.
 
 python data/verify.py data/datasets/fineweb10B_sp1024 [--full]
 
@@ -41,7 +41,7 @@ class Options(ToolOptions):
 
 
 def shard_folders(folder: Path) -> list[Path]:
-    """`folder`, or those in it (or in its datasets/) that hold shards or a record of them. Raises DataError."""
+    """Lists `folder`, or those in it (or in its datasets/) that hold shards or a record of them. Raises DataError."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give one of token shards (data/README.md)")
     for place in (folder, folder / "datasets"):

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from golf.data.shards import SHARD_HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION
+from golf.data.shards import shard_header
 
 FAULTS = ("drop", "429", "500", "head 429", "head 500", "truncate", "empty", "wrong file", "flip", "slow")
 LISTING = "the list of files"
@@ -19,9 +19,7 @@ LISTING = "the list of files"
 
 
 def shard_bytes(tokens) -> bytes:
-    header = np.zeros(SHARD_HEADER_WORDS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+    return shard_header(len(tokens)) + np.asarray(tokens, dtype="<u2").tobytes()
 
 
 def random_shard(seed: int, tokens: int = 6000, vocab_size: int = 300) -> bytes:

@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import BLANK, CASE_OPERATORS, ByteTable, Tokenizer, check_byte_counts
-from lab.prepare.caseops import decode_caseops, encode_caseops, literal_operators
+from golf.data.tokenizer import BLANK, CASE_OPERATORS, ByteTable
+from lab.prepare.text_tokenizer import (
+    SentencePieceTokenizer,
+    check_byte_counts,
+    decode_caseops,
+    encode_caseops,
+    literal_operators,
+)
 
 T, A, N, E = CASE_OPERATORS
 SAMPLE = [
@@ -82,23 +88,23 @@ def test_any_text_can_be_decoded(text):
 # ---- tokens ----
 
 
-def train_model(**chosen) -> Tokenizer:
+def train_model(**chosen) -> SentencePieceTokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=map(encode_caseops, SAMPLE), model_writer=model, model_type="bpe", vocab_size=400,
         hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, add_dummy_prefix=False,
         minloglevel=2, **dict(user_defined_symbols=[*CASE_OPERATORS]) | chosen,
     )  # fmt: skip
-    return Tokenizer(model.getvalue(), "cased")
+    return SentencePieceTokenizer(model.getvalue(), "cased")
 
 
 @pytest.fixture(scope="module")
-def tokenizers() -> dict[str, Tokenizer]:
+def tokenizers() -> dict[str, SentencePieceTokenizer]:
     lossless = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
     return {"lossless": train_model(**lossless), "competition": train_model(normalization_rule_name="nmt_nfkc")}
 
 
-def stream_of(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+def stream_of(tokenizer: SentencePieceTokenizer, texts: list[str]) -> list[int]:
     return [token for ids in tokenizer.encode_documents(texts) for token in (tokenizer.bos_id, *ids)]
 
 
@@ -168,7 +174,7 @@ def test_operators_counted_as_text_are_caught(tokenizers):
 
 def test_shared_model_and_web_text(shared):
     path = shared / "tokenizers" / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
-    tokenizer = Tokenizer(path.read_bytes(), "caseops")
+    tokenizer = SentencePieceTokenizer(path.read_bytes(), "caseops")
     with lzma.open(shared / "corpus" / "val_web.jsonl.xz") as lines:
         texts = [json.loads(line)["text"] for line, _ in zip(lines, range(200), strict=False)]
     assert tokenizer.kind == "caseops" and tokenizer.operators == [4, 5, 6, 7]

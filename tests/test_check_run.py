@@ -16,13 +16,14 @@ import torch
 from golf.artifact.container import read_artifact, write_artifact
 from golf.config.config import Config, build_config, config_dict, config_hash, with_knobs
 from golf.data.shards import write_shard
-from golf.data.tokenizer import ByteTable, load_tokenizer
+from golf.data.tokenizer import ByteTable
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from golf.runtime import Runtime
 from golf.score.roundtrip import stream_identity
 from golf.score.scorer import score_stream, sliding_settings
 from lab.cli import run_command
+from lab.prepare.text_tokenizer import load_text_tokenizer
 
 CPU = Runtime(torch.device("cpu"))
 SENTENCES = [f"The {n} small models said: “naïve café, {n * n} bytes” to the {n % 7} old ones." for n in range(120)]
@@ -60,7 +61,7 @@ def made(tmp_path_factory) -> Path:
         sentence_iterator=iter(SENTENCES), model_prefix=str(folder / "tokens"), vocab_size=400, model_type="bpe",
         byte_fallback=True, num_threads=1, minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip
-    tokenizer = load_tokenizer(folder / "tokens.model")
+    tokenizer = load_text_tokenizer(folder / "tokens.model")
     ids = tokenizer.encode_documents(SENTENCES)
     write_shards(folder / "shards", "train", ids[40:], tokenizer.bos_id)
     tokens = write_shards(folder / "shards", "val", ids[:40], tokenizer.bos_id)
@@ -167,7 +168,7 @@ def test_a_score_that_is_not_that_of_the_text_fails(check, run, changes, probe, 
 
 def test_a_planted_document_and_a_planted_access_fail(check, run, made, tmp_path):
     shards = shutil.copytree(made / "shards", tmp_path / "shards")
-    tokenizer = load_tokenizer(made / "tokens.model")
+    tokenizer = load_text_tokenizer(made / "tokens.model")
     write_shards(shards, "train", tokenizer.encode_documents(SENTENCES[39:]), tokenizer.bos_id)
     config = json.loads((run / "config.json").read_text())
     change_json(run / "config.json", data=config["data"] | {"data_path": str(shards)})

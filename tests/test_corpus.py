@@ -3,13 +3,36 @@
 import json
 import lzma
 import sysconfig
+import tempfile
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from golf.data.shards import DataError
-from lab.prepare.corpus import cut_passages, document_digest, pydoc_topics, read_documents, split_documents
+from lab.prepare.readers import cut_passages, iter_documents, pydoc_topics
+from lab.prepare.work_files import build_spool, document_digest
+
+
+def read_documents(source) -> list[str]:
+    return list(iter_documents(source))
+
+
+@dataclass(frozen=True)
+class CorpusSplit:
+    train: list[str]
+    val: list[str]
+    duplicates: int
+
+
+def split_documents(documents: list[str], val_fraction: float, seed: int = 0) -> CorpusSplit:
+    """Splits documents as a preparation does."""
+    with tempfile.TemporaryDirectory() as folder:
+        spool = build_spool(iter(documents), Path(folder), val_fraction, seed)
+        return CorpusSplit([*spool.documents("train")], [*spool.documents("val")], spool.duplicates)
 
 
 @pytest.fixture(scope="session")
@@ -130,12 +153,13 @@ def test_side_depends_on_the_text_alone_and_order_on_the_seed():
     assert all(int.from_bytes(document_digest(text)[:8], "big") < 0.1 * 2**64 for text in split.val)
 
 
-def test_a_single_text_is_cut_into_passages():
+def test_a_single_text_is_cut_into_passages(tmp_path):
     text = "".join(f"line {number}\n" for number in range(5000)) + "end"
-    passages = cut_passages(text)
+    passages = list(cut_passages(StringIO(text, newline="\n")))
     assert "".join(passages) == text and len(passages) > 4
     assert all(len(passage) >= 8192 and passage.endswith("\n") for passage in passages[:-1])
-    split = split_documents([text], 0.1)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}))
+    split = split_documents(read_documents(tmp_path / "one.jsonl"), 0.1)
     assert sorted(split.train + split.val) == sorted(passages)
 
 

@@ -34,7 +34,7 @@ from lab.machine.diagnosis import (
     step_figures,
 )
 from lab.machine.plan import EXPECTED_STEP_SECONDS
-from lab.prepare.prepare import prepare_corpus, prepared_folder
+from lab.prepare.prepare import Preparation, preparation_folder, prepare_data
 from tools.doctor import Options, print_report, work
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "mib": 81559}
@@ -281,7 +281,8 @@ def test_data_that_is_not_prepared_comes_with_the_command(corpus):
 
 def test_data_that_is_there_is_identified(corpus):
     config, cache = corpus
-    prepared = prepare_corpus(config.data.corpus, prepared_folder(config.data.corpus, 300, cache), 300)
+    wanted = Preparation(config.data.corpus, "train:300")
+    prepared = prepare_data(wanted, preparation_folder(wanted, cache))
     told, findings = inspect_data(config, cache)
     assert findings == [] and told["data_id"] == prepared.data_id and told["folder"] == str(prepared.folder)
     assert told["tokenizer_sha256"] == prepared.manifest["tokenizer"]["sha256"]

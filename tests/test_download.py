@@ -20,7 +20,7 @@ from golf.data.tokenizer import load_tokenizer
 from lab.cli import run_command
 from lab.prepare.hub import Hub
 from lab.prepare.published import DownloadError, plan_download
-from lab.prepare.transfer import Download, DownloadEvents, sole_downloader
+from lab.prepare.transfer import Download, sole_downloader
 from lab.prepare.verification import DOWNLOADS_NAME, verify_folder
 from lab.prepare.vocabulary import train_tokenizer
 
@@ -144,7 +144,7 @@ def test_a_file_that_stays_bad_is_named_and_has_no_place(hub, root, fault):
     path = f"{SHARDS}/fineweb_train_000001.bin"
     hub.faults[path] = [fault] * 99
     lines = []
-    attempt = start_download(hub, root, events=DownloadEvents(noted=lines.append))
+    attempt = start_download(hub, root, on_note=lines.append)
     assert list(attempt.run()) == ["fineweb_train_000001.bin"]
     assert len(lines) == 3 and all(line.startswith("fineweb_train_000001.bin: ") for line in lines)
     folder = root / "datasets" / NAME

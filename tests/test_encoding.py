@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import CASE_OPERATORS, Tokenizer, load_tokenizer
+from golf.data.tokenizer import CASE_OPERATORS
 from lab.prepare.encoding import (
     ChunkEncoder,
     DocumentChunk,
@@ -21,6 +21,7 @@ from lab.prepare.encoding import (
     encode_chunks,
 )
 from lab.prepare.readers import iter_documents
+from lab.prepare.text_tokenizer import SentencePieceTokenizer, load_text_tokenizer
 from lab.prepare.vocabulary import train_competition_tokenizer, train_pieces, train_tokenizer
 from lab.prepare.word_table import WordIndex, WordTable, words_are_independent
 
@@ -54,14 +55,14 @@ def caseops_model() -> bytes:
 
 @pytest.fixture(scope="module", params=["model", "caseops_model"])
 def encoders(request) -> tuple[ChunkEncoder, ChunkEncoder]:
-    tokenizer = Tokenizer(request.getfixturevalue(request.param), request.param)
+    tokenizer = SentencePieceTokenizer(request.getfixturevalue(request.param), request.param)
     return ChunkEncoder(tokenizer), ChunkEncoder(tokenizer, word_cache=False)
 
 
 def test_which_models_have_independent_words(model, caseops_model):
-    assert words_are_independent(Tokenizer(model))
-    assert words_are_independent(Tokenizer(caseops_model))
-    assert not words_are_independent(Tokenizer(train_tokenizer(TEXTS, 420)))
+    assert words_are_independent(SentencePieceTokenizer(model))
+    assert words_are_independent(SentencePieceTokenizer(caseops_model))
+    assert not words_are_independent(SentencePieceTokenizer(train_tokenizer(TEXTS, 420)))
 
 
 @settings(max_examples=300)
@@ -86,19 +87,17 @@ def test_real_text_with_a_full_table(encoders, monkeypatch):
     assert 20 < with_table.words.index.size <= 30
 
 
-def test_an_index_finds_what_was_put_in(monkeypatch):
-    monkeypatch.setattr("lab.prepare.word_table.SLOT_BITS", 6)
-    hashes = np.unique(np.random.default_rng(0).integers(1, 2**64, 60, dtype=np.uint64))
-    hashes[:30] |= np.uint64(63 << 58)  # all for the last slot: probing starts over at the first
-    hashes = np.unique(hashes)
-    index = WordIndex()
-    for part in np.array_split(hashes[5:], 4):
-        index.insert(part)
-    assert index.find(hashes).tolist() == [-1] * 5 + list(range(len(hashes) - 5))
+def test_an_index_finds_what_was_put_in():
+    hashes = np.unique(np.random.default_rng(0).integers(0, 2**64 - 1, 60, dtype=np.uint64))
+    index, parts = WordIndex(), np.array_split(np.random.default_rng(1).permutation(hashes[5:]), 4)
+    for part in parts:
+        index.insert(np.sort(part))
+    assert index.find(hashes[:5]).tolist() == [-1] * 5
+    assert index.find(np.concatenate([np.sort(part) for part in parts])).tolist() == list(range(len(hashes) - 5))
 
 
 def test_words_and_their_hashes(model):
-    table = WordTable(Tokenizer(model))
+    table = WordTable(SentencePieceTokenizer(model))
     text = " a\tb\n\nc\r\n d\u00a0e b  aa".encode()
     begin, end, hashes = table.hash_words(np.frombuffer(text, dtype=np.uint8))
     words = [text[i:j].decode() for i, j in zip(begin, end, strict=True)]
@@ -110,13 +109,13 @@ def test_words_and_their_hashes(model):
 def test_models_with_dependent_words_are_caught(monkeypatch):
     """Were the model taken for one with independent words, its first chunk would say so."""
     monkeypatch.setattr("lab.prepare.encoding.words_are_independent", lambda tokenizer: True)
-    encoder = ChunkEncoder(Tokenizer(train_tokenizer(TEXTS, 420)))
+    encoder = ChunkEncoder(SentencePieceTokenizer(train_tokenizer(TEXTS, 420)))
     with pytest.raises(DataError, match="prepare with --no-word-cache"):
         encoder.encode(DocumentChunk("train", TEXTS))
 
 
 def test_wrong_bytes_are_caught(model):
-    tokenizer = Tokenizer(model)
+    tokenizer = SentencePieceTokenizer(model)
     tokenizer.token_bytes[2][tokenizer.encode("the a")[-1]] += 1
     for word_cache in (True, False):
         with pytest.raises(DataError, match="but the decoded text has"):
@@ -222,7 +221,7 @@ def test_the_competitions_models_on_real_text(shared):
     """Some of the shared text, word by word and whole, with each of the shared models."""
     texts = list(itertools.islice(iter_documents(shared / "corpus" / "val_indomain.jsonl.xz"), 300))
     for path in sorted((shared / "tokenizers").glob("*.model")):
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_text_tokenizer(path)
         assert words_are_independent(tokenizer)
         chunk = DocumentChunk("val", texts)
         encoded = ChunkEncoder(tokenizer).encode(chunk, True)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from golf.artifact.container import pack_artifact
 from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
-from golf.data.tokenizers_plain import PlainTokenizer, bytes_tokenizer_file
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from lab.cli import run_command
@@ -32,6 +31,7 @@ from lab.evals.zero_shot import (
 )
 from lab.generate.sampling import SamplingError
 from lab.generate.text_model import open_text_model
+from lab.prepare.text_tokenizer import PlainTokenizer, bytes_tokenizer_file
 from tools import evals
 
 FIXTURES = Path(__file__).parent / "fixtures"

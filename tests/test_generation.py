@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from golf.config.model import ModelConfig
-from golf.data.tokenizer import ByteTable, TextTokenizer
+from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.runtime import Runtime
 from lab.generate.generation import TextGeneration
 from lab.generate.sampling import SamplingError, SamplingOptions, choose_token, drawable_ids
 from lab.generate.text_model import TextModel
+from lab.prepare.text_tokenizer import TextTokenizer
 from tests.cache_fixtures import CACHED, cached_model
 from tests.tokenizer_fixtures import BYTES, small_tokenizers
 

@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 
 from golf.data.shards import DataError, write_shard
-from golf.data.sidecar import write_sidecar
-from golf.data.tokenizer import load_tokenizer
-from golf.data.tokenizers_plain import bytes_tokenizer_file
 from lab.prepare import data_report
 from lab.prepare.data_report import (
-    blocks_of_documents,
     frequent_pieces,
     inspect_folder,
     length_counts,
@@ -23,6 +19,9 @@ from lab.prepare.data_report import (
     planned_tokens,
     sample_documents,
 )
+from lab.prepare.text_tokenizer import bytes_tokenizer_file, load_text_tokenizer
+from lab.probe import documents
+from lab.probe.documents import document_blocks
 
 TRAIN = ["a short one", "ein längerer Text mit Umlauten: äöü", "€" * 40, "eee eee", "x" * 300]
 VAL = ["held out", "and another, eee"]
@@ -30,7 +29,7 @@ BOS = 1
 
 
 def write_split(folder: Path, split: str, texts: list[str], shards: int) -> list[Path]:
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    tokenizer = load_text_tokenizer(folder / "tokenizer.json")
     stream = np.array([token for text in texts for token in (BOS, *tokenizer.encode(text))])
     paths = [folder / f"text_{split}_{number:06d}.bin" for number in range(shards)]
     for path, part in zip(paths, np.array_split(stream, shards), strict=True):
@@ -46,12 +45,12 @@ def write_folder(folder: Path, train: list[str] = TRAIN, val: list[str] = VAL) -
 
 
 def inspected(folder: Path, **options) -> data_report.DataContent:
-    return inspect_folder(folder, load_tokenizer(folder / "tokenizer.json"), **options)
+    return inspect_folder(folder, load_text_tokenizer(folder / "tokenizer.json"), **options)
 
 
 @pytest.mark.parametrize("block", [3, 50, 1 << 22])
 def test_counts_are_those_of_the_texts(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(data_report, "BLOCK_OF_DOCUMENTS", block)
+    monkeypatch.setattr(documents, "BLOCK_TOKENS", block)
     seen: list[int] = []
     content = inspected(write_folder(tmp_path), advance=seen.append)
     for split, texts in zip(content.splits, (TRAIN, VAL), strict=True):
@@ -64,9 +63,9 @@ def test_counts_are_those_of_the_texts(tmp_path, monkeypatch, block):
 
 
 def test_blocks_are_whole_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_report, "BLOCK_OF_DOCUMENTS", 7)
+    monkeypatch.setattr(documents, "BLOCK_TOKENS", 7)
     paths = sorted(write_folder(tmp_path).glob("*_train_*.bin"))
-    blocks = list(blocks_of_documents(paths, BOS, lambda tokens: None))
+    blocks = list(document_blocks(paths, BOS, lambda tokens: None))
     assert len(blocks) == len(TRAIN) and all(block[0] == BOS and BOS not in block[1:] for block in blocks)
 
 
@@ -84,7 +83,7 @@ def test_empty_documents_are_found(tmp_path):
 def test_files_of_bytes_are_compared_with_the_text(tmp_path, surplus, faults):
     folder = write_folder(tmp_path)
     ids_N = np.array([token for text in VAL for token in (BOS, *([5] * len(text)))])
-    write_sidecar(folder, "text", 0, (ids_N != BOS) + surplus * (np.arange(len(ids_N)) == 2))
+    write_shard(folder / "text_val_bytes_000000.bin", (ids_N != BOS) + surplus * (np.arange(len(ids_N)) == 2))
     content = inspected(folder)
     assert content.splits[1].sidecar_bytes == sum(map(len, VAL)) + surplus
     assert len(content.findings) == faults and all("files of bytes" in finding for finding in content.findings)
@@ -126,7 +125,7 @@ def test_lengths_are_summed_up():
 
 def test_frequent_pieces_and_samples(tmp_path):
     folder = write_folder(tmp_path)
-    tokenizer, content = load_tokenizer(folder / "tokenizer.json"), inspected(folder)
+    tokenizer, content = load_text_tokenizer(folder / "tokenizer.json"), inspected(folder)
     assert frequent_pieces(content.splits[0], tokenizer, 2)[0] == ("'x'", ord("x") + 4, 301)
     assert sample_documents(content.splits[1], tokenizer, 2) == VAL
     assert sample_documents(content.splits[1], tokenizer, 9) == VAL
@@ -139,7 +138,7 @@ def test_frequent_pieces_and_samples(tmp_path):
 def test_text_before_the_first_start_is_shown_too(tmp_path):
     folder = write_folder(tmp_path)
     write_shard(folder / "text_val_000000.bin", [70, 71, BOS, 72, BOS, 73, 74])
-    split, tokenizer = inspected(folder).splits[1], load_tokenizer(folder / "tokenizer.json")
+    split, tokenizer = inspected(folder).splits[1], load_text_tokenizer(folder / "tokenizer.json")
     assert split.lengths_D.tolist() == [2, 1, 2] and sample_documents(split, tokenizer, 3) == ["BC", "D", "EF"]
 
 

@@ -17,7 +17,7 @@ from golf.artifact.fill_limit import FittedArtifact, fit_to_limit
 from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
-from golf.data.tokenizer import ByteTable, Tokenizer
+from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.grid import QuantizedTensor, dequantize_state
@@ -28,6 +28,7 @@ from golf.run.parity import ParityError, check_parity, ntk_effect, parity_row, r
 from golf.run.rehearsal import STATE_COPIES, RehearsalError, rehearse
 from golf.run.trainer import Trainer
 from golf.runtime import Log, Runtime
+from lab.prepare.text_tokenizer import SentencePieceTokenizer
 from lab.prepare.vocabulary import train_tokenizer
 
 CPU = Runtime(torch.device("cpu"), log=Log())
@@ -54,8 +55,8 @@ def text() -> str:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(text) -> Tokenizer:
-    return Tokenizer(train_tokenizer([text], 300))
+def tokenizer(text) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_tokenizer([text], 300))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Bytes, characters and GPT-2: nothing is lost, bytes are exact. pytest tests/test_plain_tokenizers.py"""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import ByteTable, TextTokenizer, check_byte_counts, load_tokenizer
-from golf.data.tokenizers_plain import PlainTokenizer, bytes_tokenizer_file, chars_tokenizer_file, text_module
+from golf.data.tokenizer import ByteTable, load_tokenizer
+from lab.prepare.text_tokenizer import (
+    PlainTokenizer,
+    TextTokenizer,
+    bytes_tokenizer_file,
+    chars_tokenizer_file,
+    check_byte_counts,
+    gpt2_tokenizer_file,
+    load_text_tokenizer,
+)
 
 STORIES = ["Once upon a time, there was a café.\n", "The end 🐍"]
 MERGES = "#version: 0.2\nĠ t\nh e\nĠt he\ni n\nÃ ©\nc a\nca f\nĠ Ġ\nð Ł\n"
@@ -24,11 +33,11 @@ def tokenizers(tmp_path_factory) -> dict[str, TextTokenizer]:
     pytest.importorskip("tiktoken")
     folder = tmp_path_factory.mktemp("tokenizers")
     (folder / "vocab.bpe").write_text(MERGES, encoding="utf-8")
-    merges_file = text_module("tokenizer_gpt2").gpt2_tokenizer_file(folder / "vocab.bpe")
+    merges_file = gpt2_tokenizer_file(folder / "vocab.bpe")
     files = dict(zip(KINDS, [bytes_tokenizer_file(), chars_tokenizer_file(STORIES), merges_file], strict=True))
     for kind, data in files.items():
         (folder / f"{kind}.json").write_bytes(data)
-    return {kind: load_tokenizer(folder / f"{kind}.json") for kind in KINDS}
+    return {kind: load_text_tokenizer(folder / f"{kind}.json") for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,9 +118,9 @@ def test_other_files_are_no_merges(tmp_path, merges, message):
     pytest.importorskip("tiktoken")
     (tmp_path / "vocab.bpe").write_text(merges, encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        text_module("tokenizer_gpt2").gpt2_tokenizer_file(tmp_path / "vocab.bpe")
+        gpt2_tokenizer_file(tmp_path / "vocab.bpe")
     with pytest.raises(DataError, match="can't be read"):
-        text_module("tokenizer_gpt2").gpt2_tokenizer_file(tmp_path / "none.bpe")
+        gpt2_tokenizer_file(tmp_path / "none.bpe")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +140,7 @@ def test_damaged_files_are_refused(tmp_path: Path, content, message):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        load_tokenizer(path)
+        load_text_tokenizer(path)
 
 
 def test_identity_is_that_of_the_file(tokenizers):
@@ -140,6 +149,12 @@ def test_identity_is_that_of_the_file(tokenizers):
     assert len({tokenizer.sha256 for tokenizer in tokenizers.values()}) == 3
 
 
-def test_text_outside_of_the_repository_is_one_clear_error(monkeypatch):
-    with pytest.raises(DataError, match="whole repository"):
-        text_module("no_such_module")
+def test_gpt2s_bytes_are_known_without_tiktoken_and_its_absence_is_one_clear_error(tokenizers, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(json.dumps({"kind": "gpt2", "merges": MERGES}).encode())
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    known, text = load_tokenizer(path), tokenizers["gpt2"]
+    assert (known.kind, known.vocab_size, known.bos_id) == (text.kind, text.vocab_size, text.bos_id)
+    assert all(map(np.array_equal, known.token_bytes, text.token_bytes))
+    with pytest.raises(DataError, match="tiktoken is not installed: pip install -r requirements-data.txt"):
+        load_text_tokenizer(path).encode("the")

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from golf.data.manifest import data_identity, load_prepared
+from golf.data.manifest import PreparedData, data_identity, load_prepared
 from golf.data.shards import DataError, find_shards, read_shard
 from golf.data.sidecar import read_sidecar
-from golf.data.tokenizer import load_tokenizer
-from lab.prepare.corpus import split_documents
-from lab.prepare.prepare import Preparation, PreparationWork, prepare_corpus, prepare_data, prepared_folder
-from lab.prepare.shard_writer import GrowingShards
+from lab.prepare.prepare import Preparation, PreparationWork, preparation_folder, prepare_data
+from lab.prepare.readers import iter_documents
+from lab.prepare.text_tokenizer import load_text_tokenizer
+from lab.prepare.work_files import GrowingShards, build_spool
 
 WORDS = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "café"]
 
@@ -33,12 +33,16 @@ def prepared(corpus, tmp_path_factory):
     return prepare_corpus(corpus, tmp_path_factory.mktemp("out") / "own", 300, 0.1)
 
 
+def prepare_corpus(source, out, vocab_size: int, val_fraction: float) -> PreparedData:
+    return prepare_data(Preparation(str(source), f"train:{vocab_size}", val_fraction), out)
+
+
 def folder_bytes(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_shards_hold_the_documents(corpus, prepared):
-    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    tokenizer = load_text_tokenizer(prepared.tokenizer_path)
     texts = set()
     for split in ("train", "val"):
         tokens = np.concatenate([read_shard(path) for path in find_shards(prepared.folder, split)])
@@ -69,7 +73,7 @@ def test_shards_are_cut_at_their_size(corpus, prepared, tmp_path, monkeypatch):
 
 
 def test_an_existing_model_only_encodes(corpus, prepared, tmp_path):
-    other = prepare_corpus(corpus, tmp_path / "other", val_fraction=0.1, model=prepared.tokenizer_path)
+    other = prepare_data(Preparation(str(corpus), str(prepared.tokenizer_path), 0.1), tmp_path / "other")
     assert other.data_id == prepared.data_id
     assert other.manifest["recipe"]["tokenizer"] == prepared.manifest["tokenizer"]["sha256"]
 
@@ -140,13 +144,13 @@ def test_a_partial_preparation_of_something_else_is_thrown_away(corpus, prepared
 
 KILLED = """
 import os, sys
-from lab.prepare.prepare import PreparationWork, prepare_corpus
+from lab.prepare.prepare import Preparation, PreparationWork, prepare_data
 add = PreparationWork.add
 def add_and_die(work, chunk):
     add(work, chunk)
     os._exit(9)
 PreparationWork.add = add_and_die
-prepare_corpus(sys.argv[1], sys.argv[2], 300, 0.1)
+prepare_data(Preparation(sys.argv[1], "train:300", 0.1), sys.argv[2])
 """
 
 
@@ -172,7 +176,7 @@ def test_any_number_of_workers_gives_the_same_folder(corpus, tmp_path, monkeypat
 
 
 def decoded_documents(prepared, split) -> list[str]:
-    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    tokenizer = load_text_tokenizer(prepared.tokenizer_path)
     tokens = np.concatenate([read_shard(path) for path in find_shards(prepared.folder, split)])
     return [tokenizer.decode(ids[1:]) for ids in np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id))[1:]]
 
@@ -193,7 +197,7 @@ def test_the_first_documents_are_held_out_in_the_order_of_the_source(corpus, tmp
 def test_a_share_by_hash_in_the_order_of_the_source(corpus, tmp_path):
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     prepared = prepare_data(Preparation(str(corpus), "bytes", 0.1, order="source"), tmp_path / "own")
-    held_out = set(split_documents(texts, 0.1).val)
+    held_out = set(build_spool(iter_documents(corpus), tmp_path, 0.1, seed=0).documents("val"))
     assert decoded_documents(prepared, "val") == [text for text in texts if text in held_out]
     assert decoded_documents(prepared, "train") == [text for text in texts if text not in held_out]
 
@@ -210,7 +214,7 @@ def test_settings_that_contradict_each_other(corpus):
 def test_characters_and_bytes(corpus, tmp_path):
     for kind, vocab_size in (("bytes", 260), ("chars", None)):
         prepared = prepare_data(Preparation(str(corpus), kind, 0.1), tmp_path / kind)
-        tokenizer = load_tokenizer(prepared.tokenizer_path)
+        tokenizer = load_text_tokenizer(prepared.tokenizer_path)
         assert prepared.manifest["tokenizer"]["kind"] == tokenizer.kind == kind
         assert vocab_size in (None, tokenizer.vocab_size)
         assert data_identity(prepared.folder, tokenizer) == prepared.data_id
@@ -236,7 +240,7 @@ def test_caseops_has_the_bytes_of_its_validation_tokens(capitals, tmp_path):
     tokens = np.concatenate([read_shard(path) for path in val_paths])
     token_bytes = read_sidecar(val_paths)
     assert len(val_paths) > 1 and len(token_bytes) == len(tokens)
-    assert np.array_equal(token_bytes, load_tokenizer(prepared.tokenizer_path).target_bytes(tokens))
+    assert np.array_equal(token_bytes, load_text_tokenizer(prepared.tokenizer_path).target_bytes(tokens))
     assert token_bytes.sum() == prepared.manifest["splits"]["val"]["text_bytes"]
     names = [name for name in prepared.manifest["files"] if "_val_bytes_" in name]
     assert len(names) == len(val_paths)
@@ -280,14 +284,18 @@ def test_two_processes_do_not_race(corpus, prepared, tmp_path, repository):
 def test_folder_names_follow_text_and_settings(corpus, tmp_path):
     copy = tmp_path / "own.jsonl"
     copy.write_bytes(corpus.read_bytes())
-    name = prepared_folder(copy, 1024, tmp_path)
+
+    def folder(vocab_size: int, val_fraction: float = 0.05):
+        return preparation_folder(Preparation(str(copy), f"train:{vocab_size}", val_fraction), tmp_path)
+
+    name = folder(1024)
     assert name.parent == tmp_path and name.name.startswith("own-") and "-sp1024-" in name.name
-    assert prepared_folder(copy, 1024, tmp_path) == name
-    others = {prepared_folder(copy, 512, tmp_path), prepared_folder(copy, 1024, tmp_path, val_fraction=0.2)}
+    assert folder(1024) == name
+    others = {folder(512), folder(1024, val_fraction=0.2)}
     copy.write_text('{"text": "changed"}\n')
-    others.add(prepared_folder(copy, 1024, tmp_path))
+    others.add(folder(1024))
     assert len(others) == 3 and name not in others
-    assert prepared_folder("embedded", 1024).as_posix().startswith("data/cache/embedded-py3.")
+    assert preparation_folder(Preparation("embedded")).as_posix().startswith("data/cache/embedded-py3.")
 
 
 def test_damage_is_found(corpus, tmp_path):
@@ -311,11 +319,11 @@ def test_damage_is_found(corpus, tmp_path):
 
 
 def test_data_identity(corpus, prepared, tmp_path):
-    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    tokenizer = load_text_tokenizer(prepared.tokenizer_path)
     assert data_identity(prepared.folder, tokenizer) == prepared.data_id
     other_model = tmp_path / "other.model"
     other_model.write_bytes(load_prepared_model(corpus, tmp_path))
-    other = load_tokenizer(other_model)
+    other = load_text_tokenizer(other_model)
     with pytest.raises(DataError, match="was not made with"):
         data_identity(prepared.folder, other)
     bare = tmp_path / "bare"

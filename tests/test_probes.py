@@ -16,7 +16,6 @@ from lab.probe.probes import (
     probe_scorer,
     probe_single_pass,
     replace_tokens,
-    uniform_points,
 )
 
 VOCABULARY, BOS, CHUNK = 16, 1, 4
@@ -166,8 +165,14 @@ class NeverLearns(AdaptingToy):
     adapts = False
 
 
+def points(targets: int) -> ProbePoints:
+    rng = np.random.default_rng(1)
+    cuts, chosen = (np.sort(rng.choice(targets, min(count, targets), replace=False)).tolist() for count in (8, 16))
+    return ProbePoints(cuts, chosen)
+
+
 def verdicts(scorer, tokens: np.ndarray) -> list[str]:
-    found = probe_scorer(scorer, tokens, uniform_points(len(tokens) - 1, seed=1, cuts=8), seed=1)
+    found = probe_scorer(scorer, tokens, points(len(tokens) - 1), seed=1)
     assert all("\n" not in probe.detail and probe.detail for probe in found)
     return [probe.verdict for probe in found]
 
@@ -249,9 +254,3 @@ def test_replaced_tokens_all_differ_and_the_rest_stands(keep):
     different = np.setdiff1d(np.arange(5, 40), kept)
     assert (changed != tokens).nonzero()[0].tolist() == different.tolist()
     assert set(changed) <= set(tokens) and (keep is None or (changed[different] != BOS).all())
-
-
-def test_uniform_points_fit_small_streams():
-    points = uniform_points(3, seed=0)
-    assert points.cuts == points.targets == [0, 1, 2]
-    assert len(uniform_points(1000, seed=0, samples=5).targets) == 5

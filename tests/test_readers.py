@@ -1,5 +1,6 @@
 """Documents from every kind of source, one after the other. pytest tests/test_readers.py"""
 
+import io
 import itertools
 import json
 
@@ -8,8 +9,14 @@ import zstandard
 from fake_hub import FakeHub
 
 from golf.data.shards import DataError, write_shard
-from lab.prepare.corpus import cut_passages, read_documents
-from lab.prepare.readers import is_hub_source, iter_documents, source_identity, split_at_starts
+from lab.prepare.readers import (
+    cut_passages,
+    embedded_documents,
+    is_hub_source,
+    iter_documents,
+    source_identity,
+)
+from lab.probe.documents import shard_documents
 
 TEXTS = ["one", "two é", "three\nlines\r\nhere"]
 
@@ -19,7 +26,7 @@ def json_lines(texts) -> bytes:
 
 
 def test_embedded_text_is_the_same_as_in_memory():
-    assert list(itertools.islice(iter_documents("embedded"), 20)) == read_documents("embedded")[:20]
+    assert list(itertools.islice(iter_documents("embedded"), 20)) == [t for t in embedded_documents() if t.strip()][:20]
 
 
 def test_zstd_lines(tmp_path):
@@ -70,7 +77,9 @@ def test_a_single_text_comes_in_passages_line_by_line(tmp_path):
     path = tmp_path / "long.txt"
     path.write_bytes(text.encode())
     passages = list(iter_documents(path))
-    assert passages == cut_passages(text) and len(passages) > 5 and "".join(passages) == text
+    assert (
+        passages == [*cut_passages(io.StringIO(text, newline="\n"))] and len(passages) > 5 and "".join(passages) == text
+    )
     (tmp_path / "long.jsonl").write_bytes(json_lines([text]))
     assert list(iter_documents(tmp_path / "long.jsonl")) == passages
     path.write_bytes(text.encode() + b"\n\xff")
@@ -136,19 +145,19 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     def no_package(name):
         raise ImportError(name)
 
-    monkeypatch.setattr("lab.prepare.readers.importlib.import_module", no_package)
+    monkeypatch.setattr("lab.prepare.text_tokenizer.importlib.import_module", no_package)
     (tmp_path / "a.parquet").write_bytes(b"x")
     with pytest.raises(DataError, match="pyarrow is not installed: pip install -r requirements-data.txt"):
         iter_documents(tmp_path / "a.parquet")
 
 
 def test_documents_of_token_shards_run_over_their_borders(tmp_path, monkeypatch):
-    monkeypatch.setattr("lab.prepare.readers.DECODED_TOKENS", 3)
+    monkeypatch.setattr("lab.probe.documents.BLOCK_TOKENS", 3)
     start = 50256
     write_shard(tmp_path / "x_train_000001.bin", [start, 1, 2, 3, 4, start])
     write_shard(tmp_path / "x_train_000002.bin", [5, 6, start, start, 7])
     paths = sorted(tmp_path.iterdir())
-    assert [ids_N.tolist() for ids_N in split_at_starts(paths)] == [[1, 2, 3, 4], [5, 6], [7]]
+    assert [ids_N.tolist() for ids_N in shard_documents(paths, start)] == [[1, 2, 3, 4], [5, 6], [7]]
 
 
 def test_gpt2_shards_are_decoded(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golf.data.tokenizer import TextTokenizer
 from lab.generate.sampling import (
     GrowingText,
     SamplingError,
@@ -19,6 +18,7 @@ from lab.generate.sampling import (
     most_likely,
     token_probabilities,
 )
+from lab.prepare.text_tokenizer import TextTokenizer
 from tests.tokenizer_fixtures import BYTES, TRICKY, small_tokenizers
 
 # ---- one draw ----

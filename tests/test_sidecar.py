@@ -20,16 +20,16 @@ from golf.data.sidecar import (
     sidecar_path,
     validation_bytes,
     without_sidecars,
-    write_sidecar,
 )
-from golf.data.tokenizer import CASE_OPERATORS, ByteTable, Tokenizer
+from golf.data.tokenizer import CASE_OPERATORS, ByteTable
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
 from golf.runtime import Log, Runtime
 from golf.score.journal import ScoreJournal
 from golf.score.roundtrip import score_artifact, score_weights
 from golf.score.scorer import ScoreError, count_target_bytes
-from lab.prepare.caseops import encode_caseops
+from lab.prepare.encoding import ChunkEncoder, DocumentChunk
+from lab.prepare.text_tokenizer import SentencePieceTokenizer, encode_caseops
 from lab.probe.data_probes import probe_bytes
 from lab.probe.probes import FAIL, PASS
 
@@ -40,7 +40,7 @@ SCORE = ScoreConfig(eval_seq_len=32, eval_stride=16, eval_batch_seqs=8, max_eval
 MODEL = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, bigram_vocab_size=32, bigram_dim=8)
 
 
-def train_model(transform: bool) -> Tokenizer:
+def train_model(transform: bool) -> SentencePieceTokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([encode_caseops(text) if transform else text for text in TEXTS]), model_writer=model,
@@ -48,22 +48,22 @@ def train_model(transform: bool) -> Tokenizer:
         byte_fallback=True, add_dummy_prefix=False, minloglevel=2, normalization_rule_name="identity",
         user_defined_symbols=[*CASE_OPERATORS] if transform else [],
     )  # fmt: skip
-    return Tokenizer(model.getvalue(), "cased" if transform else "plain")
+    return SentencePieceTokenizer(model.getvalue(), "cased" if transform else "plain")
 
 
 @pytest.fixture(scope="module")
-def tokenizers() -> dict[str, Tokenizer]:
+def tokenizers() -> dict[str, SentencePieceTokenizer]:
     return {tokenizer.kind: tokenizer for tokenizer in map(train_model, (True, False))}
 
 
-def write_data(folder: Path, tokenizer: Tokenizer, shards: int = 3) -> list[Path]:
+def write_data(folder: Path, tokenizer: SentencePieceTokenizer, shards: int = 3) -> list[Path]:
     """Validation shards of TEXTS with their sidecar."""
     stream = np.array([token for text in TEXTS for token in (tokenizer.bos_id, *tokenizer.encode(text))])
     folder.mkdir(parents=True, exist_ok=True)
     pairs = zip(np.array_split(stream, shards), np.array_split(tokenizer.target_bytes(stream), shards), strict=True)
     for index, (tokens_N, bytes_N) in enumerate(pairs):
         write_shard(folder / f"text_val_{index:06d}.bin", tokens_N)
-        write_sidecar(folder, "text", index, bytes_N)
+        write_shard(folder / f"text_val_bytes_{index:06d}.bin", bytes_N)
     return find_shards(folder, "val")
 
 
@@ -92,10 +92,13 @@ def test_files_and_names(tmp_path, tokenizers):
     assert read_sidecar(paths) is None
 
 
-def test_bytes_that_fit_no_file(tmp_path):
-    for bad in ([0, 2**16], [-1, 2]):
+def test_bytes_that_fit_no_file(tokenizers, monkeypatch):
+    tokenizer = tokenizers["sentencepiece"]
+    for bad in (2**16, -1):
+        monkeypatch.setattr(tokenizer, "target_bytes", lambda ids_N, bad=bad: np.full(len(ids_N), bad))
+        monkeypatch.setattr("lab.prepare.encoding.check_byte_counts", lambda *arguments: 0)
         with pytest.raises(DataError, match="0 to 65,535 bytes"):
-            write_sidecar(tmp_path, "text", 0, bad)
+            ChunkEncoder(tokenizer, word_cache=False).encode(DocumentChunk("val", TEXTS), with_bytes=True)
 
 
 def test_targets_are_counted_by_position():
@@ -179,7 +182,7 @@ def test_one_byte_too_many_is_refused_where_the_sum_is_known(tmp_path, tokenizer
 # ---- scores ----
 
 
-def packed(folder: Path, tokenizer: Tokenizer):
+def packed(folder: Path, tokenizer: SentencePieceTokenizer):
     """(artifact, state, path of the tokenizer) of an untrained model."""
     config = with_knobs(Config(), MODEL | dict(vocab_size=tokenizer.vocab_size, train_seq_len=16))
     state = build_model(config.model, seed=3).state_dict()

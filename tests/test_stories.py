@@ -12,12 +12,12 @@ import torch
 from golf.config.config import Config, build_config
 from golf.config.knobs import ConfigError
 from golf.data.shards import read_shard
-from golf.data.tokenizer import load_tokenizer
 from golf.model.gpt import GPT
 from golf.run.datasets import check_vocabulary, corpus_tokenizer, locate_data, open_training_data, with_vocabulary
 from golf.runtime import Runtime
 from lab.machine.diagnosis import inspect_data
 from lab.machine.synthetic import random_tokens
+from lab.prepare.text_tokenizer import load_text_tokenizer
 
 CPU = Runtime(torch.device("cpu"))
 STORIES = [
@@ -47,7 +47,7 @@ def located(corpus, repository, tmp_path_factory) -> Config:
 
 
 def test_a_file_of_stories_becomes_characters_and_their_number_the_vocabulary(located):
-    tokenizer = load_tokenizer(located.data.tokenizer_path)
+    tokenizer = load_text_tokenizer(located.data.tokenizer_path)
     assert tokenizer.kind == "chars" and located.data.tokenizer_path.endswith("tokenizer.json")
     train = [text for text in STORIES if text in decoded_documents(located, "train")]
     characters = set("".join(train))
@@ -56,13 +56,13 @@ def test_a_file_of_stories_becomes_characters_and_their_number_the_vocabulary(lo
 
 
 def decoded_documents(config: Config, split: str) -> list[str]:
-    tokenizer = load_tokenizer(config.data.tokenizer_path)
+    tokenizer = load_text_tokenizer(config.data.tokenizer_path)
     ids = np.asarray(read_shard(Path(config.data.data_path) / f"text_{split}_000000.bin"))
     return [tokenizer.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == tokenizer.bos_id)) if len(part)]
 
 
 def test_a_character_that_training_never_saw_is_spelled(located):
-    tokenizer = load_tokenizer(located.data.tokenizer_path)
+    tokenizer = load_text_tokenizer(located.data.tokenizer_path)
     ids = tokenizer.encode("a 猫!")
     assert tokenizer.decode(ids) == "a 猫!" and max(ids) < located.model.vocab_size
     assert len(ids) == 2 + 3 + (1 if "!" in "".join(STORIES) else 0)
@@ -82,7 +82,7 @@ def test_a_vocabulary_that_is_named_stays(located):
     with pytest.raises(ConfigError, match="vocab_size=300"):
         paths = {"data_path": located.data.data_path, "tokenizer_path": located.data.tokenizer_path}
         config = build_config("stories", {}, {"vocab_size": "300"} | paths)
-        check_vocabulary(config, load_tokenizer(config.data.tokenizer_path))
+        check_vocabulary(config, load_text_tokenizer(config.data.tokenizer_path))
 
 
 def test_shards_that_are_there_give_their_tokenizers_vocabulary(located):

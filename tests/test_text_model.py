@@ -13,11 +13,12 @@ import torch
 from golf.artifact.container import read_artifact
 from golf.config.knobs import UserError
 from golf.data.shards import DataError
-from golf.data.tokenizer import ByteTable, TextTokenizer
+from golf.data.tokenizer import ByteTable
 from golf.model.init import build_model
 from golf.score.scorer import plain_settings, score_stream
 from lab.generate.sampling import SamplingError, SamplingOptions
 from lab.generate.text_model import TextModel, open_text_model
+from lab.prepare.text_tokenizer import TextTokenizer
 from lab.rates.trained_run import open_trained_run
 from tests.sampled_run_fixtures import make_sampled_run
 from tests.tokenizer_fixtures import BYTES, SAMPLE, small_tokenizers, trained

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import BLANK, CASE_OPERATORS, ByteTable, Tokenizer, check_byte_counts, load_tokenizer
+from golf.data.tokenizer import BLANK, CASE_OPERATORS, ByteTable
+from lab.prepare.text_tokenizer import SentencePieceTokenizer, check_byte_counts, load_text_tokenizer
 from lab.prepare.vocabulary import train_tokenizer
 
 SAMPLE = [
@@ -51,12 +52,12 @@ def train_model(**settings_of_kind) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def tokenizers() -> dict[str, tuple[Tokenizer, ByteTable]]:
+def tokenizers() -> dict[str, tuple[SentencePieceTokenizer, ByteTable]]:
     models = {
         kind: train_tokenizer(SAMPLE, 360) if chosen is None else train_model(**chosen)
         for kind, chosen in KINDS.items()
     }
-    made = {kind: Tokenizer(model, kind) for kind, model in models.items()}
+    made = {kind: SentencePieceTokenizer(model, kind) for kind, model in models.items()}
     return {kind: (tokenizer, ByteTable(tokenizer)) for kind, tokenizer in made.items()}
 
 
@@ -144,20 +145,20 @@ def spoiled(table: ByteTable, spoil) -> ByteTable:
     return bad
 
 
-def count_blanks_twice(table: ByteTable, tokenizer: Tokenizer) -> None:
+def count_blanks_twice(table: ByteTable, tokenizer: SentencePieceTokenizer) -> None:
     blanks = [i for i in range(260, tokenizer.vocab_size) if tokenizer.processor.id_to_piece(i).startswith(BLANK)]
     table.inner_V[blanks] += 1
 
 
-def count_bytes_as_replacement_characters(table: ByteTable, tokenizer: Tokenizer) -> None:
+def count_bytes_as_replacement_characters(table: ByteTable, tokenizer: SentencePieceTokenizer) -> None:
     table.inner_V[4:260] = 3
 
 
-def count_bare_blank_as_three(table: ByteTable, tokenizer: Tokenizer) -> None:
+def count_bare_blank_as_three(table: ByteTable, tokenizer: SentencePieceTokenizer) -> None:
     table.inner_V[tokenizer.blank_id] = 3
 
 
-def count_blank_after_bos(table: ByteTable, tokenizer: Tokenizer) -> None:
+def count_blank_after_bos(table: ByteTable, tokenizer: SentencePieceTokenizer) -> None:
     table.start_V = table.inner_V.copy()
 
 
@@ -187,13 +188,13 @@ def test_model_without_a_bare_blank_is_refused():
     model = train_model(**COMPETITION)
     bare_blank = b"\x0a\x03" + BLANK.encode()  # field 1 (the piece) of three bytes
     assert model.count(bare_blank) == 1
-    blankless = Tokenizer(model.replace(bare_blank, b"\x0a\x03" + "あ".encode()), "blankless")
+    blankless = SentencePieceTokenizer(model.replace(bare_blank, b"\x0a\x03" + "あ".encode()), "blankless")
     with pytest.raises(DataError, match="no piece for a single blank"):
         ByteTable(blankless)
 
 
 def test_unknown_pieces_and_foreign_ids_are_errors(tokenizers):
-    byteless = Tokenizer(train_model(**COMPETITION | dict(byte_fallback=False)), "byteless")
+    byteless = SentencePieceTokenizer(train_model(**COMPETITION | dict(byte_fallback=False)), "byteless")
     ids = np.array([byteless.bos_id, *byteless.encode("snake 🐍")])
     table = ByteTable(byteless)
     with pytest.raises(DataError, match="unknown pieces"):
@@ -208,12 +209,12 @@ def test_identity_and_errors_of_files(tmp_path, tokenizers):
     model = train_tokenizer(SAMPLE, 360)
     path = tmp_path / "own.model"
     path.write_bytes(model)
-    assert load_tokenizer(path).sha256 == tokenizers["lossless"][0].sha256  # training is deterministic, too
+    assert load_text_tokenizer(path).sha256 == tokenizers["lossless"][0].sha256  # training is deterministic, too
     path.write_bytes(b"not a model")
     with pytest.raises(DataError, match="not a SentencePiece model"):
-        load_tokenizer(path)
+        load_text_tokenizer(path)
     with pytest.raises(DataError, match="no such tokenizer"):
-        load_tokenizer(tmp_path / "none.model")
+        load_text_tokenizer(tmp_path / "none.model")
 
 
 def test_training_errors():
@@ -225,7 +226,7 @@ def test_training_errors():
 
 def test_training_copes_with_long_lines_and_reserved_characters():
     text = "word " * 40_000 + "\0\x1f\x7f" + "\u2585\u2581" * 10
-    tokenizer = Tokenizer(train_tokenizer([text, *SAMPLE], 360), "odd")
+    tokenizer = SentencePieceTokenizer(train_tokenizer([text, *SAMPLE], 360), "odd")
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace(BLANK, " ")
 
 
@@ -233,7 +234,7 @@ def test_training_copes_with_long_lines_and_reserved_characters():
     "name", ["fineweb_1024_bpe", "fineweb_8192_bpe", "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved"]
 )
 def test_shared_tokenizers_on_web_text(shared, name):
-    tokenizer = load_tokenizer(shared / "tokenizers" / f"{name}.model")
+    tokenizer = load_text_tokenizer(shared / "tokenizers" / f"{name}.model")
     table = ByteTable(tokenizer)
     check_competition_rule(tokenizer, table)
     with lzma.open(shared / "corpus" / "val_web.jsonl.xz") as lines:

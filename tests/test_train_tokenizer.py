@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import CASE_OPERATORS, Tokenizer, load_tokenizer
-from lab.prepare.tokenizer_sweep import sample_texts, train_and_measure
-from lab.prepare.vocabulary import limit_characters, train_competition_tokenizer
+from golf.data.tokenizer import CASE_OPERATORS, load_tokenizer
+from lab.prepare.text_tokenizer import SentencePieceTokenizer
+from lab.prepare.vocabulary import limit_characters, sample_texts, train_and_measure, train_competition_tokenizer
 
 GENERATOR = np.random.default_rng(0)
 WORDS = ["".join(GENERATOR.choice(list("etaoinshrdlu"), GENERATOR.integers(2, 9))) for _ in range(300)]
@@ -18,8 +18,8 @@ TEXTS = [" ".join(GENERATOR.choice(WORDS, 60)) + f" {n * 37}.\n\tÉnd № {n}" f
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_competition_tokenizer(TEXTS, 400))
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_competition_tokenizer(TEXTS, 400))
 
 
 def test_the_layout_is_the_competitions(tokenizer):
@@ -39,8 +39,8 @@ def test_text_is_normalised_and_nothing_else_is_lost(tokenizer):
 
 def test_the_same_text_gives_the_same_bytes(tokenizer):
     model = train_competition_tokenizer(iter(TEXTS), 400)
-    assert Tokenizer(model).sha256 == tokenizer.sha256
-    assert Tokenizer(train_competition_tokenizer(TEXTS[:100], 400)).sha256 != tokenizer.sha256
+    assert SentencePieceTokenizer(model).sha256 == tokenizer.sha256
+    assert SentencePieceTokenizer(train_competition_tokenizer(TEXTS[:100], 400)).sha256 != tokenizer.sha256
     first_bytes = sum(len(text.encode()) for text in TEXTS[:100])
     shorter = train_competition_tokenizer(TEXTS, 400, text_bytes=first_bytes)
     assert shorter == train_competition_tokenizer(TEXTS[:100], 400)
@@ -48,7 +48,7 @@ def test_the_same_text_gives_the_same_bytes(tokenizer):
 
 @pytest.mark.parametrize("vocab_size", [264, 270, 300])
 def test_small_vocabularies_leave_rare_characters_to_bytes(vocab_size):
-    tokenizer = Tokenizer(train_competition_tokenizer(TEXTS, vocab_size))
+    tokenizer = SentencePieceTokenizer(train_competition_tokenizer(TEXTS, vocab_size))
     assert tokenizer.vocab_size == vocab_size
     assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == " ".join(TEXTS[0].replace("№", "No").split())
 
@@ -71,7 +71,7 @@ def test_limit_characters():
 
 
 def test_case_operators_are_pieces():
-    tokenizer = Tokenizer(train_competition_tokenizer(TEXTS, 400, CASE_OPERATORS))
+    tokenizer = SentencePieceTokenizer(train_competition_tokenizer(TEXTS, 400, CASE_OPERATORS))
     assert tokenizer.kind == "caseops"
     assert tokenizer.decode(tokenizer.encode("The END iPod")) == "The END iPod"
 
@@ -85,7 +85,7 @@ def test_larger_vocabularies_compress_further(tmp_path):
     assert small.text_bytes == large.text_bytes == sum(len(text.encode()) for text in measured)
     assert small.counted_bytes == large.counted_bytes and small.documents == large.documents == len(measured)
     assert 1 < small.bytes_per_token < large.bytes_per_token
-    tokens = sum(len(Tokenizer(small.model).encode(text)) for text in measured)
+    tokens = sum(len(SentencePieceTokenizer(small.model).encode(text)) for text in measured)
     assert small.tokens == tokens and small.row()["bytes_per_token"] == small.counted_bytes / tokens
     other = tmp_path / "other.txt"
     other.write_text("etaoin " * 3000)

@@ -9,9 +9,9 @@ import torch
 from golf.artifact.weights import save_weights
 from golf.config.config import Config, with_knobs
 from golf.data.shards import write_shard
-from golf.data.tokenizers_plain import PlainTokenizer, bytes_tokenizer_file
 from golf.model.init import build_model
 from golf.run.folder import RunFolder
+from lab.prepare.text_tokenizer import PlainTokenizer, bytes_tokenizer_file
 
 KNOBS = dict(
     vocab_size=260, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, bigram_vocab_size=64, bigram_dim=16,

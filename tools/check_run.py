@@ -1,4 +1,4 @@
-"""Legality probes of a scored run: causality, normalisation, order and count of scoring, data, bytes, network.
+"""Probes the legality of a scored run: causality, normalisation, order and count of scoring, data, bytes, network.
 
     python tools/check_run.py runs/RUN_ID [--full] [--json] [--write]
 
@@ -28,12 +28,13 @@ from golf.config.knobs import EXIT_FINDINGS
 from golf.config.run import RunConfig
 from golf.data.shards import find_shards
 from golf.data.sidecar import StreamBytes
-from golf.data.tokenizer import ByteTable, TextTokenizer, load_tokenizer
+from golf.data.tokenizer import ByteTable
 from golf.run.folder import RunFolder
 from golf.runtime import ProgressLine, Runtime, choose_compile, choose_device, write_file_atomically
 from golf.score.roundtrip import load_validation, stream_identity
 from golf.score.scorer import ScoreSettings, check_settings, compiled_losses, sliding_settings
 from lab.cli import ToolOptions, run_command
+from lab.prepare.text_tokenizer import TextTokenizer, load_text_tokenizer
 from lab.probe.data_probes import ProbeError, probe_access, probe_bytes, probe_disjoint, read_run_record
 from lab.probe.probes import FAIL, Probe, probe_scorer
 from lab.probe.scorer_adapter import ArtifactScorer, probe_plan, probe_stream_tokens
@@ -54,7 +55,7 @@ class Options(ToolOptions):
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run's folder as the probes need it."""
+    """Holds a run's folder as the probes need it."""
 
     folder: Path
     config: Config
@@ -67,14 +68,14 @@ class ScoredRun:
 
 
 def load_run(path: Path) -> ScoredRun:
-    """Raises UserError or OSError for a folder that is not that of a scored run."""
+    """Loads a run's folder. Raises UserError or OSError for one that is not that of a scored run."""
     folder = RunFolder(path)
     if folder.config.exists():
         read_run_record(folder.config, ["config_hash", "run", "data", "score"])
     config = folder.load_config()
     figures = load_figures(folder)
     artifact = read_artifact(folder.artifact)
-    tokenizer = load_tokenizer(config.data.tokenizer_path)
+    tokenizer = load_text_tokenizer(config.data.tokenizer_path)
     if figures.get("artifact_sha256", artifact.sha256) != artifact.sha256:
         raise ProbeError(f"{folder.artifact} is not the artifact that was scored (other SHA-256): score the run again")
     if tokenizer.sha256 != artifact.tokenizer_sha256:
@@ -90,7 +91,7 @@ def load_run(path: Path) -> ScoredRun:
 
 
 def load_figures(folder: RunFolder) -> dict[str, Any]:
-    """What the score says of itself, in the terms of result.json, which may not be there yet. Raises ProbeError."""
+    """Reads what the score says of itself, in the terms of result.json, which may be missing yet. Raises ProbeError."""
     records = [path for path in (folder.score, folder.result) if path.is_file()]
     if not records:
         raise ProbeError(f"{folder.path} has neither score.json nor result.json: score the run first")
@@ -104,7 +105,7 @@ def load_figures(folder: RunFolder) -> dict[str, Any]:
 
 
 def score_settings(run: ScoredRun) -> ScoreSettings:
-    """Those of the score: its stride is larger than the configured one where time was short."""
+    """Returns those of the score: its stride is larger than the configured one where time was short."""
     stride = run.figures.get("eval_stride", run.config.score.eval_stride)
     settings = sliding_settings(replace(run.config.score, eval_stride=stride), run.artifact.model)
     check_settings(settings)
@@ -112,7 +113,7 @@ def score_settings(run: ScoredRun) -> ScoreSettings:
 
 
 def single_runtime(config: RunConfig) -> Runtime:
-    """This process alone, set up as the scoring was, whatever a launcher's variables say."""
+    """Sets this process alone up as the scoring was, whatever a launcher's variables say."""
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -122,7 +123,7 @@ def single_runtime(config: RunConfig) -> Runtime:
 
 
 def probe_run(run: ScoredRun, full: bool) -> list[Probe]:
-    """All probes, on the artifact and the scorer that made the score."""
+    """Runs all probes, on the artifact and the scorer that made the score."""
     settings, runtime = score_settings(run), single_runtime(run.config.run)
     model = restore_model(run.artifact, runtime)
     forward = compiled_losses(model) if runtime.compiles_scoring else None

@@ -1,4 +1,4 @@
-"""What is in a folder of shards: documents, tokens, bytes, lengths with a picture, pieces, samples, duplicates.
+"""Shows what is in a folder of shards: documents, tokens, bytes, lengths with a picture, pieces, samples, duplicates.
 
 python tools/inspect_data.py DIR [--tokenizer FILE] [--full] [--samples 2] [--top 20] [--picture FILE.png] [--json]
 
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.config.knobs import EXIT_FINDINGS
 from golf.data.shards import DataError, find_shards
-from golf.data.tokenizer import TextTokenizer, load_tokenizer
 from lab.cli import ToolOptions, run_command
 from lab.prepare.data_report import (
     DataContent,
@@ -38,6 +37,7 @@ from lab.prepare.data_report import (
     planned_tokens,
     sample_documents,
 )
+from lab.prepare.text_tokenizer import TextTokenizer, load_text_tokenizer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,7 +70,7 @@ def open_tokenizer(options: Options) -> TextTokenizer:
         raise DataError(
             f"{options.folder}: no tokenizer beside the shards: name the one that made them, --tokenizer FILE"
         )
-    return load_tokenizer(path)
+    return load_text_tokenizer(path)
 
 
 def summary_table(content: DataContent, folder: Path) -> Table:
@@ -122,7 +122,7 @@ def pieces_table(split: SplitContent, tokenizer: TextTokenizer, count: int) -> T
 
 
 def draw_lengths(content: DataContent, path: Path) -> None:
-    """Share of documents by length, both splits over each other, as a PNG file."""
+    """Draws the share of documents by length, both splits over each other, as a PNG file."""
     edges = length_edges(np.concatenate([split.lengths_D for split in content.splits]))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for split in content.splits:

@@ -22,8 +22,11 @@ Rule = tuple[bool, str]
 
 def knob_docs(section: type) -> dict[str, str]:
     """Returns the line below each field of a class of knobs; empty ones where the source has none (a packed script)."""
-    body = ast.parse(inspect.getsource(section)).body[0].body
     docs = {field.name: "" for field in fields(section)}
+    try:
+        body = ast.parse(inspect.getsource(section)).body[0].body
+    except OSError:
+        return docs
     for node, after in zip(body, body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             docs[node.target.id] = str(after.value.value)

@@ -1,4 +1,4 @@
-"""What a folder of shards says about itself, and the id of its data that runs record."""
+"""Reads what a folder of shards says about itself, and gives its data the id that runs record."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ FINGERPRINT_BYTES = 4096
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A whole folder of shards with its tokenizer; `manifest` is the content of manifest.json."""
+    """Holds a whole folder of shards with its tokenizer; `manifest` is the content of manifest.json."""
 
     folder: Path
     manifest: dict
@@ -35,7 +35,7 @@ class PreparedData:
 
 
 def load_prepared(folder: str | Path) -> PreparedData:
-    """The prepared data in `folder`, its files' sizes checked against the manifest. Raises DataError."""
+    """Opens the prepared data in `folder`; checks its files' sizes against the manifest. Raises DataError."""
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -54,7 +54,7 @@ def load_prepared(folder: str | Path) -> PreparedData:
 
 
 def data_identity(folder: str | Path, tokenizer: Tokenizer) -> str:
-    """The data id that runs record: 16 hex digits.
+    """Returns the data id that runs record: 16 hex digits.
 
     A prepared folder has it in its manifest. For any other folder of shards it is a hash over the tokenizer
     and, of each training shard, name, size, and first and last 4 KiB (the header among them): quick on 10 billion

@@ -1,4 +1,4 @@
-"""Token files in the competition's format, checked whenever they are opened.
+"""Reads and writes token files in the competition's format, and checks them whenever they are opened.
 
 A shard is 256 little-endian int32 (word 0 the magic 20240520, word 1 the version 1, word 2 the token
 count, the rest zero) followed by that many little-endian uint16 tokens, and nothing else.
@@ -24,15 +24,15 @@ SHARD_NAME = re.compile(r"(?P<dataset>.+)_(?P<split>train|val)_(?P<index>\d{6})\
 
 
 class DataError(UserError):
-    """Text, tokenizer or token files that can't be used as they are."""
+    """Says that text, tokenizer or token files can't be used as they are."""
 
 
 class ShardError(DataError):
-    """A shard file that is missing, damaged, or not a shard."""
+    """Says that a shard file is missing, damaged, or not a shard."""
 
 
 def shard_token_count(path: Path) -> int:
-    """Tokens in the shard, from its header, checked against the size of the file. Raises ShardError."""
+    """Counts the tokens in a shard by its header, checked against the size of the file. Raises ShardError."""
     if not path.is_file():
         raise ShardError(f"{path}: no such shard; check the path, or prepare or download it")
     size = path.stat().st_size
@@ -56,26 +56,31 @@ def shard_token_count(path: Path) -> int:
 
 
 def read_shard(path: str | Path) -> np.memmap:
-    """The tokens of a shard as a read-only memory map, uint16 (N,). Raises ShardError."""
+    """Returns the tokens of a shard as a read-only memory map, uint16 (N,). Raises ShardError."""
     path = Path(path)
     count = shard_token_count(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
+def shard_header(tokens: int) -> bytes:
+    """Returns the header of a shard of so many tokens."""
+    header = np.zeros(SHARD_HEADER_WORDS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
+    return header.tobytes()
+
+
 def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
-    """Write tokens (N,), each 0 to 65535, as a shard; the name appears only when the file is whole."""
+    """Writes tokens (N,), each 0 to 65535, as a shard; the name appears only when the file is whole."""
     path, tokens_N = Path(path), np.asarray(tokens)
     if not 1 <= tokens_N.size < 2**31:
         raise ShardError(f"{path}: a shard holds 1 to 2^31 - 1 tokens, not {tokens_N.size}")
     if tokens_N.min() < 0 or tokens_N.max() >= 2**16:
         raise ShardError(f"{path}: token ids must be 0 to 65535; use a tokenizer of at most 65,536 pieces")
-    header = np.zeros(SHARD_HEADER_WORDS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens_N.size
-    write_file_atomically(path, header.tobytes() + tokens_N.astype("<u2").tobytes())
+    write_file_atomically(path, shard_header(tokens_N.size) + tokens_N.astype("<u2").tobytes())
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
-    """The shards of `split` ("train" or "val") in `folder`, sorted. Raises ShardError if there are none."""
+    """Lists the shards of `split` ("train" or "val") in `folder`, sorted. Raises ShardError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ShardError(
@@ -92,7 +97,7 @@ def find_shards(folder: str | Path, split: str) -> list[Path]:
 
 
 def expand_glob(pattern: str) -> list[Path]:
-    """Files that match a shell pattern, sorted. Raises ShardError if there are none."""
+    """Lists the files that match a shell pattern, sorted. Raises ShardError if there are none."""
     paths = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern)))
     if not paths:
         raise ShardError(f"no file matches {pattern!r}; check the path (and quote the pattern in the shell)")

@@ -1,4 +1,4 @@
-"""Bytes of each validation token in files of their own, beside the shards.
+"""Reads the bytes of each validation token from files of their own, beside the shards.
 
 A lossless transform of the text changes its tokens, not its bytes. What a token stands for then does not follow from
 its piece, so whoever prepares the shards writes it down: `<dataset>_val_bytes_%06d.bin` beside
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from golf.data.shards import DataError, find_shards, read_shard, write_shard
+from golf.data.shards import DataError, find_shards, read_shard
 from golf.data.tokenizer import ByteTable
 
 SIDECAR_ADVICE = "prepare or download the shards and their bytes again, together"
@@ -27,44 +27,35 @@ COUNTED_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class StreamBytes:
-    """Bytes of the original text of each token of one stream, by position: it counts that stream, or its beginning."""
+    """Holds the bytes of each token of one stream, by position: it counts that stream, or its beginning."""
 
     bytes_N: np.ndarray | torch.Tensor
 
     def to(self, device: torch.device | str) -> "StreamBytes":
-        """The same as an int32 tensor on `device`."""
+        """Returns the same as an int32 tensor on `device`."""
         return StreamBytes(torch.from_numpy(self.bytes_N.astype(np.int32)).to(device))
 
     def of_targets(self, tokens: int) -> np.ndarray | torch.Tensor:
-        """Bytes of the targets in the first `tokens` tokens of the stream: all of them but the first."""
+        """Returns the bytes of the targets in the first `tokens` tokens of the stream: all of them but the first."""
         if tokens > len(self.bytes_N):
             raise DataError(f"{tokens} tokens to score, but bytes of {len(self.bytes_N)}: {SIDECAR_ADVICE}")
         return self.bytes_N[1:tokens]
 
 
 def sidecar_path(val_path: str | Path) -> Path | None:
-    """Where the bytes of a validation shard are, if there are any; None for a file of bytes and any other name."""
+    """Returns where a validation shard's bytes are, if there are any; None for a file of bytes and any other name."""
     name = Path(val_path).name
     found = re.sub(r"_val_(\d{6}\.bin)$", r"_val_bytes_\1", name)
     return None if found == name else Path(val_path).with_name(found)
 
 
-def write_sidecar(folder: str | Path, dataset: str, index: int, bytes_N: Sequence[int] | np.ndarray) -> Path:
-    """Write the bytes of each token of `<dataset>_val_<index>.bin`, BOS included. Raises DataError."""
-    path = Path(folder) / f"{dataset}_val_bytes_{index:06d}.bin"
-    if np.max(bytes_N, initial=0) >= 2**16 or np.min(bytes_N, initial=0) < 0:
-        raise DataError(f"{path}: a token stands for 0 to 65,535 bytes: its tokenizer has pieces that are too long")
-    write_shard(path, bytes_N)
-    return path
-
-
 def without_sidecars(paths: Sequence[str | Path]) -> list[str | Path]:
-    """`paths` without files of bytes, which a pattern like `*_val_*.bin` matches too."""
+    """Returns `paths` without files of bytes, which a pattern like `*_val_*.bin` matches too."""
     return [path for path in paths if not re.search(r"_val_bytes_\d{6}\.bin$", str(path))]
 
 
 def read_sidecar(val_paths: Sequence[str | Path]) -> np.ndarray | None:
-    """uint16 (N,) bytes of every token of the shards, in order; None where no shard has any. Raises DataError."""
+    """Reads the bytes of every token of the shards, uint16 (N,); None where no shard has any. Raises DataError."""
     pairs = [(Path(path), sidecar_path(path)) for path in val_paths]
     if not any(beside and beside.is_file() for _, beside in pairs):
         return None
@@ -84,7 +75,7 @@ def read_sidecar(val_paths: Sequence[str | Path]) -> np.ndarray | None:
 def validation_bytes(
     table: ByteTable, val_paths: Sequence[str | Path], tokens_N: np.ndarray
 ) -> ByteTable | StreamBytes:
-    """What counts the bytes of the validation stream: the sidecar of its shards, or `table` where there is none.
+    """Returns what counts the bytes of the validation stream: its shards' sidecar, or `table` where there is none.
 
     Raises DataError for a sidecar that is not that of these tokens.
     """
@@ -104,14 +95,14 @@ def validation_bytes(
 
 
 def table_total(table: ByteTable, tokens_N: np.ndarray) -> int:
-    """Bytes of a stream by a table, in pieces that don't make gigabytes of int64."""
+    """Counts the bytes of a stream by a table, in pieces that don't make gigabytes of int64."""
     starts = range(0, len(tokens_N) - 1, COUNTED_AT_ONCE)
     pieces = (tokens_N[start : start + COUNTED_AT_ONCE + 1] for start in starts)
     return sum(int(table.count(piece_P[:-1], piece_P[1:]).sum()) for piece_P in pieces)
 
 
 def manifest_total(folder: Path, val_paths: Sequence[str | Path]) -> int | None:
-    """Validation bytes by the manifest of a prepared folder; None where it has none, or these are not all shards."""
+    """Reads the validation bytes in a folder's manifest; None without one, or where these are not all shards."""
     path = folder / "manifest.json"
     if not path.is_file() or sorted(map(Path, val_paths)) != find_shards(folder, "val"):
         return None

@@ -64,6 +64,11 @@ def checkpoint_path(folder: Path, step: int, rank: int, world_size: int) -> Path
     return folder / f"step{step:07d}-rank{rank}of{world_size}.safetensors"
 
 
+def features_of(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Returns the feature audit in a checkpoint's numbers, by the name that it has in older ones too."""
+    return numbers["features"] if "features" in numbers else numbers["witness"]
+
+
 class CheckpointWriter:
     """Writes this rank's part of checkpoints in a thread, and keeps the last two."""
 

@@ -21,6 +21,8 @@ class Command:
     config: Config
     resume: Path | None = None
     """Folder of the run to go on with."""
+    new_code: bool = False
+    """Go on with this code where another one began the run."""
     score: Path | None = None
     """Folder of the run whose artifact is only reloaded and scored."""
     debug: bool = False
@@ -55,6 +57,7 @@ def command_parser(default_preset: str) -> argparse.ArgumentParser:
     parser.add_argument("--preset", help="" if FROZEN else f"{', '.join(PRESETS)}; here {default_preset}")
     parser.add_argument("--corpus", help="text to train on: embedded, .txt, .jsonl, .jsonl.xz, or a folder of them")
     parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run from wherever it was (or its folder)")
+    parser.add_argument("--new-code", action="store_true", help="with --resume: go on though other code began the run")
     parser.add_argument("--score", type=Path, metavar="FOLDER", help="only reload and score the artifact of this run")
     parser.add_argument("--plan", action="store_true", help="print what would happen when (tools/plan.py --help)")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
@@ -75,7 +78,7 @@ def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
         if folder is None:
             raise ConfigError(f"there is no run {options.resume!r} under {runs_root}: name one that is there")
         config = RunFolder(folder).load_config()
-        return Command(config, None if options.score else folder, options.score, debug=options.debug)
+        return Command(config, None if options.score else folder, options.new_code, options.score, options.debug)
     named = {"preset": options.preset, "corpus": options.corpus}
     overrides |= {knob: value for knob, value in named.items() if value}
     return Command(build_config(default_preset, environ, overrides), debug=options.debug)

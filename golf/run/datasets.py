@@ -11,7 +11,7 @@ from golf.config.knobs import ConfigError
 from golf.data.loader import TokenStream
 from golf.data.manifest import data_identity
 from golf.data.shards import find_shards
-from golf.data.tokenizer import TextTokenizer, load_tokenizer
+from golf.data.tokenizer import Tokenizer, load_tokenizer
 from golf.runtime import Runtime
 
 
@@ -19,7 +19,7 @@ from golf.runtime import Runtime
 class TrainingData:
     stream: TokenStream
     shards: int
-    tokenizer: TextTokenizer
+    tokenizer: Tokenizer
     data_id: str
 
 
@@ -81,7 +81,7 @@ def prepare_corpus_data(config: Config, root: Path) -> str:
     return json.loads(finished.stdout)["folder"]
 
 
-def check_vocabulary(config: Config, tokenizer: TextTokenizer) -> None:
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size != config.model.vocab_size or tokenizer.bos_id != config.model.bos_id:
         raise ConfigError(
             f"{config.data.tokenizer_path} has {tokenizer.vocab_size} pieces and BOS {tokenizer.bos_id}; the model has "

@@ -33,6 +33,8 @@ class RunFolder:
         self.code = path / "train_gpt.py"
         self.readable_code = path / "train_gpt_readable.py"
         self.sources = path / "sources.json"
+        self.stages = path / "stages.json"
+        self.code_changes = path / "code_changes.json"
         self.machine = path / "machine.json"
         self.ledger = path / "ledger.jsonl"
         self.access = path / "access.json"
@@ -53,6 +55,10 @@ class RunFolder:
             raise ConfigError(f"{self.config} is not JSON: it was changed; start a new run") from None
         del sections["config_hash"]
         return config_from_dict(sections)
+
+    def code_changes_list(self) -> list[dict[str, Any]]:
+        """Returns what is noted of each change of the code in the middle of the run."""
+        return self.load_json(self.code_changes)["changes"] if self.code_changes.exists() else []
 
     def save_json(self, path: Path, content: dict[str, Any]) -> None:
         write_file_atomically(path, json.dumps(content, indent=2) + "\n")

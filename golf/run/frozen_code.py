@@ -37,7 +37,19 @@ class Program:
         if not folder.sources.exists():
             raise ConfigError(f"{folder.path} was stopped before it began: remove it, and start anew")
         if folder.load_json(folder.sources) != self.sources():
-            raise ConfigError(f"the code is not that of {folder.code}: go back to it, or start a new run")
+            raise ConfigError(
+                f"the code is not that of {folder.code}: go back to it, start a new run, or go on all the same with "
+                "--new-code, which makes the result invalid"
+            )
+
+    def replace_code(self, folder: RunFolder) -> None:
+        """Makes this program the code of a run that another one began, and notes that."""
+        if folder.load_json(folder.sources) != self.sources():
+            changes = folder.code_changes_list()
+            stages = list(folder.load_json(folder.stages)) if folder.stages.exists() else []
+            changes.append({"from": file_sha256(folder.code), "stages": stages})
+            folder.save_json(folder.code_changes, {"changes": changes})
+            self.freeze(folder)
 
     def sources(self) -> dict[str, str]:
         """SHA-256 of every file that the run's code is made from."""

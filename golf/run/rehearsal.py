@@ -8,7 +8,7 @@ import numpy as np
 from golf.artifact.container import read_artifact, restore_model, write_artifact
 from golf.artifact.fill_limit import FIRST_GUESS, LevelSearch
 from golf.config.knobs import UserError
-from golf.data.tokenizer import ByteTable, TextTokenizer
+from golf.data.tokenizer import ByteTable, Tokenizer
 from golf.quant.calibration import calibrate_run
 from golf.quant.export import prune_state, quantize_state
 from golf.quant.grid import QuantizedState
@@ -36,7 +36,7 @@ def quantize_once(trainer: Trainer) -> QuantizedState:
     return search.quantize(FIRST_GUESS)
 
 
-def rehearse(trainer: Trainer, tokenizer: TextTokenizer, folder: RunFolder) -> str:
+def rehearse(trainer: Trainer, tokenizer: Tokenizer, folder: RunFolder) -> str:
     """Quantize, pack, reload and score a sliver of training text at the real shapes; returns a line for the log.
 
     Raises what the stages after training would raise, and RehearsalError for a disk that is too full.

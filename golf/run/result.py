@@ -11,7 +11,7 @@ import torch
 from golf.artifact.container import read_artifact
 from golf.artifact.fill_limit import FittedArtifact
 from golf.config.config import Config, config_hash
-from golf.data.tokenizer import TextTokenizer
+from golf.data.tokenizer import Tokenizer
 from golf.run.feature_audit import FeatureAudit
 from golf.run.log_lines import machine_description
 from golf.run.session import Session
@@ -35,13 +35,16 @@ def run_findings(figures: Mapping[str, Any]) -> list[str]:
     ):
         if 0 < cap < spent:
             findings.append(f"{what} took {spent:.1f} s, over its cap of {cap:.0f} s")
+    for change in figures.get("code_changes", []):
+        done = ", ".join(change["stages"]) or "no stage"
+        findings.append(f"the code was changed in the middle of the run (by code {change['from'][:12]}: {done})")
     for name, probe in figures["probes"].items():
         if probe["verdict"] == "FAIL":
             findings.append(f"legality probe {name} failed: {probe['detail']}")
     return findings
 
 
-def training_record(trainer: Trainer, data_id: str, tokenizer: TextTokenizer) -> dict[str, Any]:
+def training_record(trainer: Trainer, data_id: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """training.json: what the training measured."""
     return {
         "params": sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -133,6 +136,7 @@ def build_result(config: Config, session: Session, probed: bool) -> dict[str, An
         "features": audit.record(),
         "parity": folder.load_json(folder.reload)["parity"],
         "probes": folder.load_json(folder.probes) if folder.probes.exists() else {},
+        "code_changes": folder.code_changes_list(),
         "ledger": session.ledger.summary(),
     }
     broken = [] if probed else ["tools/check_run.py could not probe the score; see its message"]

@@ -22,7 +22,7 @@ from golf.optim.average import WeightAverage
 from golf.optim.optimizers import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, training_budget
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization, remove_fake_quantization
-from golf.run.checkpoint import TrainingState, generator_tensors, restore_generators
+from golf.run.checkpoint import TrainingState, features_of, generator_tensors, restore_generators
 from golf.run.feature_audit import FeatureAudit
 from golf.run.proofs import MOST_BATCHES, verify_features
 from golf.runtime import Runtime, Stopwatch
@@ -217,7 +217,7 @@ class Trainer:
         self.step, self.clock.total = numbers["step"], max(numbers["elapsed"], latest)
         self.lost_seconds = numbers["lost_seconds"] + self.clock.total - numbers["elapsed"]
         self.recent_seconds.extend(numbers["recent_seconds"])
-        self.audit = FeatureAudit(self.config, numbers["features"])
+        self.audit = FeatureAudit(self.config, features_of(numbers))
 
 
 def count_micro_steps(config: Config, world_size: int) -> int:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import load_tokenizer
 from lab.prepare.readers import iter_documents
+from lab.prepare.text_tokenizer import load_text_tokenizer
 
 BARE_BYTES = 8_000_000
 """Text that the bare thread encodes."""
@@ -43,7 +43,7 @@ def write_text(source: str, path: Path, text_bytes: int) -> int:
 
 def bare_megabytes_per_second(source: str, tokenizer_path: Path) -> float:
     """One SentencePiece thread over a list of documents in memory, nothing else. Raises DataError."""
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_text_tokenizer(tokenizer_path)
     if not hasattr(tokenizer, "processor"):
         raise DataError(f"{tokenizer_path}: only SentencePiece models can be compared with a bare SentencePiece thread")
     texts, held = [], 0

@@ -5,7 +5,7 @@ import pkgutil
 from typing import Any, Literal, get_origin
 
 import golf
-from golf.config.config import FREE_KNOBS, KNOBS, Config, config_from_dict, iter_knobs
+from golf.config.config import FREE_KNOBS, KNOBS, Config, config_from_dict, iter_knobs, preset_config
 from golf.config.features import features_on
 from golf.config.site_quantizers import activation_sites, weight_sites
 from lab.bundle.specialize import Frozen
@@ -33,10 +33,12 @@ def freeze_config(config: Config) -> Frozen:
 
 
 def shipped_knobs(config: Config) -> dict[str, Any]:
-    """Returns the knobs that differ from their defaults, without those of a single run and without paths."""
+    """Returns the knobs that differ from their defaults; those of a single run and paths are the preset's."""
     defaults = {knob: value for _, knob, _, value in iter_knobs(Config())}
-    knobs = {knob: value for _, knob, _, value in iter_knobs(config) if value != defaults[knob]}
-    shipped = {knob: value for knob, value in knobs.items() if knob not in OWN_KNOBS}
+    presets = {knob: value for _, knob, _, value in iter_knobs(preset_config(config.run.preset))}
+    chosen = {knob: value for _, knob, _, value in iter_knobs(config)}
+    chosen |= {knob: presets[knob] for knob in OWN_KNOBS}
+    shipped = {knob: value for knob, value in chosen.items() if value != defaults[knob]}
     if config.data.corpus:
         shipped |= {"data_path": "", "tokenizer_path": ""}
     if config.data.corpus not in ("", "embedded"):

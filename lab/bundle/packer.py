@@ -20,7 +20,8 @@ from python_minifier import expression_printer
 from python_minifier.transforms.remove_annotations_options import RemoveAnnotationsOptions
 
 from lab.bundle.parts import OLDEST_PYTHON, BundleError, parse_oldest
-from lab.bundle.specialize import strip_annotations
+from lab.bundle.reach import strip_annotations
+from lab.bundle.specialize import SPECIALISED_MARK
 
 MAX_SOURCE_BYTES = 16_000_000
 PACKED_TEMPLATE = """\
@@ -41,7 +42,7 @@ def minify_source(source: str) -> str:
     oldest = mock.patch.object(expression_printer, "sys", SimpleNamespace(version_info=OLDEST_PYTHON))
     with oldest:
         return python_minifier.minify(
-            strip_annotations(source),
+            strip_annotations(source) if SPECIALISED_MARK in source else source,
             remove_annotations=RemoveAnnotationsOptions(
                 remove_variable_annotations=True,
                 remove_return_annotations=False,
@@ -65,9 +66,10 @@ def pack_source(source: str) -> bytes:
 def quote_bytes(data: bytes) -> str:
     """Returns a string literal of these bytes as Latin-1, with as few escapes as Python's grammar allows: it knows no
     null bytes, and takes carriage returns for line ends."""
-    text = data.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r").replace('"""', '""\\"')
+    text = data.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
+    text = re.sub(r'"(?="")|"\Z', r'\\"', text)
     text = re.sub("\0(?=[0-7])", r"\\000", text).replace("\0", r"\0")
-    return '"""' + (text[:-1] + '\\"' if text.endswith('"') else text) + '"""'
+    return f'"""{text}"""'
 
 
 def compress_smallest(data: bytes) -> bytes:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Protocol
 
 from golf.config.knobs import UserError
-from golf.data.tokenizer import TextTokenizer
 from lab.generate.sampling import SamplingError
+from lab.prepare.text_tokenizer import TextTokenizer
 
 RESOLVED = 2.0
 """Standard errors that a difference must exceed."""

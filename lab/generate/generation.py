@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from golf.config.model import ModelConfig
-from golf.data.tokenizer import TextTokenizer
 from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
 from golf.runtime import Runtime
 from lab.generate.packed_cache import packed_cache
 from lab.generate.sampling import SampledRow, SamplingError, SamplingOptions, drawable_ids
+from lab.prepare.text_tokenizer import TextTokenizer
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from golf.config.knobs import UserError
-from golf.data.tokenizer import TextTokenizer
+from lab.prepare.text_tokenizer import TextTokenizer
 
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 4

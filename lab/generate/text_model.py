@@ -15,7 +15,7 @@ import torch
 from golf.artifact.container import Artifact, read_artifact, restore_model
 from golf.artifact.description import expected_shapes
 from golf.data.sidecar import StreamBytes
-from golf.data.tokenizer import ByteTable, TextTokenizer, load_tokenizer
+from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.run.folder import RunFolder
 from golf.runtime import Runtime
@@ -23,6 +23,7 @@ from golf.score.roundtrip import load_artifact_tokenizer
 from golf.score.scorer import Score, ScoreSettings, score_stream
 from lab.generate.generation import TextGeneration
 from lab.generate.sampling import SamplingError, SamplingOptions, drawable_ids, text_ids
+from lab.prepare.text_tokenizer import TextTokenizer, load_text_tokenizer
 from lab.probe.data_probes import read_run_record
 
 
@@ -101,7 +102,7 @@ def open_text_model(
     source = find_artifact(path, folder)
     artifact = read_artifact(source)
     tokenizer_path = tokenizer_path or run_tokenizer_path(source, folder)
-    table, tokenizer = load_artifact_tokenizer(artifact, tokenizer_path), load_tokenizer(tokenizer_path)
+    table, tokenizer = load_artifact_tokenizer(artifact, tokenizer_path), load_text_tokenizer(tokenizer_path)
     drawable_ids(tokenizer, artifact.model.vocab_size)
     if tokenizer.bos_id != artifact.model.bos_id:
         raise SamplingError(f"{source}: its documents start with {artifact.model.bos_id}, not {tokenizer.bos_id}")

@@ -23,7 +23,7 @@ from golf.run.datasets import (
     with_vocabulary,
 )
 from lab.machine.plan import EXPECTED_STEP_SECONDS
-from lab.prepare.prepare import prepared_folder
+from lab.prepare.prepare import Preparation, preparation_folder
 
 CODEC_PACKAGES = {"lzma": "lzma", "zlib": "zlib", "zstd": "zstandard", "brotli": "brotli"}
 """Module that each codec of the configuration needs."""
@@ -221,8 +221,7 @@ def inspect_data(config: Config, cache: Path) -> tuple[dict[str, str], list[Mach
         if config.data.data_path:
             config = with_tokenizer_path(config)
         else:
-            tokenizer, vocab_size = corpus_tokenizer(config), config.model.vocab_size
-            prepared = prepared_folder(config.data.corpus, vocab_size, cache, model=tokenizer)
+            prepared = preparation_folder(Preparation(config.data.corpus, corpus_tokenizer(config)), cache)
             if not prepared.exists():
                 return {}, [unprepared(config)]
             paths = {"data_path": str(prepared), "tokenizer_path": str(tokenizer_beside(prepared))}

@@ -1,9 +1,9 @@
-"""What is in a folder of shards: documents, tokens, bytes, lengths, pieces, and documents that are in both splits.
+"""Reads what is in a folder of shards: documents, tokens, bytes, lengths, pieces, documents in both splits.
 
 Shape letters: N tokens, D documents, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from golf.data.loader import TokenStream
-from golf.data.shards import DataError, find_shards, read_shard, shard_token_count
+from golf.data.shards import DataError, find_shards, shard_token_count
 from golf.data.sidecar import read_sidecar
-from golf.data.tokenizer import TextTokenizer
-from lab.probe.documents import SharedDocuments, find_shared_documents
+from lab.prepare.text_tokenizer import TextTokenizer
+from lab.probe.documents import SharedDocuments, document_blocks, find_shared_documents
 
-BLOCK_OF_DOCUMENTS = 1 << 22
-"""Tokens that are looked at together; more where a document is longer."""
 QUICK_TRAIN_TOKENS = 200_000_000
 """Training tokens that are read without being asked to, in whole shards: some tens of seconds."""
 SAMPLE_TOKENS = 120
@@ -30,7 +28,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class SplitContent:
-    """What was read of one split."""
+    """Holds what was read of one split."""
 
     split: str
     shards: int
@@ -52,13 +50,13 @@ class SplitContent:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text by tokens that are no document starts."""
+        """Divides the bytes of text by the tokens that are no document starts."""
         return self.bytes / max(1, int(self.lengths_D.sum()))
 
 
 @dataclass(frozen=True)
 class DataContent:
-    """What was read of a folder."""
+    """Holds what was read of a folder."""
 
     splits: list[SplitContent]
     shared: SharedDocuments | None
@@ -66,30 +64,13 @@ class DataContent:
     findings: list[str]
 
 
-def blocks_of_documents(paths: Sequence[Path], bos_id: int, advance: Advance) -> Iterator[np.ndarray]:
-    """The tokens of the shards in blocks of whole documents, uint16 (N,)."""
-    rest = np.empty(0, dtype="<u2")
-    for path in paths:
-        shard = read_shard(path)
-        for begin in range(0, len(shard), BLOCK_OF_DOCUMENTS):
-            part = shard[begin : begin + BLOCK_OF_DOCUMENTS]
-            advance(len(part))
-            rest = np.concatenate([rest, part])
-            starts = np.flatnonzero(rest == bos_id)
-            if len(starts) and starts[-1] > 0:
-                yield rest[: starts[-1]]
-                rest = rest[starts[-1] :]
-    if len(rest):
-        yield rest
-
-
 def read_split(
     split: str, paths: Sequence[Path], shards: int, tokenizer: TextTokenizer, advance: Advance = lambda tokens: None
 ) -> SplitContent:
-    """Read `paths` of a split that has `shards` shards. Raises DataError for tokens of another tokenizer."""
+    """Reads `paths` of a split that has `shards` shards. Raises DataError for tokens of another tokenizer."""
     sidecar = read_sidecar(paths) if split == "val" else None
     counts_V, lengths, byte_count = np.zeros(tokenizer.vocab_size, dtype=np.int64), [], 0
-    for block_N in blocks_of_documents(paths, tokenizer.bos_id, advance):
+    for block_N in document_blocks(paths, tokenizer.bos_id, advance):
         counted = np.bincount(block_N, minlength=tokenizer.vocab_size)
         if len(counted) > tokenizer.vocab_size:
             raise DataError(
@@ -107,13 +88,13 @@ def read_split(
 
 
 def quick_paths(paths: Sequence[Path]) -> list[Path]:
-    """The first shards of as many tokens as are read without being asked to; one in any case."""
+    """Returns the first shards, as many as are read without being asked to; one in any case."""
     ends = np.cumsum([shard_token_count(path) for path in paths])
     return list(paths[: max(1, int((ends <= QUICK_TRAIN_TOKENS).sum()))])
 
 
 def shards_by_split(folder: Path, full: bool) -> dict[str, tuple[list[Path], int]]:
-    """(shards to read, shards there) of each split that the folder has. Raises ShardError where it has none."""
+    """Returns (shards to read, shards there) of each split that the folder has. Raises ShardError where it has none."""
     splits = {}
     for split in ("train", "val"):
         if split == "train" or any(folder.glob("*_val_[0-9]*.bin")):
@@ -125,7 +106,7 @@ def shards_by_split(folder: Path, full: bool) -> dict[str, tuple[list[Path], int
 def inspect_folder(
     folder: Path, tokenizer: TextTokenizer, full: bool = False, advance: Advance = lambda tokens: None
 ) -> DataContent:
-    """Read the shards of a folder: all of validation, and of training what is quick, or all. Raises DataError."""
+    """Reads the shards of a folder: all of validation, and of training what is quick, or all. Raises DataError."""
     chosen = shards_by_split(folder, full)
     splits = [read_split(split, paths, there, tokenizer, advance) for split, (paths, there) in chosen.items()]
     shared = None
@@ -135,7 +116,7 @@ def inspect_folder(
 
 
 def find_faults(splits: Sequence[SplitContent], shared: SharedDocuments | None) -> list[str]:
-    """One line for each thing that sound data does not have."""
+    """Returns one line for each thing that sound data does not have."""
     faults = []
     for content in splits:
         if empty := int((content.lengths_D == 0).sum()):
@@ -151,32 +132,32 @@ def find_faults(splits: Sequence[SplitContent], shared: SharedDocuments | None) 
 
 
 def planned_tokens(folder: Path, full: bool) -> int:
-    """Tokens that `inspect_folder` tells `advance` of: the duplicates take a second reading of the training shards."""
+    """Counts the tokens that `inspect_folder` tells `advance` of: training shards are read twice, for duplicates."""
     chosen = shards_by_split(folder, full)
     sizes = {split: sum(map(shard_token_count, paths)) for split, (paths, _) in chosen.items()}
     return sum(sizes.values()) + (sizes["train"] if len(sizes) == 2 else 0)
 
 
 def length_edges(lengths_D: np.ndarray) -> np.ndarray:
-    """Edges of a histogram's bins, int64: begin <= length < end; about evenly spaced in their logarithm."""
+    """Returns the edges of a histogram's bins, int64: begin <= length < end; about evenly spaced in their logarithm."""
     longest, shortest = int(lengths_D.max()), int(lengths_D.min())
     edges = np.geomspace(max(1, shortest), longest + 1, LENGTH_BINS + 1).round().astype(np.int64)
     return np.unique([*edges, *([0] if shortest == 0 else [])])
 
 
 def length_counts(lengths_D: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Documents in each bin."""
+    """Counts the documents in each bin."""
     return np.bincount(np.searchsorted(edges, lengths_D, side="right") - 1, minlength=len(edges) - 1)
 
 
 def piece_text(tokenizer: TextTokenizer, token: int) -> str:
-    """How a tokenizer spells one of its pieces, in quotes; what it decodes to where it has no spelling of its own."""
+    """Spells one of a tokenizer's pieces, in quotes; as its text where it has no spelling of its own."""
     processor = getattr(tokenizer, "processor", None)
     return repr(processor.id_to_piece(token) if processor else tokenizer.decode([token]))
 
 
 def frequent_pieces(content: SplitContent, tokenizer: TextTokenizer, count: int) -> list[tuple[str, int, int]]:
-    """(piece, id, occurrences) of the most frequent tokens, document starts left out; equal ones by id."""
+    """Returns (piece, id, occurrences) of the most frequent tokens, document starts left out; equal ones by id."""
     counts_V = content.counts_V.copy()
     counts_V[tokenizer.bos_id] = 0
     order = np.argsort(-counts_V, kind="stable")[:count]
@@ -184,7 +165,7 @@ def frequent_pieces(content: SplitContent, tokenizer: TextTokenizer, count: int)
 
 
 def sample_documents(content: SplitContent, tokenizer: TextTokenizer, count: int) -> list[str]:
-    """Beginnings of `count` documents, evenly spread over the split; all of them where documents are few."""
+    """Decodes the beginnings of `count` documents, evenly spread over the split; all where they are few."""
     stream, ends_D = TokenStream(content.paths), np.cumsum(content.lengths_D + 1)
     ends_D += content.tokens - ends_D[-1]  # the first document may have no start of its own
     numbers = {number * content.documents // count for number in range(count)}
@@ -195,7 +176,7 @@ def sample_documents(content: SplitContent, tokenizer: TextTokenizer, count: int
 
 
 def content_figures(content: SplitContent, tokenizer: TextTokenizer, top: int) -> dict[str, Any]:
-    """Plain numbers of a split, for JSON."""
+    """Returns plain numbers of a split, for JSON."""
     edges = length_edges(content.lengths_D)
     counts = length_counts(content.lengths_D, edges)
     return {
@@ -214,7 +195,7 @@ def content_figures(content: SplitContent, tokenizer: TextTokenizer, top: int) -
 
 
 def length_figures(lengths_D: np.ndarray) -> dict[str, float]:
-    """Quantiles and mean of documents' lengths in tokens."""
+    """Returns quantiles and mean of documents' lengths in tokens."""
     quantiles = np.quantile(lengths_D, list(QUANTILES.values()), method="inverted_cdf")
     return {name: int(value) for name, value in zip(QUANTILES, quantiles, strict=True)} | {
         "mean": float(lengths_D.mean())

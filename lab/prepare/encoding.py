@@ -1,4 +1,4 @@
-"""Documents to tokens on all cores, the same bytes whatever the number of workers.
+"""Encodes documents on all cores, to the same bytes whatever the number of workers.
 
 Documents are put together to chunks of about CHUNK_CHARACTERS; a chunk is encoded by whichever worker is free, and
 chunks are handed on in the order they came. Where a tokenizer's pieces never cross a blank (the competition's
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import TextTokenizer, check_byte_counts, load_tokenizer
+from lab.prepare.text_tokenizer import TextTokenizer, check_byte_counts, load_text_tokenizer
 from lab.prepare.word_table import WordTable, id_bytes, words_are_independent, words_differ
 
 CHUNK_CHARACTERS = 1 << 19
@@ -33,7 +33,7 @@ CHECKED_CHARACTERS = 1 << 14
 
 @dataclass(frozen=True)
 class DocumentChunk:
-    """Documents of one split, in order."""
+    """Holds documents of one split, in order."""
 
     split: str
     texts: list[str]
@@ -41,7 +41,7 @@ class DocumentChunk:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """A chunk's tokens (BOS before each document) and, where asked for, the bytes of each: little-endian uint16."""
+    """Holds a chunk's tokens (BOS before each document) and, if asked for, the bytes of each: little-endian uint16."""
 
     split: str
     documents: int
@@ -59,7 +59,7 @@ class ChunkEncoder:
         self.words = WordTable(tokenizer) if word_cache and words_are_independent(tokenizer) else None
 
     def encode(self, chunk: DocumentChunk, with_bytes: bool = False) -> EncodedChunk:
-        """Raises DataError, also when bytes and decoded text, or words and whole text, don't agree."""
+        """Encodes a chunk. Raises DataError, also when bytes and decoded text, or words and whole text, don't agree."""
         texts = chunk.texts
         if self.words is None:
             tokens = b"".join(map(self.with_bos, self.tokenizer.encode_documents(texts)))
@@ -70,6 +70,8 @@ class ChunkEncoder:
         bytes_N = self.tokenizer.target_bytes(ids_N)
         if self.words is None:
             check_byte_counts(self.tokenizer, bytes_N, ids_N)
+        if with_bytes and not 0 <= bytes_N.min() <= bytes_N.max() < 2**16:
+            raise DataError(f"{self.tokenizer.name}: a token stands for 0 to 65,535 bytes: its pieces are too long")
         text_bytes = sum(len(text.encode()) for text in texts)
         token_bytes = bytes_N.astype("<u2").tobytes() if with_bytes else b""
         return EncodedChunk(chunk.split, len(texts), text_bytes, int(bytes_N.sum()), tokens, token_bytes)
@@ -78,7 +80,7 @@ class ChunkEncoder:
         return id_bytes([self.tokenizer.bos_id, *ids])
 
     def check_first(self, text: str, tokens: bytes) -> None:
-        """Raise DataError unless the tokens begin with those of `text` in one piece."""
+        """Raises DataError unless the tokens begin with those of `text` in one piece."""
         if len(text) <= CHECKED_CHARACTERS:
             whole = self.with_bos(self.tokenizer.encode(text))
             if not tokens.startswith(whole) or tokens[len(whole) : len(whole) + 2] not in (b"", self.with_bos([])):
@@ -86,7 +88,7 @@ class ChunkEncoder:
 
 
 def chunk_documents(documents: Iterable[tuple[str, str]]) -> Iterator[DocumentChunk]:
-    """(split, text) pairs as chunks of each split; the same documents give the same chunks."""
+    """Joins (split, text) pairs to chunks of each split; the same documents give the same chunks."""
     waiting: dict[str, list[str]] = {}
     characters: dict[str, int] = {}
     for split, text in documents:
@@ -106,11 +108,11 @@ WORKER: dict[str, ChunkEncoder] = {}
 def start_worker(tokenizer_path: str, word_cache: bool, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops in order
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    WORKER["encoder"] = ChunkEncoder(load_tokenizer(tokenizer_path), word_cache)
+    WORKER["encoder"] = ChunkEncoder(load_text_tokenizer(tokenizer_path), word_cache)
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process when its parent was killed, which else would leave it waiting for ever."""
+    """Ends this process when its parent was killed, which else would leave it waiting for ever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -127,11 +129,11 @@ def encode_chunks(
     word_cache: bool = True,
     sidecar_splits: tuple[str, ...] = (),
 ) -> Iterator[EncodedChunk]:
-    """Encode chunks in `workers` processes (1: in this one), in order, reading only a few chunks ahead.
+    """Encodes chunks in `workers` processes (1: in this one), in order, reading only a few chunks ahead.
 
     Raises DataError, also when a worker was killed.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_text_tokenizer(tokenizer_path)
     if workers == 1:
         encoder = ChunkEncoder(tokenizer, word_cache)
         yield from (encoder.encode(chunk, chunk.split in sidecar_splits) for chunk in chunks)

@@ -1,4 +1,4 @@
-"""From documents to verified shards: split, tokenize, write, describe.
+"""Makes verified shards of documents: splits, tokenizes, writes and describes them.
 
 A prepared folder holds the tokenizer, `text_train_%06d.bin`, `text_val_%06d.bin` and `manifest.json`. It appears
 under its name only when it is whole; what a killed preparation left beside it is gone on with.
@@ -18,16 +18,29 @@ from pathlib import Path
 
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, PreparedData, load_prepared
 from golf.data.shards import DataError
-from golf.data.tokenizer import CASE_OPERATORS, TextTokenizer, load_tokenizer
-from golf.data.tokenizers_plain import bytes_tokenizer_file, chars_tokenizer_file, text_module
+from golf.data.tokenizer import CASE_OPERATORS
 from golf.runtime import file_sha256, write_file_atomically
-from lab.prepare.caseops import encode_caseops
-from lab.prepare.corpus import check_val_fraction, document_digest, is_held_out
 from lab.prepare.encoding import EncodedChunk, chunk_documents, encode_chunks
 from lab.prepare.readers import iter_documents, source_identity
-from lab.prepare.shard_writer import GrowingShards, read_state, write_state
-from lab.prepare.spool import build_spool, open_spool
+from lab.prepare.text_tokenizer import (
+    TextTokenizer,
+    bytes_tokenizer_file,
+    chars_tokenizer_file,
+    encode_caseops,
+    gpt2_tokenizer_file,
+    load_text_tokenizer,
+)
 from lab.prepare.vocabulary import train_competition_tokenizer, train_tokenizer
+from lab.prepare.work_files import (
+    GrowingShards,
+    build_spool,
+    check_val_fraction,
+    document_digest,
+    is_held_out,
+    open_spool,
+    read_state,
+    write_state,
+)
 
 PREPARED_FORMAT = 1
 """Changes with anything that changes the prepared bytes."""
@@ -43,7 +56,7 @@ TRAINED = re.compile(r"train:(\d+)")
 
 @dataclass(frozen=True)
 class Preparation:
-    """All that decides about the prepared bytes."""
+    """Holds all that decides about the prepared bytes."""
 
     source: str
     """See lab/prepare/readers.py."""
@@ -78,27 +91,27 @@ class Preparation:
         return self.order == "shuffled" or (self.order == "auto" and not self.val_docs)
 
     def label(self) -> str:
-        """What the tokenizer is called in a folder's name."""
+        """Returns what the tokenizer is called in a folder's name."""
         trained = TRAINED.fullmatch(self.tokenizer)
         if trained:
             return f"{'caseops' if self.transform == 'caseops' else 'sp'}{trained[1]}"
         if self.tokenizer in PLAIN_KINDS:
             return self.tokenizer
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = load_text_tokenizer(self.tokenizer)
         return f"{'sp' if tokenizer.kind == 'sentencepiece' else tokenizer.kind}{tokenizer.vocab_size}"
 
     def tokenizer_identity(self) -> str:
-        """What stands for the tokenizer: how it is made of the text, or the hash of its file. Raises DataError."""
+        """Says how the tokenizer is made of the text, or gives the hash of its file. Raises DataError."""
         if TRAINED.fullmatch(self.tokenizer) or self.tokenizer in ("bytes", "chars"):
             return self.tokenizer
         if self.tokenizer == "gpt2":
             return hashlib.sha256(gpt2_file(self)).hexdigest()
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = load_text_tokenizer(self.tokenizer)
         check_transform(tokenizer, self.transform)
         return tokenizer.sha256
 
     def recipe(self) -> dict[str, str | float | int | bool]:
-        """The settings with the identity of source and tokenizer in the place of their names; defaults are left out."""
+        """Returns the settings, with the identity of source and tokenizer for their names and without defaults."""
         recipe = {
             "format": PREPARED_FORMAT,
             "source": source_identity(self.source),
@@ -116,41 +129,11 @@ class Preparation:
         return recipe | {name: value for name, value in rarer.items() if value}
 
 
-def corpus_preparation(
-    source: str | Path, vocab_size: int, val_fraction: float, model: str | Path | None, seed: int = 0
-) -> Preparation:
-    tokenizer = f"train:{vocab_size}" if model is None else str(model)
-    return Preparation(str(source), tokenizer, val_fraction, seed=seed)
-
-
-def prepared_folder(
-    source: str | Path,
-    vocab_size: int,
-    root: str | Path = "data/cache",
-    val_fraction: float = VAL_FRACTION,
-    model: str | Path | None = None,
-) -> Path:
-    """The folder in `root` where prepare_corpus would put data made like this. Raises DataError."""
-    return preparation_folder(corpus_preparation(source, vocab_size, val_fraction, model), root)
-
-
-def preparation_folder(preparation: Preparation, root: str | Path) -> Path:
-    """A folder in `root` named after what is prepared. Raises DataError."""
+def preparation_folder(preparation: Preparation, root: str | Path = "data/cache") -> Path:
+    """Returns the folder in `root` named after what is prepared. Raises DataError."""
     recipe = preparation.recipe()
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     return Path(root) / f"{recipe['source']}-{preparation.label()}-{digest[:8]}"
-
-
-def prepare_corpus(
-    source: str | Path,
-    out: str | Path,
-    vocab_size: int = 1024,
-    val_fraction: float = VAL_FRACTION,
-    model: str | Path | None = None,
-    seed: int = 0,
-) -> PreparedData:
-    """`prepare_data` in one process, with a tokenizer trained on the training split, or the existing `model`."""
-    return prepare_data(corpus_preparation(source, vocab_size, val_fraction, model, seed), out)
 
 
 def prepare_data(
@@ -160,7 +143,7 @@ def prepare_data(
     word_cache: bool = True,
     advance: Callable[[int], None] = lambda text_bytes: None,
 ) -> PreparedData:
-    """Prepare data in the folder `out`, or return what is there already from the same recipe.
+    """Prepares data in the folder `out`, or returns what is there already from the same recipe.
 
     Processes that want the same folder wait for the first one. The bytes don't depend on `workers` and `word_cache`;
     `advance` is told of bytes of text as they are done. Raises DataError, also when `out` holds anything else.
@@ -190,14 +173,14 @@ def prepared_already(out: Path, recipe: dict) -> PreparedData:
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system lets go of it when the process ends, however it ends."""
+    """Holds an exclusive lock on `path`; the system lets go of it when the process ends, however it ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 class PreparationWork:
-    """One preparation in its unfinished folder: from the start, or from where a killed one was."""
+    """Runs one preparation in its unfinished folder: from the start, or from where a killed one was."""
 
     def __init__(self, preparation: Preparation, folder: Path, recipe: dict):
         self.preparation, self.folder = preparation, folder
@@ -216,21 +199,14 @@ class PreparationWork:
             state = {"recipe": recipe, "tokenizer": path.name, "chunks": 0, "splits": splits}
             write_state(folder, state)
         self.state = state
-        self.tokenizer = load_tokenizer(folder / state["tokenizer"])
-        self.shards = {split: self.growing(split, split) for split in state["splits"]}
-        self.sidecar = self.growing("val", "val_bytes") if self.tokenizer.kind == "caseops" else None
-
-    def growing(self, split: str, name: str) -> GrowingShards:
-        tokens = self.state["splits"][split]["tokens"]
-        return GrowingShards(self.folder, f"{DATASET}_{name}", self.preparation.shard_tokens, tokens)
-
-    def files(self) -> Iterator[GrowingShards]:
-        yield from self.shards.values()
-        if self.sidecar:
-            yield self.sidecar
+        self.tokenizer = load_text_tokenizer(folder / state["tokenizer"])
+        self.shards = {}
+        for name in ("train", "val", "val_bytes") if self.tokenizer.kind == "caseops" else ("train", "val"):
+            tokens = state["splits"][name.removesuffix("_bytes")]["tokens"]
+            self.shards[name] = GrowingShards(folder, f"{DATASET}_{name}", preparation.shard_tokens, tokens)
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """All (split, text) in the order that they are written in."""
+        """Yields all (split, text) in the order that they are written in."""
         if self.preparation.is_shuffled:
             spool = open_spool(self.folder)
             self.duplicates = spool.duplicates
@@ -238,7 +214,7 @@ class PreparationWork:
         return self.source_documents()
 
     def source_documents(self) -> Iterator[tuple[str, str]]:
-        """All (split, text) in the order of the source. Raises DataError for a document in both splits."""
+        """Yields all (split, text) in the order of the source. Raises DataError for a document in both splits."""
         wanted = self.preparation
         self.duplicates = 0
         held_out: set[bytes] = set()
@@ -260,11 +236,11 @@ class PreparationWork:
                 )
 
     def encode(self, workers: int, word_cache: bool, advance: Callable[[int], None]) -> None:
-        """Write the shards, from the noted chunk on."""
+        """Writes the shards, from the noted chunk on."""
         done = self.state["chunks"]
         chunks = itertools.islice(chunk_documents(self.documents()), done, None)
         path = self.folder / self.state["tokenizer"]
-        sidecar_splits = ("val",) if self.sidecar else ()
+        sidecar_splits = ("val",) if "val_bytes" in self.shards else ()
         for chunk in encode_chunks(chunks, path, workers, word_cache, sidecar_splits):
             self.add(chunk)
             advance(chunk.text_bytes)
@@ -275,7 +251,7 @@ class PreparationWork:
     def add(self, chunk: EncodedChunk) -> None:
         self.shards[chunk.split].append(chunk.tokens)
         if chunk.token_bytes:
-            self.sidecar.append(chunk.token_bytes)
+            self.shards["val_bytes"].append(chunk.token_bytes)
         counts = self.state["splits"][chunk.split]
         counts["documents"] += chunk.documents
         counts["tokens"] += len(chunk.tokens) // 2
@@ -283,20 +259,20 @@ class PreparationWork:
         counts["text_bytes"] += chunk.text_bytes
 
     def note(self, chunks: int) -> None:
-        for shards in self.files():
+        for shards in self.shards.values():
             shards.sync()
         self.state["chunks"] = chunks
         write_state(self.folder, self.state)
 
     def finish(self) -> None:
-        """Close the shards and write the manifest. Raises DataError when a split is empty."""
-        for shards in self.files():
+        """Closes the shards and writes the manifest. Raises DataError when a split is empty."""
+        for shards in self.shards.values():
             shards.close()
-        for split, shards in self.shards.items():
-            self.state["splits"][split]["shards"] = shards.shards
-            if not shards.tokens:
+        for split, counts in self.state["splits"].items():
+            counts["shards"] = self.shards[split].shards
+            if not counts["tokens"]:
                 raise DataError(f"{self.preparation.source}: no document is left for {split}; hold out another share")
-        paths = [path for shards in self.files() for path in map(shards.path, range(shards.shards))]
+        paths = [path for shards in self.shards.values() for path in map(shards.path, range(shards.shards))]
         paths = sorted([*paths, self.folder / self.state["tokenizer"]])
         files = {path.name: file_sha256(path) for path in paths}
         tokenizer = self.tokenizer
@@ -317,7 +293,7 @@ class PreparationWork:
 
 
 def check_transform(tokenizer: TextTokenizer, transform: str) -> None:
-    """Raise DataError unless the tokenizer is one for text that is transformed like this."""
+    """Raises DataError unless the tokenizer is one for text that is transformed like this."""
     asked = "caseops" if tokenizer.kind == "caseops" else "none"
     if transform not in ("auto", asked):
         raise DataError(f"{tokenizer.name}: is a tokenizer for --transform {asked}; leave --transform {transform} out")
@@ -326,11 +302,11 @@ def check_transform(tokenizer: TextTokenizer, transform: str) -> None:
 def gpt2_file(preparation: Preparation) -> bytes:
     if preparation.merges is None:
         raise DataError("the gpt2 tokenizer takes its merges from a file (GPT-2's vocab.bpe): give --merges FILE")
-    return text_module("tokenizer_gpt2").gpt2_tokenizer_file(preparation.merges)
+    return gpt2_tokenizer_file(preparation.merges)
 
 
 def make_tokenizer(preparation: Preparation, texts: Iterator[str], folder: Path) -> Path:
-    """Write the tokenizer that is asked for to `folder`, trained on `texts` where it is to be trained."""
+    """Writes the tokenizer that is asked for to `folder`, trained on `texts` where it is to be trained."""
     wanted, trained = preparation.tokenizer, TRAINED.fullmatch(preparation.tokenizer)
     if trained and preparation.transform == "caseops":
         data = train_competition_tokenizer(map(encode_caseops, texts), int(trained[1]), CASE_OPERATORS)
@@ -344,5 +320,5 @@ def make_tokenizer(preparation: Preparation, texts: Iterator[str], folder: Path)
         data = gpt2_file(preparation) if wanted == "gpt2" else Path(wanted).read_bytes()
     path = folder / (PLAIN_TOKENIZER_NAME if data.startswith(b"{") else TOKENIZER_NAME)
     path.write_bytes(data)
-    check_transform(load_tokenizer(path), preparation.transform)
+    check_transform(load_text_tokenizer(path), preparation.transform)
     return path

@@ -1,4 +1,4 @@
-"""Which files of a published export a download takes, from the hub's list of files and the export's manifest.
+"""Chooses the files of a published export to download, by the hub's list of files and the export's manifest.
 
 The field's exports hold `datasets/manifest.json`, `datasets/tokenizers/*` and `datasets/datasets/<name>/*.bin`;
 the list of files decides where the folder is, so that other layouts work too.
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from golf.data.shards import SHARD_NAME, DataError
-from lab.prepare.verification import BYTES_SHARD_NAME, FileFacts, facts_of_entry, split_of
+from lab.prepare.verification import TOKEN_FILE_NAME, FileFacts, facts_of_entry, split_of
 
 DEFAULT_REPOSITORY = "willdepueoai/parameter-golf"
 VARIANT_REPOSITORIES = {
@@ -26,12 +26,12 @@ SAFE_NAME = re.compile(r"\w[\w.+-]*")
 
 
 class DownloadError(DataError):
-    """An export that can't be had as it was asked for."""
+    """Says that an export can't be had as it was asked for."""
 
 
 @dataclass(frozen=True)
 class HubListing:
-    """All files of a repository at one commit, by their path in it."""
+    """Holds all files of a repository at one commit, by their path in it."""
 
     repo_id: str
     revision: str
@@ -43,7 +43,7 @@ class HubListing:
 
 @dataclass(frozen=True)
 class WantedFile:
-    """A file of the export, and where it goes."""
+    """Names a file of the export, and where it goes."""
 
     remote: str
     local: Path
@@ -72,14 +72,14 @@ def repository_of(variant: str) -> str:
 
 
 def dataset_folders(listing: HubListing) -> list[str]:
-    """Folders of the repository that hold shards; "." is its root."""
+    """Lists the folders of the repository that hold shards; "." is its root."""
     return sorted(
         {str(PurePosixPath(path).parent) for path in listing.files if SHARD_NAME.fullmatch(path.split("/")[-1])}
     )
 
 
 def find_dataset_folder(listing: HubListing, variant: str) -> str:
-    """The folder of `variant`: named so, or fineweb10B_<variant>, or the only one with it in its name.
+    """Finds the folder of `variant`: named so, or fineweb10B_<variant>, or the only one with it in its name.
 
     Raises DownloadError, which says what there is.
     """
@@ -100,7 +100,7 @@ def find_dataset_folder(listing: HubListing, variant: str) -> str:
 
 
 def manifest_path_of(listing: HubListing, dataset_folder: str) -> str:
-    """Path of the export's manifest in the repository; empty where there is none."""
+    """Returns the path of the export's manifest in the repository; empty where there is none."""
     for root in PurePosixPath(dataset_folder).parents:
         if (path := str(root / "manifest.json")) in listing.files:
             return path
@@ -114,7 +114,7 @@ def named_entry(manifest: Mapping[str, Any], section: str, name: Any) -> Mapping
 
 
 def manifest_files(entry: Mapping[str, Any]) -> dict[str, FileFacts]:
-    """Facts by file name, where an export's manifest has them: a table by name, or a list of entries with names."""
+    """Returns facts by file name, where an export's manifest has them: a table by name, or a list of named entries."""
     files = entry.get("files", {})
     if isinstance(files, list):
         files = {item.get("name", item.get("path", "")): item for item in files if isinstance(item, dict)}
@@ -125,7 +125,7 @@ def manifest_files(entry: Mapping[str, Any]) -> dict[str, FileFacts]:
 
 
 def agreeing_facts(name: str, hub: FileFacts, manifest: FileFacts) -> tuple[FileFacts, str]:
-    """What both say, and who vouches for the hash. Raises DownloadError where they contradict each other."""
+    """Returns what both say, and who vouches for the hash. Raises DownloadError where they contradict each other."""
     for key in ("size", "sha256"):
         told = {getattr(hub, key), getattr(manifest, key)} - {None}
         if len(told) > 1:
@@ -138,14 +138,14 @@ def agreeing_facts(name: str, hub: FileFacts, manifest: FileFacts) -> tuple[File
 def choose_shards(
     listing: HubListing, dataset_folder: str, train_shards: int | None, promised: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, int]]:
-    """Paths of all validation shards, their sidecars and the first training shards; and how many of each there are.
+    """Chooses all validation shards, their sidecars and the first training shards, and counts how many there are.
 
     `promised` is the manifest's count of files. Raises DownloadError when what is asked for is not all there.
     """
     by_split: dict[str, dict[int, str]] = {"val": {}, "val bytes": {}, "train": {}}
     for path in listing.files:
         pure = PurePosixPath(path)
-        match = SHARD_NAME.fullmatch(pure.name) or BYTES_SHARD_NAME.fullmatch(pure.name)
+        match = TOKEN_FILE_NAME.fullmatch(pure.name)
         if match and str(pure.parent) == dataset_folder:
             by_split[split_of(pure.name)][int(match["index"])] = path
     published = {split: len(paths) for split, paths in by_split.items()}
@@ -171,7 +171,7 @@ def choose_shards(
 
 
 def choose_tokenizer(listing: HubListing, dataset_folder: str, entry: Mapping[str, Any], root: str) -> list[str]:
-    """Paths of the tokenizer's files, those of the manifest or else the one named like the data set.
+    """Returns the paths of the tokenizer's files, those of the manifest or else the one named like the data set.
 
     Empty where the export has no tokenizer. Raises DownloadError when it can't be told which one it is.
     """
@@ -202,7 +202,7 @@ def plan_download(
     train_shards: int | None = None,
     manifest: Mapping[str, Any] | None = None,
 ) -> DownloadPlan:
-    """What to fetch into `root`/datasets/<name> and `root`/tokenizers. Raises DownloadError."""
+    """Plans what to fetch into `root`/datasets/<name> and `root`/tokenizers. Raises DownloadError."""
     if train_shards is not None and train_shards < 0:
         raise DownloadError(f"--train-shards {train_shards}: must not be negative")
     dataset_folder = find_dataset_folder(listing, variant)
@@ -226,7 +226,7 @@ def plan_download(
 
 
 def check_local_names(names: Sequence[str]) -> None:
-    """Raise DownloadError for a name that could leave its folder."""
+    """Raises DownloadError for a name that could leave its folder."""
     for name in names:
         if not SAFE_NAME.fullmatch(name):
             raise DownloadError(f"{name!r} is no name for a file or folder of a download")

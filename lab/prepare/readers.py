@@ -1,47 +1,48 @@
-"""Documents from every kind of source, one after the other, in bounded memory.
+"""Reads documents from every kind of source, one after the other, in bounded memory.
 
 A source is `embedded`, a file or a folder of files (.txt, .jsonl, .jsonl.xz, .jsonl.zst, .parquet), the id of a
 Hugging Face data set (owner/name, or owner/name:folder for a part of it), or a folder of GPT-2 token shards
 (modded-nanogpt's), whose text is decoded. Packages that only some kinds need are loaded when such a source is read.
+
+`embedded` is Python's standard library: sources, documentation texts and pydoc's topics. It differs between
+Python versions, so a score on it is comparable only under the same data id.
 """
 
+import ast
 import functools
 import hashlib
-import importlib
+import io
 import itertools
+import json
+import lzma
 import platform
 import re
-from collections.abc import Iterator
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import zstandard
 
-from golf.data.shards import SHARD_NAME, DataError, read_shard
-from golf.data.tokenizers_plain import text_module
-from lab.prepare.corpus import (
-    CORPUS_SUFFIXES,
-    EMBEDDED_CORPUS,
-    PASSAGE_CHARACTERS,
-    cut_passages,
-    decode_text,
-    embedded_documents,
-    json_line_documents,
-    json_line_text,
-)
+from golf.data.shards import SHARD_NAME, DataError
+from lab.prepare.text_tokenizer import PlainTokenizer, gpt2_tokenizer_file, optional_package
+from lab.probe.documents import shard_documents
 
-SOURCE_SUFFIXES = (*CORPUS_SUFFIXES, ".jsonl.zst", ".parquet")
+EMBEDDED_CORPUS = "embedded"
+EMBEDDED_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+EMBEDDED_TEXT_SUFFIXES = {".txt", ".rst", ".md"}
+SOURCE_SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".jsonl.zst", ".parquet")
+PASSAGE_CHARACTERS = 8192
+"""Length of the documents that a single text is cut into."""
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(?::(?P<folder>[\w./-]+))?")
 GPT2_DOCUMENT_START = 50256
 PARQUET_BATCH_ROWS = 256
-DECODED_TOKENS = 1 << 22
 
 
 def iter_documents(source: str | Path, merges: str | Path | None = None) -> Iterator[str]:
-    """The documents of `source` in order; those without anything but blanks are left out.
+    """Yields the documents of `source` in order; those without anything but blanks are left out.
 
     A source of a single document is cut into passages. `merges` is the GPT-2 merges file, which GPT-2 shards need.
     Raises DataError, also when there is no text at all.
@@ -50,7 +51,7 @@ def iter_documents(source: str | Path, merges: str | Path | None = None) -> Iter
     head = list(itertools.islice(documents, 2))
     if not head:
         raise DataError(f"{source}: no text there; give a file, folder or data set that holds some")
-    return iter(cut_passages(head[0])) if len(head) == 1 else itertools.chain(head, documents)
+    return cut_passages(io.StringIO(head[0], newline="\n")) if len(head) == 1 else itertools.chain(head, documents)
 
 
 def raw_documents(source: str | Path, merges: str | Path | None) -> Iterator[str]:
@@ -63,27 +64,26 @@ def raw_documents(source: str | Path, merges: str | Path | None) -> Iterator[str
         return gpt2_documents(shards, source, merges)
     files = source_files(Path(source))
     if len(files) == 1 and files[0].suffix == ".txt":
-        return text_passages(files[0])
+        return cut_passages(text_lines(files[0]))
     return itertools.chain.from_iterable(map(file_documents, files))
 
 
 def source_identity(source: str | Path) -> str:
-    """What stands for the text of `source` without reading it: Python's version, a revision, or names, sizes, times."""
+    """Names the text of `source` without reading it, by Python's version, a revision, or names, sizes and times."""
     if str(source) == EMBEDDED_CORPUS:
         return f"{EMBEDDED_CORPUS}-py{platform.python_version()}"
     if is_hub_source(source):
         revision, names = hub_listing(str(source))
-        digest = hashlib.sha256("\n".join([revision, *names]).encode()).hexdigest()
-        return f"{re.sub(r'[/:]', '-', str(source))}-{digest[:12]}"
-    path = Path(source)
-    files = gpt2_shards(path) or source_files(path)
-    listing = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
-    lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in listing]
-    return f"{path.resolve().stem}-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
+        name, lines = re.sub(r"[/:]", "-", str(source)), [revision, *names]
+    else:
+        path = Path(source)
+        listing = [(file.relative_to(path).as_posix(), file.stat()) for file in gpt2_shards(path) or source_files(path)]
+        name, lines = path.resolve().stem, [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in listing]
+    return f"{name}-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
 
 
 def source_files(source: Path) -> list[Path]:
-    """The text files that `source` stands for, sorted by their path in it. Raises DataError."""
+    """Lists the text files that `source` stands for, sorted by their path in it. Raises DataError."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; `embedded` is the text that comes with Python")
     paths = sorted(source.rglob("*"), key=lambda path: path.relative_to(source).parts) if source.is_dir() else [source]
@@ -93,33 +93,82 @@ def source_files(source: Path) -> list[Path]:
     return paths
 
 
+# ---- files ----
+
+
 def file_documents(path: Path) -> Iterator[str]:
-    """Documents of one file; a .txt file is one."""
+    """Yields the documents of one file; a .txt file is one."""
     if path.suffix == ".txt":
         return iter([decode_text(path.read_bytes(), str(path))])
-    if path.suffix == ".parquet":
-        return parquet_documents(path)
-    return zstd_documents(path) if path.suffix == ".zst" else json_line_documents(path)
+    return parquet_documents(path) if path.suffix == ".parquet" else json_line_documents(path)
 
 
-def zstd_documents(path: Path) -> Iterator[str]:
+def json_line_documents(path: Path) -> Iterator[str]:
+    """Yields the `text` of each line of a JSON-lines file, bare or in xz or zstd; empty lines are left out."""
     try:
-        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as data:
-            rest, number = b"", 0
-            while block := data.read(1 << 20):
-                *lines, rest = (rest + block).split(b"\n")
-                for line in lines:
-                    number += 1
-                    if line.strip():
-                        yield json_line_text(line, f"{path}, line {number}")
-            if rest.strip():
-                yield json_line_text(rest, f"{path}, line {number + 1}")
-    except zstandard.ZstdError as error:
-        raise DataError(f"{path}: damaged zstd data ({error}); make or fetch the file again") from None
+        with open_lines(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield json_line_text(line, f"{path}, line {number}")
+    except (lzma.LZMAError, EOFError, zstandard.ZstdError) as error:
+        kind = "zstd" if path.suffix == ".zst" else "xz"
+        raise DataError(f"{path}: damaged {kind} data ({error}); make or fetch the file again") from None
+
+
+def open_lines(path: Path) -> Any:
+    if path.suffix == ".zst":  # parallel writers make several frames
+        frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+        return io.BufferedReader(frames, 1 << 20)
+    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
+
+
+def json_line_text(line: bytes, place: str) -> str:
+    try:
+        record = json.loads(decode_text(line, place))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON ({error}); each line must be one JSON object") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f'{place}: no string field "text"; each line must look like {{"text": "..."}}')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{place}: the text holds half of a surrogate pair, which is no Unicode text") from None
+    return text
+
+
+def decode_text(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 (byte {error.start}); convert the text to UTF-8") from None
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a .txt file. Raises DataError, which says where it is not UTF-8."""
+    position = 0
+    with path.open("rb") as file:
+        for line in file:
+            yield decode_text(line, f"{path}, line at byte {position}")
+            position += len(line)
+
+
+def cut_passages(lines: Iterable[str]) -> Iterator[str]:
+    """Joins a text's lines to passages of PASSAGE_CHARACTERS or a little more; the last may be shorter."""
+    waiting: list[str] = []
+    length = 0
+    for line in lines:
+        waiting.append(line)
+        length += len(line)
+        if length >= PASSAGE_CHARACTERS:
+            yield "".join(waiting)
+            waiting, length = [], 0
+    if waiting:
+        yield "".join(waiting)
 
 
 def parquet_documents(path: Path) -> Iterator[str]:
-    """The column `text`, a few rows at a time."""
+    """Yields the column `text`, a few rows at a time. Raises DataError."""
     arrow, parquet = optional_package("pyarrow"), optional_package("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
@@ -135,16 +184,53 @@ def parquet_documents(path: Path) -> Iterator[str]:
         raise DataError(f"{path}: not a sound parquet file ({reason}); make or fetch it again") from None
 
 
-def optional_package(name: str) -> ModuleType:
-    """The module `name`. Raises DataError where the package is not installed."""
+# ---- the standard library ----
+
+
+def embedded_documents() -> Iterator[str]:
+    """Yields sources and texts of the running Python's standard library, sorted by path, each once.
+
+    Left out: tests, installed packages, tables that a program wrote (codecs, build settings), and files that
+    are not in the encoding they declare. Works with what is there (distributions leave parts out).
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    seen: set[str] = set()
+    for path in sorted(library.rglob("*"), key=lambda path: path.relative_to(library).parts):
+        if EMBEDDED_SKIPPED_FOLDERS.intersection(path.relative_to(library).parts) or not path.is_file():
+            continue
+        for text in embedded_file_documents(path):
+            if text not in seen:
+                seen.add(text)
+                yield text
+
+
+def embedded_file_documents(path: Path) -> list[str]:
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise DataError(f"{name} is not installed: pip install -r requirements-data.txt") from None
+        if path.suffix in EMBEDDED_TEXT_SUFFIXES:
+            return [path.read_text(encoding="utf-8")]
+        if path.suffix != ".py" or path.name.startswith("_sysconfigdata"):
+            return []
+        with tokenize.open(path) as file:
+            source = file.read()
+    except (UnicodeDecodeError, SyntaxError):
+        return []
+    if path.parent.name == "encodings" and "generated from '" in source[:500]:
+        return []
+    return pydoc_topics(source) if path.parts[-2:] == ("pydoc_data", "topics.py") else [source]
+
+
+def pydoc_topics(source: str) -> list[str]:
+    """Returns the texts of the dictionary `topics` in pydoc's module of topics."""
+    assignments = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    values = [node.value for node in assignments if ast.unparse(node.targets[0]) == "topics"]
+    return list(ast.literal_eval(values[0]).values()) if values else []
+
+
+# ---- the hub ----
 
 
 def is_hub_source(source: str | Path) -> bool:
-    """Whether `source` is owner/name or owner/name:folder, and nothing here has that name."""
+    """Says whether `source` is owner/name or owner/name:folder, and nothing here has that name."""
     name = str(source)
     if name.startswith((".", "/")) or name.endswith((*SOURCE_SUFFIXES, ".bin")):
         return False
@@ -152,13 +238,12 @@ def is_hub_source(source: str | Path) -> bool:
 
 
 def open_hub(source: str) -> Any:
-    """The repository of a data set on the hub, from the cache where huggingface_hub is offline."""
-    module = text_module("hub")
-    return module.Hub(HUB_ID.fullmatch(source)["repository"], offline=module.is_offline(False))
+    """Opens the repository of a data set on the hub, from the cache where huggingface_hub is offline."""
+    return optional_package("lab.prepare.hub").Hub(HUB_ID.fullmatch(source)["repository"])
 
 
 def hub_listing(source: str) -> tuple[str, list[str]]:
-    """Commit and text files of a data set on the hub, sorted by name. Raises DataError."""
+    """Asks for the commit and the text files of a data set on the hub, sorted by name. Raises DataError."""
     match = HUB_ID.fullmatch(source)
     try:
         listing = replace(open_hub(source), attempts=2).list_files("main", {})  # it may be a mistyped path
@@ -172,17 +257,17 @@ def hub_listing(source: str) -> tuple[str, list[str]]:
 
 
 def hub_documents(source: str) -> Iterator[str]:
-    """Documents of a data set on the hub; one file after the other is fetched into the hub's cache."""
-    module, hub = text_module("hub"), open_hub(source)
-    revision, names = hub_listing(source)
+    """Yields the documents of a data set on the hub; one file after the other is fetched into the hub's cache."""
+    hub, (revision, names) = open_hub(source), hub_listing(source)
     for name in names:
-        with module.told_plainly(hub.repo_id, revision):
-            path = hub.patiently(functools.partial(hub.fetch, name, revision))
-        yield from file_documents(path)
+        yield from file_documents(hub.ask(functools.partial(hub.fetch, name, revision), revision))
+
+
+# ---- GPT-2 token shards ----
 
 
 def gpt2_shards(source: Path) -> list[Path]:
-    """Token shards in the folder, the validation shards first, as modded-nanogpt cuts them off the beginning."""
+    """Lists token shards, those of validation first, as modded-nanogpt cuts them off the beginning."""
     if not source.is_dir():
         return []
     shards = [path for path in source.iterdir() if SHARD_NAME.fullmatch(path.name)]
@@ -190,43 +275,8 @@ def gpt2_shards(source: Path) -> list[Path]:
 
 
 def gpt2_documents(shards: list[Path], source: str | Path, merges: str | Path | None) -> Iterator[str]:
-    """Text of GPT-2 token shards, a document from each start token to the next, across the shards."""
+    """Yields the text of GPT-2 token shards, a document from each start token to the next, across the shards."""
     if merges is None:
         raise DataError(f"{source}: GPT-2 token shards can only be decoded with the merges file: give --merges FILE")
-    module = text_module("tokenizer_gpt2")
-    tokenizer = module.Gpt2Tokenizer(module.gpt2_tokenizer_file(merges), str(merges))
-    for ids_N in split_at_starts(shards):
-        yield tokenizer.decode(ids_N.tolist())
-
-
-def split_at_starts(shards: list[Path]) -> Iterator[np.ndarray]:
-    """The tokens (N,) between document starts, over the borders of shards; empty documents are left out."""
-    waiting: list[np.ndarray] = []
-    for path in shards:
-        shard = read_shard(path)
-        for begin in range(0, len(shard), DECODED_TOKENS):
-            block_N = np.array(shard[begin : begin + DECODED_TOKENS])
-            parts = np.split(block_N, np.flatnonzero(block_N == GPT2_DOCUMENT_START))
-            waiting.append(parts[0])
-            for part_N in parts[1:]:  # each begins with a start token, which closes the document before
-                if sum(map(len, waiting)):
-                    yield np.concatenate(waiting)
-                waiting = [part_N[1:]]
-    if sum(map(len, waiting)):
-        yield np.concatenate(waiting)
-
-
-def text_passages(path: Path) -> Iterator[str]:
-    """What cut_passages gives of a whole .txt file, a few lines at a time."""
-    lines: list[str] = []
-    length = position = 0
-    with path.open("rb") as file:
-        for line in file:
-            lines.append(decode_text(line, f"{path}, line at byte {position}"))
-            length += len(lines[-1])
-            position += len(line)
-            if length >= PASSAGE_CHARACTERS:
-                yield "".join(lines)
-                lines, length = [], 0
-    if lines:
-        yield "".join(lines)
+    tokenizer = PlainTokenizer(gpt2_tokenizer_file(merges), str(merges))
+    return (tokenizer.decode(ids_N.tolist()) for ids_N in shard_documents(shards, GPT2_DOCUMENT_START))

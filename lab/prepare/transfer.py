@@ -1,4 +1,4 @@
-"""A download that ends with right files or says which ones are not: fetched in parallel, verified, placed, recorded.
+"""Downloads files in parallel, verifies, places and records them: all are right in the end, or it says which are not.
 
 huggingface_hub checks sizes only and starts a file over after a kill, so every file is verified here before it gets
 its name; what fails is deleted from the cache and fetched again. Files are linked from the cache where it lies on
@@ -14,17 +14,16 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import httpx2
-from huggingface_hub.errors import XetDownloadError
 
 from golf.data.manifest import data_identity
 from golf.data.shards import shard_token_count
 from golf.runtime import write_file_atomically
-from lab.prepare.hub import Hub, first_line, forget, is_hopeless
+from lab.machine.fingerprint import nearest_folder
+from lab.prepare.hub import MACHINE_ERRORS, TRANSFER_ERRORS, Hub, first_line, forget
 from lab.prepare.published import DownloadError, DownloadPlan, WantedFile
 from lab.prepare.verification import (
     DOWNLOADS_NAME,
@@ -42,16 +41,14 @@ from lab.prepare.verification import (
 
 MOST_FAILURES = 3
 """Files that may fail for good before no further ones are begun."""
-MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-TRANSFER_ERRORS = (OSError, httpx2.HTTPError, RuntimeError, XetDownloadError)
 
 
 class DownloadStopped(DownloadError):
-    """The download was interrupted; what is complete stays."""
+    """Says that the download was interrupted; what is complete stays."""
 
 
 def find_downloads(root: Path, repo_id: str, variant: str) -> dict[str, Any]:
-    """The record of an earlier download of the same thing below `root`; empty where there is none."""
+    """Finds the record of an earlier download of the same thing below `root`; empty where there is none."""
     for path in sorted(root.glob(f"datasets/*/{DOWNLOADS_NAME}")):
         record = read_data_record(path)
         if (record.get("repo_id"), record.get("variant")) == (repo_id, variant):
@@ -61,7 +58,7 @@ def find_downloads(root: Path, repo_id: str, variant: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sole_downloader(folder: Path) -> Iterator[None]:
-    """Refuse a second download into the same folder. Raises DownloadError."""
+    """Refuses a second download into the same folder. Raises DownloadError."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".downloads.lock").open("w") as lock:
         try:
@@ -78,30 +75,19 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def existing_parent(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
-@dataclass
-class DownloadEvents:
-    """What the caller wants to hear; called from several threads."""
-
-    received: Callable[[int], None] = lambda count: None
-    """Bytes that came over the network; negative when they turned out to be bad."""
-    finished: Callable[[WantedFile], None] = lambda wanted: None
-    noted: Callable[[str], None] = lambda line: None
-
-
 @dataclass
 class Download:
-    """One download of a plan: `run` it once."""
+    """Downloads what a plan wants; `run` it once."""
 
     hub: Hub
     plan: DownloadPlan
-    events: DownloadEvents = field(default_factory=DownloadEvents)
     workers: int = 4
     recheck: bool = False
     """Read files again that were verified before and have not been touched since."""
+    on_received: Callable[[int], None] = lambda count: None
+    """Hears, as the others in threads, of bytes that came over the network; negative when they turned out to be bad."""
+    on_finished: Callable[[WantedFile], None] = lambda wanted: None
+    on_note: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
         self.stop, self.lock = threading.Event(), threading.Lock()
@@ -110,18 +96,18 @@ class Download:
         self.left_out = self.fetched_files = self.fetched_bytes = 0
 
     def state(self, wanted: WantedFile) -> str:
-        """ "in place", "in the cache" or "to fetch", at a quick look."""
+        """Says "in place", "in the cache" or "to fetch", at a quick look."""
         if not quick_problem(wanted.local, wanted.facts):
             return "in place"
         cached = self.hub.cached(wanted.remote, self.plan.listing.revision)
         return "in the cache" if cached and not quick_problem(cached, wanted.facts) else "to fetch"
 
     def check_room(self) -> None:
-        """Raise OSError where the volumes can't hold what is missing."""
+        """Raises OSError where the volumes can't hold what is missing."""
         sizes = {"in place": 0, "in the cache": 0, "to fetch": 0}
         for wanted in self.plan.files:
             sizes[self.state(wanted)] += wanted.facts.size or 0
-        cache, folder = existing_parent(self.hub.cache_folder), existing_parent(self.plan.folder)
+        cache, folder = nearest_folder(self.hub.cache_folder), nearest_folder(self.plan.folder)
         needs = [(cache, sizes["to fetch"])]
         if cache.stat().st_dev != folder.stat().st_dev:
             needs.append((folder, sizes["to fetch"] + sizes["in the cache"]))
@@ -132,7 +118,7 @@ class Download:
                 raise OSError(errno.ENOSPC, text + "--root and --cache-dir, or fewer --train-shards")
 
     def run(self) -> dict[str, str]:
-        """Make every file right. Returns what could not be had, problem by file.
+        """Makes every file right. Returns what could not be had, problem by file.
 
         Raises DownloadError, and OSError where the machine refuses (no room, no rights).
         """
@@ -152,7 +138,7 @@ class Download:
         return self.failures
 
     def sweep(self) -> None:
-        """Remove unfinished files, and from the record what was neither asked for nor is there."""
+        """Removes unfinished files, and from the record what was neither asked for nor is there."""
         for folder in {self.parts_folder(wanted) for wanted in self.plan.files}:
             shutil.rmtree(folder, ignore_errors=True)
         asked = {self.name_in_record(wanted) for wanted in self.plan.files}
@@ -161,56 +147,54 @@ class Download:
             self.write_record(kept)
 
     def bring(self, wanted: WantedFile) -> None:
-        """Have one file in its place, or its failure noted."""
+        """Has one file in its place, or its failure noted."""
         if self.stop.is_set() or len(self.failures) >= MOST_FAILURES:
             with self.lock:
                 self.left_out += 1
             return
-        problem, hopeless, pause = self.problem_in_place(wanted), False, self.hub.longest_wait / 30
-        for attempt in range(self.hub.attempts):
-            if not problem or hopeless:
-                break
-            if attempt:
-                again = f"attempt {attempt + 1} of {self.hub.attempts} in {pause:.0f} s"
-                self.events.noted(f"{wanted.local.name}: {problem}; {again}")
-                if self.stop.wait(pause):
-                    raise DownloadStopped("stopped")
-                pause = min(2 * pause, self.hub.longest_wait)
-            problem, hopeless = self.attempt(wanted)
-        if problem:
+        try:
+            if not self.is_in_place(wanted):
+                self.hub.patiently(partial(self.attempt, wanted), partial(self.note, wanted), self.pause)
+            self.on_finished(wanted)
+        except TRANSFER_ERRORS as error:
+            if getattr(error, "errno", None) in MACHINE_ERRORS:
+                raise
             with self.lock:
-                self.failures[self.name_in_record(wanted)] = problem
-        else:
-            self.events.finished(wanted)
+                self.failures[self.name_in_record(wanted)] = first_line(error)
 
-    def problem_in_place(self, wanted: WantedFile) -> str:
-        """What is wrong with the file that is there, which is deleted then; empty when nothing is."""
+    def note(self, wanted: WantedFile, line: str) -> None:
+        self.on_note(f"{wanted.local.name}: {line}")
+
+    def pause(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise DownloadStopped("stopped")
+
+    def is_in_place(self, wanted: WantedFile) -> bool:
+        """Says whether the right file is there; deletes a wrong one."""
         if not wanted.local.is_file():
-            return "missing"
+            return False
         entry = self.record["files"].get(self.name_in_record(wanted), {})
         problem = quick_problem(wanted.local, FileFacts(wanted.facts.size, tokens=wanted.facts.tokens))
         if not problem and not self.is_unchanged(wanted, entry):
             problem = self.scanned_problem(wanted.local, wanted)
         if problem:
-            self.events.noted(f"{wanted.local.name}: {problem}; fetched again")
+            self.note(wanted, f"{problem}; fetched again")
             wanted.local.unlink()
-        return problem
+        return not problem
 
     def is_unchanged(self, wanted: WantedFile, entry: dict[str, Any]) -> bool:
-        """Whether a file is as it was when it was found to be what is wanted now."""
+        """Says whether a file is as it was when it was found to be what is wanted now."""
         if self.recheck or not entry:
             return False
         stat, known = wanted.local.stat(), facts_of_entry(entry)
         same = (stat.st_size, stat.st_mtime_ns) == (known.size, entry.get("mtime_ns"))
-        wanted_hash, known_hash = wanted.facts.sha256, known.sha256
-        if not wanted_hash and wanted.facts.git_sha1:
-            wanted_hash, known_hash = wanted.facts.git_sha1, known.git_sha1
-        if not wanted_hash:
+        if not wanted.facts.hashed:
             return same and entry.get("revision") == self.plan.listing.revision
-        return same and wanted_hash == known_hash and not quick_problem(wanted.local, known)
+        name = "sha256" if wanted.facts.sha256 else "git_sha1"
+        return same and getattr(wanted.facts, name) == getattr(known, name) and not quick_problem(wanted.local, known)
 
-    def attempt(self, wanted: WantedFile) -> tuple[str, bool]:
-        """Fetch, verify and place a file once. Returns what went wrong, empty for nothing, and whether it is final."""
+    def attempt(self, wanted: WantedFile) -> None:
+        """Fetches, verifies and places a file once. Raises one of TRANSFER_ERRORS where that fails."""
         received = 0
 
         def advance(count: int) -> None:
@@ -218,52 +202,47 @@ class Download:
             if self.stop.is_set():
                 raise DownloadStopped("stopped")
             received += count
-            self.events.received(count)
+            self.on_received(count)
 
         try:
-            source = self.hub.fetch(wanted.remote, self.plan.listing.revision, advance)
-            problem, hopeless = self.place(source, wanted), self.hub.offline
-        except TRANSFER_ERRORS as error:
-            if getattr(error, "errno", None) in MACHINE_ERRORS:
-                raise
-            problem, hopeless = first_line(error), self.hub.offline or is_hopeless(error)
+            self.place(self.hub.fetch(wanted.remote, self.plan.listing.revision, advance), wanted)
+        except TRANSFER_ERRORS:
+            self.on_received(-received)
+            raise
+        finally:
+            with self.lock:
+                self.fetched_bytes += received
         with self.lock:
-            self.fetched_bytes += received
-            self.fetched_files += bool(received and not problem)
-        if problem:
-            self.events.received(-received)
-        return problem, hopeless
+            self.fetched_files += bool(received)
 
-    def place(self, source: Path, wanted: WantedFile) -> str:
-        """Verify a file of the cache and put it in its place, or forget it. Returns what is wrong with it."""
+    def place(self, source: Path, wanted: WantedFile) -> None:
+        """Verifies a file of the cache and puts it in its place. Raises OSError for a bad one, and forgets it."""
         part = self.parts_folder(wanted) / wanted.local.name  # a folder: a training run must not see the part
         part.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
         link_or_copy(source, part)
         if problem := self.scanned_problem(part, wanted):
             forget(source)
-        else:
-            os.replace(part, wanted.local)
-        return problem
+            raise OSError(problem)
+        os.replace(part, wanted.local)
 
     def scanned_problem(self, path: Path, wanted: WantedFile) -> str:
-        """What is wrong with a file, all of it read; recorded when nothing is."""
+        """Reads all of a file and returns what is wrong with it; records it when nothing is."""
         name, facts = self.name_in_record(wanted), wanted.facts
         entry = self.record["files"].get(name, {})
         hash_from = wanted.facts_from
         if not facts.hashed:
             hash_from = entry.get("hash_from") or "first download"
             if entry.get("revision") == self.plan.listing.revision:
-                facts = FileFacts(facts.size, entry.get("sha256"), None, facts.tokens)
-        problem = quick_problem(path, facts)
-        if problem:
+                facts = replace(facts, sha256=entry.get("sha256"))
+        if problem := quick_problem(path, facts):
             return problem
         scan = scan_file(path)
         problem = scan_problem(scan, facts, self.plan.vocab_size or 2**16)
         return problem or self.remember(name, path, scan, wanted.remote, hash_from)
 
     def remember(self, name: str, path: Path, scan: FileScan, remote: str, hash_from: str) -> str:
-        """Record a sound file; one that no hash vouches for and that is another's double is a problem instead."""
+        """Records a sound file; returns a problem for one that no hash vouches for and that is another's double."""
         stat = path.stat()
         entry = {"bytes": stat.st_size, "sha256": scan.sha256, "git_sha1": scan.git_sha1, "hash_from": hash_from}
         entry |= {"ends": ends_fingerprint(path), "mtime_ns": stat.st_mtime_ns}
@@ -278,16 +257,14 @@ class Download:
         return ""
 
     def write_record(self, files: dict[str, Any]) -> None:
-        tokenizers = [name for name in files if name.endswith((".model", ".json"))]
-        asked = [self.name_in_record(wanted) for wanted in self.plan.files]
-        chosen = next((name for name in tokenizers if name in asked), None)
+        asked = {self.name_in_record(wanted) for wanted in self.plan.files}
+        tokenizers = [name for name in files if name.endswith((".model", ".json")) and name in asked]
+        described = [{"file": name, "sha256": files[name]["sha256"]} for name in tokenizers[:1]]
         self.record = {
             "repo_id": self.plan.listing.repo_id,
             "revision": self.plan.listing.revision,
             "variant": self.plan.variant,
-            "tokenizer": None
-            if chosen is None
-            else {"file": chosen, "sha256": files[chosen]["sha256"], "vocab_size": self.plan.vocab_size},
+            "tokenizer": described[0] | {"vocab_size": self.plan.vocab_size} if described else None,
             "files": dict(sorted(files.items())),
         }
         write_file_atomically(self.plan.folder / DOWNLOADS_NAME, json.dumps(self.record, indent=1) + "\n")
@@ -299,7 +276,7 @@ class Download:
         return Path(os.path.relpath(wanted.local, self.plan.folder)).as_posix()
 
     def data_id(self) -> str:
-        """The data id that runs on the folder record; empty without training shards or tokenizer."""
+        """Returns the data id that runs on the folder record; empty without training shards or tokenizer."""
         tokenizer = self.record.get("tokenizer")
         if not tokenizer or not any(wanted.kind == "train" for wanted in self.plan.files):
             return ""

@@ -1,4 +1,4 @@
-"""Whether token files are what they must be: sizes, headers, hashes, numbering, and no shard in another's place.
+"""Checks that token files are what they must be: sizes, headers, hashes, numbering, no shard in another's place.
 
 What must be true comes from the folder's own record: manifest.json (data/prepare.py) or downloads.json
 (data/download.py). Without either, only what the files say of themselves can be checked. `quick` reads headers and
@@ -8,6 +8,7 @@ the ends of files, `full` reads everything.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ import numpy as np
 
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, data_identity
 from golf.data.shards import SHARD_HEADER_BYTES, SHARD_NAME, DataError, ShardError, shard_token_count
+from golf.data.sidecar import sidecar_path
 
 DOWNLOADS_NAME = "downloads.json"
-BYTES_SHARD_NAME = re.compile(r"(?P<dataset>.+)_val_bytes_(?P<index>\d{6})\.bin")
-"""Sidecar of a validation shard: the bytes of text that each of its tokens stands for."""
+TOKEN_FILE_NAME = re.compile(r"(?P<dataset>.+)_(?P<split>train|val|val_bytes)_(?P<index>\d{6})\.bin")
+"""A shard, or the sidecar of a validation shard: the bytes of text that each of its tokens stands for."""
 SCAN_BLOCK_BYTES = 1 << 22
 ENDS_BYTES = 4096
 """Bytes at either end of a file that stand for its content in a quick check."""
@@ -29,7 +31,7 @@ ENDS_BYTES = 4096
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What is known of a file before it is looked at; None: not known."""
+    """Holds what is known of a file before it is looked at; None: not known."""
 
     size: int | None = None
     sha256: str | None = None
@@ -46,7 +48,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class FileScan:
-    """What reading a whole file tells."""
+    """Holds what reading a whole file tells."""
 
     sha256: str
     git_sha1: str
@@ -62,7 +64,7 @@ class FileProblem:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """The record of a folder."""
+    """Holds the record of a folder."""
 
     source: str
     """Name of the file that holds it; empty where there is none."""
@@ -75,7 +77,7 @@ class FolderFacts:
 
 @dataclass
 class FolderReport:
-    """What was found in a folder."""
+    """Holds what was found in a folder."""
 
     folder: Path
     facts_from: str
@@ -92,24 +94,24 @@ class FolderReport:
 
 @dataclass(frozen=True)
 class KnownTokenizer:
-    """What data_identity asks of a tokenizer, without loading it."""
+    """Holds what data_identity asks of a tokenizer, without loading it."""
 
     name: str
     sha256: str
 
 
 def is_token_file(name: str) -> bool:
-    return bool(SHARD_NAME.fullmatch(name) or BYTES_SHARD_NAME.fullmatch(name))
+    return TOKEN_FILE_NAME.fullmatch(name) is not None
 
 
 def split_of(name: str) -> str:
-    """ "train", "val" or "val bytes"; empty for a file without tokens."""
-    match = SHARD_NAME.fullmatch(name)
-    return match["split"] if match else "val bytes" if BYTES_SHARD_NAME.fullmatch(name) else ""
+    """Returns "train", "val" or "val bytes"; empty for a file without tokens."""
+    match = TOKEN_FILE_NAME.fullmatch(name)
+    return match["split"].replace("_", " ") if match else ""
 
 
 def ends_fingerprint(path: Path) -> str:
-    """16 hex digits of a file's size and its first and last 4 KiB."""
+    """Returns 16 hex digits of a file's size and its first and last 4 KiB."""
     size = path.stat().st_size
     with path.open("rb") as file:
         digest = hashlib.sha256(b"%d\n" % size + file.read(ENDS_BYTES))
@@ -119,7 +121,7 @@ def ends_fingerprint(path: Path) -> str:
 
 
 def scan_file(path: Path, advance: Callable[[int], None] = lambda count: None) -> FileScan:
-    """Read a whole file in bounded memory; `advance` is told of bytes read. Lets other threads run meanwhile."""
+    """Reads a whole file in bounded memory; `advance` is told of bytes read. Lets other threads run meanwhile."""
     sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     wants_tokens = SHARD_NAME.fullmatch(path.name) is not None
     largest, skipped = -1, SHARD_HEADER_BYTES
@@ -136,7 +138,7 @@ def scan_file(path: Path, advance: Callable[[int], None] = lambda count: None) -
 
 
 def quick_problem(path: Path, facts: FileFacts) -> str:
-    """What is wrong with a file, from its size, its header and its ends; empty when nothing is."""
+    """Returns what is wrong with a file, by its size, its header and its ends; empty when nothing is."""
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
@@ -157,7 +159,7 @@ def quick_problem(path: Path, facts: FileFacts) -> str:
 
 
 def scan_problem(scan: FileScan, facts: FileFacts, vocab_size: int = 2**16) -> str:
-    """What reading the whole file shows to be wrong; empty when nothing is."""
+    """Returns what reading the whole file shows to be wrong; empty when nothing is."""
     for name, found, expected in (("SHA-256", scan.sha256, facts.sha256), ("git SHA-1", scan.git_sha1, facts.git_sha1)):
         if expected and found != expected:
             return f"damaged, or another file: {name} {found[:12]}..., must be {expected[:12]}..."
@@ -167,7 +169,7 @@ def scan_problem(scan: FileScan, facts: FileFacts, vocab_size: int = 2**16) -> s
 
 
 def read_data_record(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty where there is no file. Raises DataError."""
+    """Reads the JSON object in `path`; empty where there is no file. Raises DataError."""
     if not path.is_file():
         return {}
     try:
@@ -181,13 +183,13 @@ def read_data_record(path: Path) -> dict[str, Any]:
 
 
 def facts_of_entry(entry: Mapping[str, Any]) -> FileFacts:
-    """From the entry of a file in a record or an export's manifest."""
+    """Returns the facts in the entry of a file in a record or an export's manifest."""
     size = entry.get("bytes", entry.get("size"))
     return FileFacts(size, entry.get("sha256"), entry.get("git_sha1"), entry.get("tokens"), entry.get("ends"))
 
 
 def read_folder_facts(folder: Path) -> FolderFacts:
-    """The record of `folder`, as far as there is one. Raises DataError."""
+    """Reads the record of `folder`, as far as there is one. Raises DataError."""
     for name in (MANIFEST_NAME, DOWNLOADS_NAME):
         if record := read_data_record(folder / name):
             break
@@ -205,7 +207,7 @@ def read_folder_facts(folder: Path) -> FolderFacts:
 def verify_folder(
     folder: Path, full: bool = False, workers: int = 4, advance: Callable[[int], None] = lambda count: None
 ) -> FolderReport:
-    """Check all that lies in a folder of shards and all that its record says of it. Raises DataError.
+    """Checks all that lies in a folder of shards and all that its record says of it. Raises DataError.
 
     `advance` is told of bytes read, from `workers` threads.
     """
@@ -219,10 +221,9 @@ def verify_folder(
     report = FolderReport(folder, facts.source, full, len(names))
 
     def check(name: str) -> tuple[str, str]:
-        """Problem and content identity of a file."""
+        """Returns problem and content identity of a file."""
         path, known = folder / name, facts.files.get(name, FileFacts())
-        problem = quick_problem(path, known)
-        if problem:
+        if problem := quick_problem(path, known):
             return problem, ""
         if not full and is_token_file(name):
             return "", ends_fingerprint(path)
@@ -256,21 +257,23 @@ def count_splits(report: FolderReport, token_files: Iterable[str]) -> None:
 
 
 def folder_problems(report: FolderReport, facts: FolderFacts, names: Iterable[str]) -> list[FileProblem]:
-    """What is wrong with the set of files, rather than with one of them."""
+    """Returns what is wrong with the set of files, rather than with one of them."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for name in names:
-        if match := SHARD_NAME.fullmatch(name) or BYTES_SHARD_NAME.fullmatch(name):
+        if match := TOKEN_FILE_NAME.fullmatch(name):
             numbers.setdefault((match["dataset"], split_of(name)), set()).add(int(match["index"]))
-    problems = [FileProblem(f"{dataset}_*", "shards of another data set") for dataset in other_datasets(numbers)]
+    sizes: Counter[str] = Counter()
+    for (dataset, _), found in numbers.items():
+        sizes[dataset] += len(found)
+    others = [dataset for dataset, _ in sizes.most_common()[1:]]  # the one with most shards is the folder's
+    problems = [FileProblem(f"{dataset}_*", "shards of another data set") for dataset in others]
     for (dataset, split), found in numbers.items():
         first = min(1, min(found))  # some exports count from 1
         if gaps := sorted(set(range(first, max(found))) - found):
             label = f"{dataset}_{split.replace(' ', '_')}_{gaps[0]:06d}.bin"
             problems.append(FileProblem(label, f"missing: {len(gaps)} gap(s) in the numbering up to {max(found)}"))
     splits = {split for _, split in numbers}
-    problems += [
-        FileProblem(f"*_{split}_*", "no shards of this split") for split in ("train", "val") if split not in splits
-    ]
+    problems += [FileProblem(f"*_{s}_*", "no shards of this split") for s in ("train", "val") if s not in splits]
     for split, expected in facts.split_tokens.items():
         found_tokens = report.splits.get(split, {"tokens": 0})["tokens"]
         if found_tokens != expected and not report.problems:
@@ -280,22 +283,11 @@ def folder_problems(report: FolderReport, facts: FolderFacts, names: Iterable[st
     return problems
 
 
-def other_datasets(numbers: Mapping[tuple[str, str], set[int]]) -> list[str]:
-    """All data sets but the one with most shards."""
-    sizes: dict[str, int] = {}
-    for (dataset, _), found in numbers.items():
-        sizes[dataset] = sizes.get(dataset, 0) + len(found)
-    return sorted(sizes, key=lambda dataset: -sizes[dataset])[1:]
-
-
 def sidecar_problems(folder: Path, names: Iterable[str]) -> list[FileProblem]:
-    """Where byte counts do not belong to the validation shard beside them."""
+    """Finds byte counts that do not belong to the validation shard beside them."""
     problems, whole = [], [name for name in names if not quick_problem(folder / name, FileFacts())]
-    for name in whole:
-        match = SHARD_NAME.fullmatch(name)
-        if match is None or match["split"] != "val":
-            continue
-        sidecar, tokens = f"{match['dataset']}_val_bytes_{match['index']}.bin", shard_token_count(folder / name)
+    for name in (name for name in whole if split_of(name) == "val"):
+        sidecar, tokens = sidecar_path(name).name, shard_token_count(folder / name)
         if not (folder / sidecar).is_file():
             problems.append(FileProblem(sidecar, f"missing: the byte counts of {name}"))
         elif sidecar in whole and (counts := shard_token_count(folder / sidecar)) != tokens:
@@ -304,7 +296,7 @@ def sidecar_problems(folder: Path, names: Iterable[str]) -> list[FileProblem]:
 
 
 def repeated_problems(identities: Iterable[tuple[str, str]]) -> list[FileProblem]:
-    """Files with the content of an earlier one: a shard in another's place."""
+    """Finds files with the content of an earlier one: a shard in another's place."""
     first: dict[str, str] = {}
     return [
         FileProblem(name, f"has the content of {first[identity]}")
@@ -314,7 +306,7 @@ def repeated_problems(identities: Iterable[tuple[str, str]]) -> list[FileProblem
 
 
 def tokenizer_problems(folder: Path, facts: FolderFacts) -> list[FileProblem]:
-    """A record whose tokenizer file is not the one that it names."""
+    """Finds a record whose tokenizer file is not the one that it names."""
     files = {name: known for name, known in facts.files.items() if not is_token_file(name)}
     hashes = {known.sha256 for name, known in files.items() if name.endswith((".model", ".json"))}
     if facts.tokenizer_sha256 and hashes and facts.tokenizer_sha256 not in hashes:

@@ -1,11 +1,12 @@
-"""A table of encoded words, for tokenizers whose pieces never cross a blank.
+"""Keeps a table of encoded words, for tokenizers whose pieces never cross a blank.
 
 There a word's ids don't depend on its neighbours, so each distinct word is encoded once and looked up from then on,
 all words of a chunk of text at once: words are found by their polynomial hashes of 64 bits (over bytes, from sums over
 the whole chunk), and their ids are copied by position. A word at the start of a document has an entry of its own, with
 BOS, since no blank is in front of it.
 
-Shape letters: N bytes of text, W words, D documents, E entries of the table, S slots of its index, T tokens.
+Shape letters: N bytes of text, W words, D documents, U distinct words, X new ones, E entries of the
+table, T tokens.
 """
 
 import unicodedata
@@ -15,11 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from golf.data.shards import DataError
-from golf.data.tokenizer import BLANK, TextTokenizer, check_byte_counts
+from golf.data.tokenizer import BLANK
+from lab.prepare.text_tokenizer import TextTokenizer, check_byte_counts
 
 TABLE_ENTRIES = 400_000
 """Most words in the table, about 30 MB with its index. Later ones are encoded again whenever they come."""
-SLOT_BITS = 20
 LONGEST_CACHED_WORD = 32
 MOST_CHUNK_BYTES = 1 << 24
 """Longer chunks (of one giant document) are encoded in one piece, for sums over them take 50 times their memory."""
@@ -27,13 +28,14 @@ GROUP_WORDS = 64
 """New words that are encoded in one piece."""
 ANCHOR = "a"
 """A word of one piece to put in front of a word, so that this one stands behind a blank."""
+LARGEST_HASH = np.uint64(2**64 - 1)
 HASH_BASE, HASH_MIX, FIRST_MARK = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F
 IS_WORD_BYTE = np.ones(256, dtype=bool)
 IS_WORD_BYTE[[9, 10, 13, 32]] = False
 
 
 def words_are_independent(tokenizer: TextTokenizer) -> bool:
-    """Whether a text's ids are those of its words one after the other, words being what stands between blanks.
+    """Says whether a text's ids are those of its words one after the other, words being what stands between blanks.
 
     True of a BPE model (its scores are ranks) that makes one blank of each run of blanks, tabs and line ends and
     none of those at the edges, and in whose pieces a blank is nowhere but in front.
@@ -65,44 +67,24 @@ def words_differ(tokenizer: TextTokenizer) -> DataError:
 
 
 class WordIndex:
-    """Hashes, none of them 0, to their numbers in the order of insertion: open addressing with linear probing."""
+    """Maps hashes (below the largest of 64 bits) to their numbers in the order of insertion, in one sorted array."""
 
     def __init__(self):
-        self.hash_S = np.zeros(1 << SLOT_BITS, dtype=np.uint64)
-        self.number_S = np.zeros(1 << SLOT_BITS, dtype=np.int32)
+        self.hash_E1 = np.array([LARGEST_HASH])
+        self.number_E1 = np.array([-1])
         self.size = 0
 
-    def slots(self, hash_W: np.ndarray) -> np.ndarray:
-        return (hash_W >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
-
     def find(self, hash_W: np.ndarray) -> np.ndarray:
-        """Number of each hash, -1 where it is not there."""
-        slot_W = self.slots(hash_W)
-        held_W = self.hash_S[slot_W]
-        found_W = np.where(held_W == hash_W, self.number_S[slot_W], -1)
-        open_P = np.flatnonzero((held_W != hash_W) & (held_W != 0))
-        slot_P = slot_W[open_P]
-        while len(open_P):
-            slot_P = (slot_P + 1) % len(self.hash_S)
-            held_P, wanted_P = self.hash_S[slot_P], hash_W[open_P]
-            hit_P = held_P == wanted_P
-            found_W[open_P[hit_P]] = self.number_S[slot_P[hit_P]]
-            left_P = ~hit_P & (held_P != 0)
-            open_P, slot_P = open_P[left_P], slot_P[left_P]
-        return found_W
+        """Returns the number of each hash, -1 where it is not there."""
+        place_W = np.searchsorted(self.hash_E1, hash_W)
+        return np.where(self.hash_E1[place_W] == hash_W, self.number_E1[place_W], -1)
 
     def insert(self, hash_W: np.ndarray) -> None:
-        """Number distinct new hashes from `size` on."""
-        number_W = np.arange(self.size, self.size + len(hash_W), dtype=np.int32)
+        """Numbers new hashes, in rising order, from `size` on."""
+        place_W = np.searchsorted(self.hash_E1, hash_W)
+        self.hash_E1 = np.insert(self.hash_E1, place_W, hash_W)
+        self.number_E1 = np.insert(self.number_E1, place_W, np.arange(self.size, self.size + len(hash_W)))
         self.size += len(hash_W)
-        slot_W = self.slots(hash_W)
-        while len(hash_W):
-            free_W = self.hash_S[slot_W] == 0
-            self.hash_S[slot_W[free_W]] = hash_W[free_W]  # of several for one slot, one stays
-            mine_W = free_W & (self.hash_S[slot_W] == hash_W)
-            self.number_S[slot_W[mine_W]] = number_W[mine_W]
-            hash_W, number_W = hash_W[~mine_W], number_W[~mine_W]
-            slot_W = (slot_W[~mine_W] + 1) % len(self.hash_S)
 
 
 class WordTable:
@@ -121,7 +103,7 @@ class WordTable:
         return id_bytes([self.tokenizer.bos_id, *ids])
 
     def encode(self, texts: Sequence[str]) -> bytes:
-        """The ids of all texts with BOS before each, little-endian uint16. Raises DataError."""
+        """Returns the ids of all texts with BOS before each, little-endian uint16. Raises DataError."""
         parts = [text.encode() for text in texts]
         data = b"\n".join(parts)
         if len(data) > MOST_CHUNK_BYTES:
@@ -130,25 +112,24 @@ class WordTable:
         first_D = np.searchsorted(begin_W, np.cumsum([0, *(len(part) + 1 for part in parts)]))
         firsts = first_D[:-1][first_D[:-1] < first_D[1:]]
         hash_W[firsts] ^= np.uint64(FIRST_MARK)
-        hash_W = np.maximum(hash_W, np.uint64(1))
-        number_W = self.index.find(hash_W)
-        new_P = np.flatnonzero(number_W < 0)
-        hash_U, place_U, inverse_P = np.unique(hash_W[new_P], return_index=True, return_inverse=True)
-        new_U = new_P[place_U]
-        spans = zip(begin_W[new_U].tolist(), end_W[new_U].tolist(), strict=True)
+        hash_W = np.minimum(hash_W, LARGEST_HASH - np.uint64(1))
+        hash_U, place_U, inverse_W = np.unique(hash_W, return_index=True, return_inverse=True)
+        number_U = self.index.find(hash_U)
+        new_X = np.flatnonzero(number_U < 0)
+        spans = zip(begin_W[place_U[new_X]].tolist(), end_W[place_U[new_X]].tolist(), strict=True)
         words = [data[begin:end].decode() for begin, end in spans]
-        ids_U = self.learn(words, np.isin(new_U, firsts).tolist())
-        number_W[new_P] = self.index.size + inverse_P
-        tokens_T, stop_W = self.gather(number_W, ids_U)
-        odd_P = new_P[np.array([ids is None for ids in ids_U], dtype=bool)[inverse_P]]
+        ids_X = self.learn(words, np.isin(place_U[new_X], firsts).tolist())
+        number_U[new_X] = self.index.size + np.arange(len(new_X))
+        tokens_T, stop_W = self.gather(number_U[inverse_W], ids_X)
+        odd_W = np.isin(inverse_W, [number for number, ids in zip(new_X, ids_X, strict=True) if ids is None])
         whole = {number for number, text in enumerate(texts) if BLANK in text}
         whole.update(np.flatnonzero(first_D[:-1] == first_D[1:]).tolist())
-        whole.update((np.searchsorted(first_D[:-1], odd_P, side="right") - 1).tolist())
-        self.keep(hash_U, words, ids_U)
+        whole.update((np.searchsorted(first_D[:-1], np.flatnonzero(odd_W), side="right") - 1).tolist())
+        self.keep(hash_U[new_X], words, ids_X)
         return self.splice(texts, tokens_T, stop_W[first_D], sorted(whole))
 
     def hash_words(self, bytes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Begin, end and hash of what stands between blanks, tabs and line ends."""
+        """Returns begin, end and hash of what stands between blanks, tabs and line ends."""
         edges_N = np.diff(IS_WORD_BYTE[bytes_N].view(np.int8), prepend=0, append=0)
         begin_W, end_W = np.flatnonzero(edges_N == 1), np.flatnonzero(edges_N == -1)
         if len(self.power_N) < len(bytes_N):
@@ -161,7 +142,7 @@ class WordTable:
         return begin_W, end_W, (hash_W ^ (hash_W >> np.uint64(32))) * np.uint64(HASH_MIX)
 
     def learn(self, words: list[str], is_first: list[bool]) -> list[bytes | None]:
-        """The ids of new words: at the start of a document with BOS, else behind a blank.
+        """Returns the ids of new words: at the start of a document with BOS, else behind a blank.
 
         None for those whose document is to be encoded in one piece: they could join with what stands before the
         blank, hold SentencePiece's blank, or leave nothing at the start. Raises DataError where the ids of a text of
@@ -181,7 +162,7 @@ class WordTable:
         return [(at_start if first else learned).get(word) for word, first in zip(words, is_first, strict=True)]
 
     def learn_behind(self, words: list[str], stream: list[int]) -> dict[str, bytes]:
-        """The ids of words behind a blank; adds documents of all of them to `stream`."""
+        """Returns the ids of words behind a blank; adds documents of all of them to `stream`."""
         plain = [word for word in words if word.isascii() and word.isprintable()]
         odd = [word for word in set(words).difference(plain) if not unicodedata.combining(word[0])]
         encoded = self.tokenizer.encode_documents([f"{ANCHOR} {word}" for word in odd])
@@ -199,34 +180,34 @@ class WordTable:
         return learned
 
     def encode_groups(self, words: list[str]) -> list[tuple[list[str], list[int]]]:
-        """Words in groups, and the ids of a text of the anchor and each group."""
+        """Returns words in groups, and the ids of a text of the anchor and each group."""
         groups = [words[start : start + GROUP_WORDS] for start in range(0, len(words), GROUP_WORDS)]
         encoded = self.tokenizer.encode_documents([" ".join([ANCHOR, *group]) for group in groups])
         return list(zip(groups, encoded, strict=True))
 
-    def gather(self, number_W: np.ndarray, ids_U: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of words, put together, and where each word's begin (and the last one's end)."""
-        ids_T = np.concatenate([self.ids_T, np.frombuffer(b"".join(ids or b"" for ids in ids_U), dtype="<u2")])
-        lengths_U = [len(ids or b"") // 2 for ids in ids_U]
-        end_E = np.concatenate([self.end_E, self.end_E[-1] + np.cumsum(lengths_U, dtype=np.int64)])
+    def gather(self, number_W: np.ndarray, ids_X: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of words, put together, and where each word's begin (and the last one's end)."""
+        ids_T = np.concatenate([self.ids_T, np.frombuffer(b"".join(ids or b"" for ids in ids_X), dtype="<u2")])
+        lengths_X = [len(ids or b"") // 2 for ids in ids_X]
+        end_E = np.concatenate([self.end_E, self.end_E[-1] + np.cumsum(lengths_X, dtype=np.int64)])
         begin_W = end_E[number_W]
         length_W = end_E[number_W + 1] - begin_W
         stop_W = np.concatenate([[0], np.cumsum(length_W)])
         return ids_T[np.repeat(begin_W - stop_W[:-1], length_W) + np.arange(stop_W[-1])], stop_W
 
-    def keep(self, hash_U: np.ndarray, words: list[str], ids_U: list[bytes | None]) -> None:
-        """Take new words in while there is room."""
+    def keep(self, hash_X: np.ndarray, words: list[str], ids_X: list[bytes | None]) -> None:
+        """Takes new words in while there is room."""
         room = max(0, TABLE_ENTRIES - self.index.size)
-        kept = [n for n, word in enumerate(words) if ids_U[n] is not None and len(word) <= LONGEST_CACHED_WORD][:room]
+        kept = [n for n, word in enumerate(words) if ids_X[n] is not None and len(word) <= LONGEST_CACHED_WORD][:room]
         if kept:
-            ids = [ids_U[n] for n in kept]
-            self.index.insert(hash_U[kept])
+            ids = [ids_X[n] for n in kept]
+            self.index.insert(hash_X[kept])
             self.ids_T = np.concatenate([self.ids_T, np.frombuffer(b"".join(ids), dtype="<u2")])
             ends = self.end_E[-1] + np.cumsum([len(part) // 2 for part in ids], dtype=np.int64)
             self.end_E = np.concatenate([self.end_E, ends])
 
     def splice(self, texts: Sequence[str], tokens_T: np.ndarray, stop_D: np.ndarray, whole: list[int]) -> bytes:
-        """The tokens with those of the documents `whole` encoded in one piece."""
+        """Returns the tokens with those of the documents `whole` encoded in one piece."""
         pieces, done = [], 0
         for number, ids in zip(whole, self.tokenizer.encode_documents([texts[n] for n in whole]), strict=True):
             pieces += [tokens_T[done : stop_D[number]].tobytes(), self.with_bos(ids)]

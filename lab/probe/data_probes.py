@@ -1,4 +1,4 @@
-"""Legality probes of what surrounds the scorer: documents of both splits, bytes of text, files and network in use."""
+"""Probes the legality of what surrounds the scorer: documents of both splits, bytes of text, files and network."""
 
 import json
 import math
@@ -12,8 +12,9 @@ import torch
 from golf.config.knobs import UserError
 from golf.data.shards import DataError, shard_token_count
 from golf.data.sidecar import StreamBytes
-from golf.data.tokenizer import ByteTable, TextTokenizer, check_byte_counts
+from golf.data.tokenizer import ByteTable
 from golf.score.scorer import count_target_bytes
+from lab.prepare.text_tokenizer import TextTokenizer, check_byte_counts
 from lab.probe.documents import find_shared_documents
 from lab.probe.probes import FAIL, NOT_EXERCISED, PASS, Probe
 
@@ -26,7 +27,7 @@ ACCESS_KEYS += ("network_during_scoring", "violations")
 
 
 class ProbeError(UserError):
-    """A record of a run that the probes can't read."""
+    """Says that the probes can't read a record of a run."""
 
 
 def probe_disjoint(
@@ -37,7 +38,7 @@ def probe_disjoint(
     command: str,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probe:
-    """No validation document is a training document. `command` is how to ask for it in full; Raises ShardError."""
+    """Checks that no validation document is a training one. `command` asks for it in full. Raises ShardError."""
     name, total, done = "disjoint splits", sum(map(shard_token_count, train_paths)), 0
     if total > QUICK_TRAINING_TOKENS and not full:
         return Probe(name, NOT_EXERCISED, f"{total:,} training tokens take minutes to hash: run {command}")
@@ -62,7 +63,7 @@ def probe_bytes(
     full: bool,
     counter: ByteTable | StreamBytes | None = None,
 ) -> Probe:
-    """Bytes are those of the decoded text, the score's byte count is theirs, and its two losses agree.
+    """Checks that bytes are those of the decoded text, the score's byte count is theirs, and its two losses agree.
 
     `figures` are val_loss, val_bpb, val_tokens and val_bytes of the run; `counter` is what counts the bytes, by
     default the tokenizer's table.
@@ -87,7 +88,7 @@ def probe_bytes(
 
 
 def probe_access(path: Path) -> list[Probe]:
-    """The data guard and the network, from the access.json that the run's processes left. Raises ProbeError."""
+    """Judges the data guard and the network by the access.json that the run's processes left. Raises ProbeError."""
     names = ("data guard", "network")
     if not path.is_file():
         return [Probe(name, NOT_EXERCISED, f"the run left no {path.name}") for name in names]
@@ -109,7 +110,7 @@ def probe_access(path: Path) -> list[Probe]:
 
 
 def read_run_record(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The JSON object in a file. Raises ProbeError where it is none, or one of `keys` is not in it."""
+    """Reads the JSON object in a file. Raises ProbeError where it is none, or one of `keys` is not in it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

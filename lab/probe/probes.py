@@ -1,4 +1,4 @@
-"""Legality probes: whether a scorer's numbers are an honest score, asked of its behaviour and not of its source.
+"""Probes whether a scorer's numbers are an honest score, by its behaviour and not by its source.
 
 The four conditions are those of the competition's issue #1017: C1 a prediction depends on nothing that comes
 after it, C2 it is a probability distribution over the whole vocabulary, C3 what was scored may be learned from,
@@ -25,7 +25,7 @@ DOCUMENT_PAIRS = 4
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe found out; `detail` is one line with the evidence."""
+    """Holds what a probe found out; `detail` is one line with the evidence."""
 
     name: str
     verdict: Literal["PASS", "FAIL", "NOT EXERCISED"]
@@ -34,7 +34,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class ScoreEvent:
-    """The scorer scored the targets begin .. end - 1, or updated itself with them."""
+    """Says that the scorer scored the targets begin .. end - 1, or updated itself with them."""
 
     kind: Literal["score", "update"]
     begin: int
@@ -43,7 +43,7 @@ class ScoreEvent:
 
 @dataclass(frozen=True, eq=False)
 class ScoreTrace:
-    """One scoring of a stream."""
+    """Holds one scoring of a stream."""
 
     nats_N: np.ndarray
     """float64, in the order of the stream; NaN for a target that was not scored."""
@@ -52,7 +52,7 @@ class ScoreTrace:
 
 
 class ProbedScorer(Protocol):
-    """What the probes ask of a scorer. It answers the same question with the same bits."""
+    """Answers what the probes ask of a scorer, the same question with the same bits."""
 
     vocab_size: int
     bos_id: int
@@ -60,15 +60,15 @@ class ProbedScorer(Protocol):
     """Whether it claims that no document's score depends on another document."""
 
     def trace(self, tokens_N1: np.ndarray) -> ScoreTrace:
-        """Score the stream from the scorer's first state."""
+        """Scores the stream from the scorer's first state."""
 
     def log_probabilities(self, tokens_N1: np.ndarray, target: int, candidates_K: np.ndarray) -> np.ndarray:
-        """float64_K: ln of what the candidates would have got as this target, with every mixture that scoring has."""
+        """Returns float64_K: ln of what the candidates would have got as this target, with every mixture in use."""
 
 
 @dataclass(frozen=True)
 class ProbePoints:
-    """Where a stream is probed."""
+    """Says where a stream is probed."""
 
     cuts: list[int]
     """Tokens after which all that follows is replaced, 0 to N - 1."""
@@ -76,15 +76,8 @@ class ProbePoints:
     """Targets whose whole distribution is looked at."""
 
 
-def uniform_points(targets: int, seed: int, cuts: int = 6, samples: int = 16) -> ProbePoints:
-    """Points all over a stream of `targets` targets."""
-    rng = np.random.default_rng(seed)
-    chosen = (np.sort(rng.choice(targets, min(count, targets), replace=False)) for count in (cuts, samples))
-    return ProbePoints(*(part.tolist() for part in chosen))
-
-
 def probe_scorer(scorer: ProbedScorer, tokens_N1: np.ndarray, points: ProbePoints, seed: int = 0) -> list[Probe]:
-    """C1 to C4 and the isolation of documents, on one stream that starts with a document."""
+    """Runs C1 to C4 and the isolation of documents on one stream that starts with a document."""
     tokens_N1 = np.asarray(tokens_N1)
     trace = scorer.trace(tokens_N1)
     return [
@@ -102,7 +95,7 @@ def probe_scorer(scorer: ProbedScorer, tokens_N1: np.ndarray, points: ProbePoint
 def probe_causality(
     scorer: ProbedScorer, tokens_N1: np.ndarray, trace: ScoreTrace, cuts: list[int], rng: np.random.Generator
 ) -> Probe:
-    """C1: other tokens after a cut leave the scores up to it, and the distribution at it, bit-identical.
+    """Checks C1: other tokens after a cut leave the scores up to it, and the distribution at it, bit-identical.
 
     The distribution is that of the first replaced token: a scorer that reads the very token that it predicts, and
     nothing beyond, moves no earlier score.
@@ -126,14 +119,14 @@ def probe_causality(
 
 
 def bits(numbers_N: np.ndarray) -> np.ndarray:
-    """The bit patterns of float64 numbers, which tell 0 from -0 and know NaN."""
+    """Returns the bit patterns of float64 numbers, which tell 0 from -0 and know NaN."""
     return np.ascontiguousarray(numbers_N, dtype=np.float64).view(np.int64)
 
 
 def replace_tokens(
     tokens_N1: np.ndarray, begin: int, end: int, rng: np.random.Generator, keep: int | None = None
 ) -> np.ndarray | None:
-    """The stream with every token of begin .. end - 1 made another one, drawn from those that occur in it.
+    """Returns the stream with every token of begin .. end - 1 made another one, drawn from those that it holds.
 
     Only `keep` stays where it stands, and is not drawn. None where there is no other token to draw.
     """
@@ -152,7 +145,7 @@ def replace_tokens(
 
 
 def probe_normalisation(scorer: ProbedScorer, tokens_N1: np.ndarray, trace: ScoreTrace, targets: list[int]) -> Probe:
-    """C2: what the whole vocabulary would have got sums to 1, and the score is what the real token got."""
+    """Checks C2: what the whole vocabulary would have got sums to 1, and the score is what the real token got."""
     name, vocabulary_V = "C2 normalisation", np.arange(scorer.vocab_size)
     targets = [target for target in targets if np.isfinite(trace.nats_N[target])]  # what is missing is C4's
     if not targets:
@@ -176,7 +169,7 @@ def probe_normalisation(scorer: ProbedScorer, tokens_N1: np.ndarray, trace: Scor
 
 
 def probe_score_before_update(trace: ScoreTrace) -> Probe:
-    """C3: no target is in an update before it is scored."""
+    """Checks C3: no target is in an update before it is scored."""
     name, scored_N, updates = "C3 score before update", np.zeros(len(trace.nats_N), dtype=bool), 0
     for event in trace.events:
         if event.kind == "score":
@@ -193,7 +186,7 @@ def probe_score_before_update(trace: ScoreTrace) -> Probe:
 
 
 def probe_single_pass(trace: ScoreTrace) -> Probe:
-    """C4: every target is scored, and no target twice."""
+    """Checks C4: every target is scored, and no target twice."""
     name, count_N = "C4 single pass", np.zeros(len(trace.nats_N), dtype=np.int64)
     for event in trace.events:
         if event.kind == "score":
@@ -212,7 +205,7 @@ def probe_single_pass(trace: ScoreTrace) -> Probe:
 
 
 def probe_isolation(scorer: ProbedScorer, tokens_N1: np.ndarray, trace: ScoreTrace, rng: np.random.Generator) -> Probe:
-    """Where it is claimed: another text of document k leaves the scores of document k + 1 bit-identical."""
+    """Checks, where it is claimed: another text of document k leaves the scores of document k + 1 bit-identical."""
     name = "document isolation"
     if not scorer.isolates_documents:
         return Probe(name, NOT_EXERCISED, "not claimed: a score may depend on the documents before")

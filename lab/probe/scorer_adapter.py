@@ -1,4 +1,4 @@
-"""The real scorer under probe: the artifact's model, in the windows, batches and forward that made the score.
+"""Puts the real scorer under probe: the artifact's model, in the windows, batches and forward that made the score.
 
 Letters: N targets of a stream, W windows, K candidate tokens, B windows of a batch, S scored positions of a window,
 M targets of an event.
@@ -31,13 +31,13 @@ CPU_ROWS = 16
 
 
 def probe_stream_tokens(settings: ScoreSettings, device: torch.device) -> int:
-    """Length of a stream of the first window and a batch of others: a full one where the forward has one shape."""
+    """Returns the length of a stream of the first window and a batch of others, a full one for a compiled forward."""
     windows = min(settings.batch_seqs, CPU_ROWS) if device.type == "cpu" else settings.batch_seqs
     return settings.seq_len + settings.stride * windows + 1
 
 
 class ArtifactScorer:
-    """`model` as score_windows scores it; `forward` is the compiled form, where the score was made with one.
+    """Scores with `model` as score_windows does; `forward` is the compiled form, where the score was made with one.
 
     The same shapes as in the run's scoring reach the forward, so a compiled one is probed as it scored.
     """
@@ -54,7 +54,7 @@ class ArtifactScorer:
         return prepare_job(self.model, tokens_N1, self.byte_table, self.settings, self.device, self.forward)
 
     def trace(self, tokens_N1: np.ndarray) -> ScoreTrace:
-        """A scoring of the stream. Weights that changed meanwhile count as an update with all of its targets."""
+        """Scores the stream. Weights that changed meanwhile count as an update with all of its targets."""
         job = self.job(tokens_N1)
         nats_N = np.full(len(tokens_N1) - 1, np.nan)
         events: list[ScoreEvent] = []
@@ -72,7 +72,7 @@ class ArtifactScorer:
         return ScoreTrace(nats_N, events)
 
     def log_probabilities(self, tokens_N1: np.ndarray, target: int, candidates_K: np.ndarray) -> np.ndarray:
-        """Asked of the forward itself: the window that scores the target, once with every candidate as its target."""
+        """Asks the forward itself: the window that scores the target, once with every candidate as its target."""
         job = self.job(tokens_N1)
         window = int(np.searchsorted(job.plan.ends_W, target, side="right"))
         key = tokens_N1.tobytes(), window, candidates_K.tobytes()
@@ -82,7 +82,7 @@ class ArtifactScorer:
         return -nats_KS[:, target - int(job.plan.ends_W[window])]
 
     def sweep(self, job: ScoreJob, window: int, candidates_K: Tensor) -> np.ndarray:
-        """nats_KS of each candidate at each scored position of the window."""
+        """Returns nats_KS of each candidate at each scored position of the window."""
         shapes = batch_shapes(job, 0, len(job.plan))
         rows, scored = next((rows, scored) for first, last, rows, scored in shapes if first <= window < last)
         rows = min(rows, CPU_ROWS, len(candidates_K)) if self.device.type == "cpu" else rows
@@ -98,7 +98,7 @@ class ArtifactScorer:
         return torch.cat(parts)[: len(candidates_K)].cpu().numpy()
 
     def points(self, targets: int, seed: int, windows: int = 1, samples: int = 16) -> ProbePoints:
-        """Cuts inside of windows, two of them in the first one; `samples` targets in each of `windows` windows."""
+        """Chooses cuts inside windows, two of them in the first one; `samples` targets in each of `windows` windows."""
         rng = np.random.default_rng(seed)
         plan = plan_windows(targets, self.settings.seq_len, self.settings.stride)
         later = np.arange(min(1, len(plan) - 1), len(plan))
@@ -112,13 +112,13 @@ class ArtifactScorer:
 
 
 def inner_span(plan: WindowPlan, window: int) -> tuple[int, int]:
-    """The window's scored targets but for the last, which has no later token in its window."""
+    """Returns the window's scored targets but for the last, which has no later token in its window."""
     first, end = int(plan.first_scored_W[window]), int(plan.ends_W[window])
     return first, max(end - 1, first + 1)
 
 
 def contiguous_spans(index_M: np.ndarray) -> list[tuple[int, int]]:
-    """[begin, end) of each run of consecutive numbers."""
+    """Returns [begin, end) of each run of consecutive numbers."""
     if not len(index_M):
         return []
     breaks = np.flatnonzero(np.diff(index_M) != 1) + 1
@@ -127,7 +127,7 @@ def contiguous_spans(index_M: np.ndarray) -> list[tuple[int, int]]:
 
 
 def probe_plan(targets: int, scored: int, settings: ScoreSettings, traced: Probe) -> Probe:
-    """C4 for the whole stream, where `traced` found it kept in a part: all windows tile the targets, all are scored.
+    """Checks C4 for the whole stream, where `traced` found it kept in a part: all windows tile the targets.
 
     `scored` is the number of targets that the run says were scored.
     """

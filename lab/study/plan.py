@@ -17,10 +17,10 @@ from golf.data.manifest import data_identity
 from golf.data.shards import find_shards, write_shard
 from golf.data.sidecar import without_sidecars
 from golf.data.tokenizer import load_tokenizer
-from golf.data.tokenizers_plain import PlainTokenizer, bytes_tokenizer_file
 from golf.run.datasets import check_vocabulary, locate_data
 from golf.runtime import Runtime, choose_compile, choose_device, write_file_atomically
 from golf.score.roundtrip import stream_identity
+from lab.prepare.text_tokenizer import PlainTokenizer, bytes_tokenizer_file
 from lab.study.matrix import AblationMatrix, AblationProfile, AblationRow, base_config, row_config
 from lab.study.spec import AblationError, AblationSpec, read_study_json
 
