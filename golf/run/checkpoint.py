@@ -1,6 +1,6 @@
 """Checkpoints of a training: all that it takes to go on, in safetensors files that appear at once.
 
-Every rank writes its own file, because Muon keeps the momentum of a matrix on one rank; a checkpoint is whole when
+Every rank writes its own file, because the momentum of a matrix is kept on one rank alone; a checkpoint is whole when
 the files of all ranks are there. The training waits only while its tensors are copied; a thread writes the copy.
 """
 
