@@ -57,8 +57,7 @@ class ModelConfig:
     knowledge_at: Literal["input", "layers"] = "input"
     """input: before the first block, which then treats them as positions; layers: anew before every block."""
     act_attn_in: str = ""
-    """Quantizer (golf/config/site_quantizers.py) of the attention's input; training and the artifact's model both use
-    it."""
+    """Quantizer (golf/config/site_quantizers.py) of the attention's input; it is part of the model."""
     act_q: str = ""
     """Quantizer of the queries, after RoPE."""
     act_k: str = ""

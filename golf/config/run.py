@@ -45,8 +45,7 @@ class DataConfig:
     corpus: str = ""
     """`embedded` (texts of Python's standard library) or a path: .txt, .jsonl, .jsonl.xz, a folder of them."""
     row_order: Literal["sequential", "spread", "shuffled", "documents"] = "sequential"
-    """sequential: as in the shards; spread: from all over; shuffled: documents; documents: shuffled, starts begin
-    rows."""
+    """sequential: as in the shards; spread: from all over; shuffled: documents; documents: and rows start with one."""
 
 
 def data_rules(config: Any) -> list[Rule]:
