@@ -1,10 +1,10 @@
-"""From text and a wall-clock budget to the best language model that fits a byte budget, and its proven score.
+"""Trains the best language model that fits a byte budget, from text and a wall-clock budget, and proves its score.
 
     config -> data -> train -> average -> quantize -> pack | a fresh process: reload -> score -> report
 
-Run it with `python train_gpt.py` or `torchrun --standalone --nproc_per_node=N train_gpt.py` (--help lists the
-knobs). Everything that a run leaves is in runs/<run_id>/, and `--resume <run_id>` goes on from wherever it was: every
-stage reads what the one before it left on the disk. The words of this story are in golf/.
+Run it with `python train_gpt.py` or `torchrun --standalone --nproc_per_node=N train_gpt.py` (--help lists the knobs). A
+run writes everything to runs/<run_id>/, and `--resume <run_id>` continues an interrupted run: every stage reads from
+the disk what the stage before it wrote. golf/ holds the functions that this script calls.
 """
 
 import os
@@ -53,7 +53,7 @@ def main(command: Command, session: Session) -> int:
 
 
 def train_and_pack(command: Command, session: Session) -> RunFolder:
-    """Everything from the text to the artifact's bytes; stages that a run has behind it are not done again."""
+    """Runs every stage from the text to the artifact's bytes, and skips those that the run has finished."""
     with start_runtime(command.config.run, "train", session.log) as runtime:
         folder = (
             take_up(command.resume, command.new_code, runtime) if command.resume else open_run(command.config, runtime)
@@ -70,9 +70,9 @@ def train_and_pack(command: Command, session: Session) -> RunFolder:
 
 
 def open_run(config: Config, runtime: Runtime) -> RunFolder:
-    """A new run's folder, with its configuration, its machine, and the code that runs as it would be shipped."""
+    """Creates a new run's folder with its configuration, its machine's fingerprint and the code as it would ship."""
     config = locate_data(config, runtime, PROGRAM.script.parent)
-    open_training_data(config)  # what is wrong with it is said before there is a folder
+    open_training_data(config)  # fails on bad data before a folder exists
     folder = choose_run_folder(config, runtime)
     if runtime.is_main:
         folder.create(config)
@@ -83,7 +83,7 @@ def open_run(config: Config, runtime: Runtime) -> RunFolder:
 
 
 def take_up(path: Path, new_code: bool, runtime: Runtime) -> RunFolder:
-    """The folder of a run to go on with, whose code is what runs now; or becomes it, which the result will say."""
+    """Returns the folder of a run to resume; raises where other code runs now, unless `new_code` replaces the run's."""
     folder = RunFolder(path)
     if new_code and runtime.is_main:
         PROGRAM.replace_code(folder)
@@ -93,7 +93,7 @@ def take_up(path: Path, new_code: bool, runtime: Runtime) -> RunFolder:
 
 
 def train(config: Config, session: Session) -> StageResult:
-    """Take steps until the budget is used up; what is left behind is a checkpoint."""
+    """Takes steps until the budget is used up, and writes the last checkpoint."""
     folder, runtime, ledger = session.folder, session.runtime, session.ledger
     with ledger.phase("setup"):
         data = open_training_data(config)
@@ -118,7 +118,7 @@ def train(config: Config, session: Session) -> StageResult:
 
 
 def average(config: Config, session: Session) -> StageResult:
-    """From the last checkpoint to the weights that count."""
+    """Turns the last checkpoint into the final weights, averaged where averaging is on."""
     folder, training = session.folder, session.folder.load_json(session.folder.training)
     state = read_checkpoint([folder.path / next(iter(session.book.stages["train"]))])
     audit = FeatureAudit(config, features_of(state.numbers))
@@ -132,7 +132,7 @@ def average(config: Config, session: Session) -> StageResult:
 
 
 def quantize(config: Config, session: Session) -> StageResult:
-    """From weights to the integer codes whose artifact fits beside the code."""
+    """Turns weights into the integer codes whose artifact fits beside the code under the byte limit."""
     folder, runtime, saved = session.folder, session.runtime, load_weights(session.folder.weights)
     stream, room = open_training_data(config).stream, config.run.limit_bytes - folder.code.stat().st_size
     train_seconds, calibrating = (
@@ -140,7 +140,7 @@ def quantize(config: Config, session: Session) -> StageResult:
         partial(session.ledger.phase, "calibrate"),
     )
     fitted, record = quantize_weights(saved, config, stream, runtime, train_seconds, room, calibrating)
-    if fitted is None:  # the main rank has it
+    if fitted is None:  # only the main rank holds the result
         return StageResult([])
     save_quantized(folder.quantized, fitted.stored)
     folder.save_json(folder.pruning, pruning_record(fitted) | record)
@@ -150,7 +150,8 @@ def quantize(config: Config, session: Session) -> StageResult:
 
 
 def pack(config: Config, session: Session, fitted: FittedArtifact | None) -> StageResult:
-    """From codes to the artifact's bytes: those that the quantize stage measured, or the same ones from the disk."""
+    """Writes the artifact: the bytes that the quantize stage measured, or the same bytes made from its codes on the
+    disk."""
     folder = session.folder
     if fitted is None:
         sha256 = folder.load_json(folder.training)["tokenizer_sha256"]
@@ -168,14 +169,15 @@ def pack(config: Config, session: Session, fitted: FittedArtifact | None) -> Sta
 
 
 def start_fresh_process(folder: RunFolder, debug: bool) -> int:
-    """Become a new process that knows nothing but the run's folder: what it scores is what the bytes say."""
+    """Replaces this process by a new one that knows only the run's folder, so that the score depends on the bytes
+    alone."""
     sys.stdout.flush()
     options = ["--debug"] if debug else []
     os.execv(sys.executable, [sys.executable, str(PROGRAM.script), "--score", str(folder.path), *options])
 
 
 def reload_and_score(folder: RunFolder, session: Session) -> int:
-    """Score the artifact and write result.json; returns the exit status."""
+    """Scores the artifact, writes result.json and returns the exit status."""
     config, session.ledger.phase_name = folder.load_config(), "load"
     PROGRAM.check(folder)
     with start_runtime(config.run, "score", session.log) as runtime:
@@ -187,7 +189,7 @@ def reload_and_score(folder: RunFolder, session: Session) -> int:
 
 
 def reload(config: Config, session: Session) -> StageResult:
-    """The artifact's model must say what the trained one said, and the scorer must agree."""
+    """Checks that the artifact's model gives the logits that the trained one gave, and that the scorer agrees."""
     folder, artifact = session.folder, read_artifact(session.folder.artifact)
     table = load_artifact_tokenizer(artifact.tokenizer_sha256, config.data.tokenizer_path)
     record, model = folder.load_json(folder.parity), restore_model(artifact, session.runtime)
@@ -197,7 +199,7 @@ def reload(config: Config, session: Session) -> StageResult:
 
 
 def score(config: Config, session: Session) -> StageResult:
-    """Bits per byte of the artifact on the validation shards, then of the weights before they were quantized."""
+    """Scores the artifact on the validation shards in bits per byte, then the weights before they were quantized."""
     folder, runtime, artifact = session.folder, session.runtime, read_artifact(session.folder.artifact)
     journal = ScoreJournal(folder.journal(runtime.rank))
     val_shards, tokenizer_path = find_shards(config.data.data_path, "val"), config.data.tokenizer_path
@@ -226,7 +228,7 @@ def score(config: Config, session: Session) -> StageResult:
 
 
 def report(config: Config, session: Session) -> StageResult:
-    """All that was measured, in result.json, with what is wrong with it; then a table and pictures."""
+    """Writes all measurements and findings to result.json, then a table and pictures."""
     folder, runtime = session.folder, session.runtime
     folder.probes.unlink(missing_ok=True)
     status = PROGRAM.run_tool("check_run.py", folder.path, "--write")
@@ -240,7 +242,10 @@ def report(config: Config, session: Session) -> StageResult:
 
 
 def run_program(arguments: list[str]) -> int:
-    """The exit status of the whole. A user's mistake, a stop, a lost machine have one line each, ours a traceback."""
+    """Runs the program and returns its exit status.
+
+    A user's mistake, an interruption or a lost machine prints one line, an error of ours a traceback.
+    """
     session = Session()
     try:
         if "--plan" in arguments:

@@ -1,7 +1,7 @@
-"""Ranks, device, seeds, clock and log: what a run stands on.
+"""Provides a process's ranks, device, seeds, clock and log.
 
-The only module that starts torch.distributed. Everything works the same with one process
-(world size 1, no process group) and under torchrun (NCCL on CUDA, gloo on CPU).
+Only this module starts torch.distributed. Everything works the same with one process (world size 1, no process group)
+and under torchrun (NCCL on CUDA, gloo on CPU).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from golf.config.run import RunConfig
 
 
 class Log:
-    """Lines to the terminal and, once a file is attached, flushed one by one to it."""
+    """Prints lines to the terminal and, once a file is attached, writes and flushes each to it."""
 
     def __init__(self, terminal: TextIO | None = None):
         self.terminal = terminal or sys.stdout
@@ -38,10 +38,10 @@ class Log:
         self.file = path.open("a", encoding="utf-8")
 
     def error(self, text: str) -> None:
-        """A line for people, in the file too."""
+        """Prints a line to stderr, and to the file too."""
         print(text, file=sys.stderr, flush=True)
         if self.file:
-            with contextlib.suppress(OSError):  # a full disk may be what the line tells
+            with contextlib.suppress(OSError):  # the error reported may be a full disk
                 print(text, file=self.file, flush=True)
 
     def line(self, text: str) -> None:
@@ -52,18 +52,19 @@ class Log:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process computes, and how it talks to the others."""
+    """Describes where this process computes, and exchanges numbers with the other ranks."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     log: Log = field(default_factory=Log)
     compiles: bool = False
-    """Whether torch.compile is used."""
+    """Whether the training step is compiled by torch.compile."""
 
     @property
     def compiles_scoring(self) -> bool:
-        """On a CPU a small stream is scored before its graph is compiled (14 s for a score of 7 s)."""
+        """Returns whether to compile the scorer: not on a CPU, where compiling takes longer (14 s) than a small score
+        (7 s)."""
         return self.compiles and self.device.type == "cuda"
 
     @property
@@ -72,17 +73,17 @@ class Runtime:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Activations are bf16 on CUDA and fp32 on CPU (where bf16 is slower: 0.5 to 0.65 times)."""
+        """Returns the dtype of activations: bf16 on CUDA, fp32 on CPU (where bf16 has 0.5 to 0.65 times the speed)."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add `tensor` up over all ranks, in place."""
+        """Sums `tensor` over all ranks, in place, and returns it."""
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
     def max_over_ranks(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks, in one message."""
+        """Returns the largest of each value over all ranks, in one message."""
         if self.world_size == 1:
             return list(values)
         values_N = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -93,7 +94,7 @@ class Runtime:
         self.max_over_ranks(0.0)
 
     def text_of_main(self, text: str) -> str:
-        """The main rank's `text`, on every rank."""
+        """Returns the main rank's `text` on every rank."""
         if self.world_size == 1:
             return text
         data_N = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
@@ -103,18 +104,19 @@ class Runtime:
         return bytes(data_N.tolist()).decode()
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was asked of it, so that a clock reading means something."""
+        """Waits until the device has finished its queued work, so that a clock reading means something."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def print(self, line: str) -> None:
-        """One line to the log (main rank only)."""
+        """Writes one line to the log (main rank only)."""
         if self.is_main:
             self.log.line(line)
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that was asked for; `auto` is CUDA where there is one. Never falls back silently."""
+    """Returns the device that was asked for; `auto` is CUDA where there is one. Raises ConfigError, never falls
+    back."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise ConfigError("device=cuda was asked for, but torch sees no CUDA device: set device=cpu or mend the driver")
@@ -124,8 +126,11 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_compile(wanted: str, device: torch.device) -> bool:
-    """Whether to use torch.compile, which needs a C++ compiler on the CPU (1.3 to 1.5 times as fast there)."""
-    headers = Path(sysconfig.get_path("include")) / "Python.h"  # what inductor builds for the CPU includes it
+    """Returns whether to use torch.compile (1.3 to 1.5 times as fast on a CPU). Raises ConfigError where it can't run.
+
+    On a CPU it needs a C++ compiler and Python's headers.
+    """
+    headers = Path(sysconfig.get_path("include")) / "Python.h"  # inductor's CPU code includes it
     possible = device.type == "cuda" or (headers.exists() and any(map(shutil.which, ("c++", "g++", "clang++"))))
     if wanted == "on" and not possible:
         raise ConfigError("compile=on needs a C++ compiler and Python.h: install g++ and python3-dev, or compile=off")
@@ -134,10 +139,10 @@ def choose_compile(wanted: str, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterator[Runtime]:
-    """Set up device, threads, seeds and (under torchrun) the process group of one `stage`.
+    """Sets up device, threads, seeds and (under torchrun) the process group of one `stage`.
 
-    Stages of one job share torchrun's key store; the stage's name keeps their keys apart, because a
-    process that replaced itself for the next stage must not read addresses that the last one left.
+    Stages of one job share torchrun's key store. The stage's name keeps their keys apart, because a process that
+    replaced itself for the next stage must not read addresses that the previous stage left.
     """
     device = choose_device(run.device)
     compiles = choose_compile(run.compile, device)
@@ -162,7 +167,7 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
 
 
 def flush_to_disk(path: Path) -> None:
-    """A file's bytes, or a folder's names."""
+    """Syncs a file's bytes, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -172,7 +177,7 @@ def flush_to_disk(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it takes its place once it is on the disk, so that a reader never sees a part."""
+    """Yields a file to write beside `path`, and moves it to `path` once it is on the disk: readers never see a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -189,7 +194,7 @@ def write_file_atomically(path: Path, data: bytes | str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """64 hex digits, in bounded memory."""
+    """Returns SHA-256 as 64 hex digits, in bounded memory."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -198,7 +203,7 @@ def file_sha256(path: Path) -> str:
 
 
 class ProgressLine:
-    """One line that rewrites itself on a terminal, at most ten times a second; nothing where there is none."""
+    """Rewrites one line on a terminal, at most ten times a second; does nothing where there is no terminal."""
 
     def __init__(self, shown: bool, now=time.monotonic):
         self.shown = shown and sys.stderr.isatty()
@@ -215,7 +220,7 @@ class ProgressLine:
 
 
 class Stopwatch:
-    """A monotonic clock that runs only between start and stop; `now` is injectable for tests."""
+    """Measures time only between start and stop, on a monotonic clock; `now` is injectable for tests."""
 
     def __init__(self, now=time.perf_counter):
         self.now = now

@@ -1,7 +1,8 @@
-"""The whole configuration: sections of knobs, presets, the rules between them, and the one reader of the environment.
+"""Builds the whole configuration from sections of knobs, presets, the rules between them and the environment.
 
-A knob has one lower-case name, unique over the whole tree, and answers to it in upper case as an environment variable
+A knob has one lower-case name, unique over the whole tree, and its environment variable is that name in upper case
 (``train_seq_len`` is ``TRAIN_SEQ_LEN``). Precedence: preset, then environment, then ``key=value`` on the command line.
+No other module reads the environment's knobs.
 """
 
 import hashlib
@@ -21,14 +22,14 @@ from golf.config.site_quantizers import weight_sites
 from golf.config.training import AverageConfig, OptimConfig, TrainConfig, budget_rules, training_rules
 
 FROZEN: dict[str, Any] = {}
-"""Of a script that was made for one configuration (tools/bundle.py): its knobs; empty in the sources."""
+"""Knobs of a script that was made for one configuration (tools/bundle.py); empty in the sources."""
 FREE_KNOBS = {
     "run_id", "seed", "runs_root", "device", "compile", "threads", "limit_bytes", "reserve_bytes", "checkpoint_seconds",
     "rehearse", "data_path", "tokenizer_path", "corpus", "iterations", "max_wallclock_seconds", "micro_batch_tokens",
     "warmup_steps", "train_log_every", "eval_batch_tokens", "calibration_reserve", "eval_batch_seqs",
     "max_eval_seconds",
 }  # fmt: skip
-"""Knobs that such a script still takes: of places, budgets and machines, which no code of a technique depends on."""
+"""Knobs that such a script still accepts: places, budgets and machines, which no code of a technique depends on."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Config:
 
 
 def iter_knobs(config: Config) -> Iterator[tuple[str, str, type, Any]]:
-    """Yield (section, knob, type, value) for every scalar of the tree."""
+    """Yields (section, knob, type, value) for every scalar of the tree."""
     for section in fields(config):
         part = getattr(config, section.name)
         for knob in fields(part):
@@ -55,7 +56,7 @@ KNOBS: dict[str, tuple[str, Any]] = {knob: (section, kind) for section, knob, ki
 
 
 def parse_value(knob: str, kind: Any, text: str) -> Any:
-    """The value of `knob` that `text` spells; booleans are 0, 1, true or false."""
+    """Returns the value of `knob` that `text` spells (booleans are 0, 1, true or false). Raises ConfigError."""
     try:
         if get_origin(kind) is Literal:
             return {choice: choice for choice in get_args(kind)}[text]
@@ -71,7 +72,7 @@ def parse_value(knob: str, kind: Any, text: str) -> Any:
 
 
 def with_knobs(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with some knobs set; values that are text are parsed."""
+    """Returns `config` with some knobs set; parses values that are text. Raises ConfigError for an unknown knob."""
     changes: dict[str, dict[str, Any]] = {}
     for knob, value in values.items():
         if not FROZEN and knob.upper() in RETIRED_KNOBS:
@@ -85,7 +86,7 @@ def with_knobs(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def knobs_of_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Knobs that environment variables set, retired ones included (so that they are refused by name)."""
+    """Returns the knobs that environment variables set, retired ones included (so that they are refused by name)."""
     names = {knob.upper(): knob for knob in KNOBS}
     if not FROZEN:
         names |= {name: name for name in RETIRED_KNOBS}
@@ -102,8 +103,10 @@ def preset_config(preset: str) -> Config:
 
 
 def stores_plain_rows() -> bool:
-    """Returns whether the artifacts of this script hold nothing but rows of codes with a scale each, and fp16 tensors:
-    then it has no code for other forms."""
+    """Returns whether this script's artifacts hold only fp16 tensors and rows of codes with one scale each.
+
+    Such a script has no code for other forms.
+    """
     quant = preset_config("").quant if FROZEN else None
     return quant is not None and quant.quantizer == "rtn" and not weight_sites(quant)
 
@@ -114,7 +117,7 @@ def build_config(preset: str, environ: Mapping[str, str], overrides: Mapping[str
     base = preset_config(chosen.get("preset", preset))
     if chosen.get("corpus") and chosen.get("data_path"):
         raise ConfigError("corpus and data_path are both set: give the text, or the shards that were made of it")
-    if chosen.get("corpus"):  # text of the user's own replaces the preset's shards
+    if chosen.get("corpus"):  # the user's own text replaces the preset's shards
         chosen = {"data_path": "", "tokenizer_path": ""} | chosen
     config = with_knobs(base, chosen)
     if FROZEN:
@@ -126,7 +129,7 @@ def build_config(preset: str, environ: Mapping[str, str], overrides: Mapping[str
 
 
 def check_frozen(config: Config) -> None:
-    """Raises ConfigError for a knob that this script, made for one configuration, has no code for."""
+    """Raises ConfigError for a knob whose other values this script, made for one configuration, has no code for."""
     frozen = preset_config("")
     for (_, knob, _, value), (*_, made_for) in zip(iter_knobs(config), iter_knobs(frozen), strict=True):
         if knob not in FREE_KNOBS and value != made_for:
@@ -141,7 +144,7 @@ POSITIVE_KNOBS = (
 
 
 def check_config(config: Config) -> None:
-    """Raises ConfigError where values do not fit together, before anything has cost time."""
+    """Raises ConfigError where values do not fit together, before the run has spent any time."""
     for _, knob, _, value in iter_knobs(config):
         if isinstance(value, (int, float)) and (value < 0 or (knob in POSITIVE_KNOBS and value == 0)):
             raise ConfigError(f"{knob}={value} must be {'positive' if knob in POSITIVE_KNOBS else 'at least 0'}")
@@ -154,19 +157,19 @@ def check_config(config: Config) -> None:
 
 
 def changed_knobs(config: Config) -> dict[str, Any]:
-    """Knobs that differ from the preset's, but for where the data is."""
+    """Returns the knobs that differ from the preset's, except the data's paths."""
     pairs = zip(iter_knobs(preset_config(config.run.preset)), iter_knobs(config), strict=True)
     changed = {knob: value for (_, _, _, before), (_, knob, _, value) in pairs if value != before}
     return {knob: value for knob, value in changed.items() if knob not in ("data_path", "tokenizer_path")}
 
 
 def config_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain nested dictionary, for JSON."""
+    """Returns the configuration as a plain nested dictionary, for JSON."""
     return asdict(config)
 
 
 def current_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the knobs of an older run by their names and values of today."""
+    """Returns the knobs of an older run under their present names and values."""
     if FROZEN:
         return dict(knobs)
     renamed = {new: value for knob, value in knobs.items() for new in RENAMED_KNOBS.get(knob, (knob,))}
@@ -177,17 +180,17 @@ def current_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_from_dict(sections: Mapping[str, Mapping[str, Any]]) -> Config:
-    """Inverse of config_dict; reads the configurations of older runs too."""
+    """Builds a configuration from config_dict's output, and from that of older runs."""
     return with_knobs(
         Config(), current_knobs({knob: value for part in sections.values() for knob, value in part.items()})
     )
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 (16 hex digits) of all knobs that shape the result: equal for the seeds of one experiment."""
+    """Returns SHA-256 (16 hex digits) of all knobs that shape the result: equal for the seeds of one experiment."""
     sections = config_dict(config)
     for knob in ("run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse"):
         del sections["run"][knob]
-    for knob in ("data_path", "tokenizer_path"):  # data has its own identity, whatever folder it is in
+    for knob in ("data_path", "tokenizer_path"):  # data has its own identity, whichever folder it is in
         del sections["data"][knob]
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,27 +1,31 @@
-"""What all rooms' knobs stand on: the errors and exit statuses of a run, the type of a rule, and the knobs' docs."""
+"""Defines what the knobs of every folder share: errors, exit statuses, the type of a rule, and the knobs' docs."""
 
 import ast
 import inspect
 from dataclasses import fields
 
 EXIT_FINDINGS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE = 1, 2, 4, 5
-"""Exit statuses of all programs; 3 is run.sh's, where the set-up failed."""
+"""Exit statuses of all programs; run.sh exits with 3 where the set-up failed."""
 
 
 class UserError(ValueError):
-    """What a person can mend: one clear line that says what is wrong and what to do. Every room has its own kind."""
+    """Reports a mistake that a person can correct, in one clear line that says what is wrong and what to do.
+
+    Every folder has its own subclass.
+    """
 
 
 class ConfigError(UserError):
-    """A knob that does not exist, a value that does not parse, or values that do not fit together."""
+    """Reports an unknown knob, a value that does not parse, or values that do not fit together."""
 
 
 Rule = tuple[bool, str]
-"""Whether it holds, and what to do where it does not."""
+"""(whether the rule holds, what to do where it does not)."""
 
 
 def knob_docs(section: type) -> dict[str, str]:
-    """Returns the line below each field of a class of knobs; empty ones where the source has none (a packed script)."""
+    """Returns the line below each field of a class of knobs; empty lines where there is no source (in a packed
+    script)."""
     docs = {field.name: "" for field in fields(section)}
     try:
         body = ast.parse(inspect.getsource(section)).body[0].body

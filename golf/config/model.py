@@ -1,4 +1,4 @@
-"""Knobs of the network."""
+"""Defines the knobs of the network."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from golf.config.knobs import Rule
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network's shape and features: all that an artifact says of its model."""
+    """Sets the network's shape and features: all that an artifact stores about its model."""
 
     vocab_size: int = 1024
     """Pieces of the tokenizer; 0: as many as it has, and text is then prepared in characters."""
@@ -45,7 +45,7 @@ class ModelConfig:
     bos_id: int = 1
     """Token that starts a document."""
     document_attention: bool = False
-    """Attention stays within a document; off: it sees all of the row before."""
+    """Keep attention within a document; off: a query sees the whole row before it."""
     attention_window: int = 0
     """Positions that a query sees, its own the last of them; 0: all before it."""
     tie_embeddings: bool = True
@@ -57,7 +57,7 @@ class ModelConfig:
     knowledge_at: Literal["input", "layers"] = "input"
     """input: before the first block, which then treats them as positions; layers: anew before every block."""
     act_attn_in: str = ""
-    """Quantizer (golf/config/site_quantizers.py) of the attention's input, part of the model for good."""
+    """Quantizer (golf/config/site_quantizers.py) of the attention's input; it is part of the model."""
     act_q: str = ""
     """Quantizer of the queries, after RoPE."""
     act_k: str = ""
@@ -65,7 +65,7 @@ class ModelConfig:
     act_v: str = ""
     """Quantizer of the values."""
     act_attn_out: str = ""
-    """Quantizer of what attention gives to its output matrix."""
+    """Quantizer of the attention's result, before its output matrix."""
     act_mlp_in: str = ""
     """Quantizer of the MLP's input."""
     act_hidden: str = ""

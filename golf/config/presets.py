@@ -1,4 +1,4 @@
-"""The named presets: what each changes in the defaults of golf/config/config.py, which are the leaderboard recipe's."""
+"""Defines the named presets as changes to the defaults of golf/config/config.py, which are the leaderboard recipe's."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "baseline-local": BASELINE_LOCAL,
     "stories": STORIES,
 }
-"""By name."""
+"""Presets by name."""
 
 RETIRED_KNOBS = {
     "WARMDOWN_ITERS": "warmdown_fraction (a share of the budget, not a step count)",
@@ -62,11 +62,11 @@ RETIRED_KNOBS = {
     "CONTROL_TENSOR_NAME_PATTERNS": "nothing: vectors train in their own group by shape",
     "FP16_KEEP_NAME_PATTERNS": "embed_bits=16",
 }
-"""Knobs of the competition's scripts that have no honest counterpart, and what to set instead."""
+"""Knobs of the competition's scripts that have no honest counterpart here, and what to set instead."""
 
 RENAMED_KNOBS = {
     "tied_embed_lr": ("embed_lr",), "val_loss_every": ("holdout_every",), "rate_weight": ("rd_lambda",),
     "val_batch_size": ("holdout_tokens", "eval_batch_tokens"),
 }  # fmt: skip
-"""Names that knobs had in the configurations of older runs, and what they are called now."""
+"""Older names of knobs, which the configurations of older runs use, and the present ones."""
 RENAMED_VALUES = {("quantizer", "grid"): "rtn", ("quantizer", "fit"): "waterfill"}

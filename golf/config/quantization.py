@@ -1,4 +1,4 @@
-"""Knobs of quantization and packing."""
+"""Defines the knobs of quantization and packing."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,12 +11,12 @@ CODECS = Literal["rans", "brotli", "lzma", "zstd", "zlib", "none"]
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How weights become codes, and codes bytes."""
+    """Sets how weights become codes, and codes bytes."""
 
     qat_enabled: bool = True
     """Weights pass through the export grid in the forward pass of training."""
     qat_start: float = 0.0
-    """Share of the budget after which weights pass through the export grid in the forward pass."""
+    """Share of the budget after which training uses the export grid."""
     mlp_bits: int = 5
     """Bits of the MLP's matrices, 2 to 8; 16: stored as fp16."""
     attn_bits: int = 6
@@ -32,9 +32,9 @@ class QuantConfig:
     quantizer: Literal["rtn", "waterfill"] = "rtn"
     """rtn: rounded to nearest on the bits above; waterfill: GPTQ after calibration, steps chosen to fill the limit."""
     calibration_tokens: int = 131_072
-    """Tokens that quantizer=waterfill measures the weights on."""
+    """Tokens on which quantizer=waterfill measures the weights' sensitivity."""
     calibration_text: Literal["train", "generated"] = "train"
-    """Training text, or text that the model makes up itself."""
+    """Text to calibrate on: training text, or text that the model generates."""
     calibration_reserve: float = 8.0
     """Seconds of max_wallclock_seconds that training leaves to the calibration of quantizer=waterfill."""
     weight_q: str = ""
@@ -54,11 +54,11 @@ class QuantConfig:
     weight_head: str = ""
     """Quantizer of a head of its own (tie_embeddings=0)."""
     rd_lambda: float = 0.15
-    """Price of a code's bits beside its error in quantizer=waterfill; 1: in full; 0: the error decides alone."""
+    """Weight of a code's bits against its error in quantizer=waterfill; 1: full price; 0: the error alone decides."""
 
 
 GRID_KNOBS = {"mlp_bits", "attn_bits", "bigram_bits", "embed_bits", "qat_start"}
-"""Of the grid that weights train through and are rounded to; quantizer=waterfill has no use for them."""
+"""Knobs of the grid that weights train through and are rounded to; quantizer=waterfill does not use them."""
 
 
 def quant_rules(config: Any) -> list[Rule]:

@@ -1,4 +1,4 @@
-"""Knobs of a run as a whole, and of its data."""
+"""Defines the knobs of a run as a whole, and of its data."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from golf.config.knobs import Rule
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run computes, where it writes, and what it may use."""
+    """Sets where a run computes, where it writes, and what it may use."""
 
     preset: str = "leaderboard"
     """Name of the preset that the other knobs start from."""
@@ -27,16 +27,16 @@ class RunConfig:
     limit_bytes: int = 16_000_000
     """Most bytes that packed code and artifact may have together."""
     reserve_bytes: int = 10_000
-    """Bytes to stay below the limit when weights had to be coarsened to fit."""
+    """Bytes to stay below the limit by where weights had to be coarsened to fit."""
     checkpoint_seconds: float = 60.0
     """Seconds of training between checkpoints; 0: only at the end and on SIGTERM or SIGINT."""
     rehearse: bool = True
-    """Quantize, pack, reload and score the untrained model before the first step, so that what is missing shows."""
+    """Quantize, pack, reload and score the untrained model before the first step, so that missing parts show early."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text a model learns from, and in which order."""
+    """Sets which text a model learns from, and in which order."""
 
     data_path: str = "data/datasets/fineweb10B_sp1024"
     """Folder of *_train_*.bin and *_val_*.bin shards; empty: prepared from `corpus` at first use."""
@@ -45,7 +45,7 @@ class DataConfig:
     corpus: str = ""
     """`embedded` (texts of Python's standard library) or a path: .txt, .jsonl, .jsonl.xz, a folder of them."""
     row_order: Literal["sequential", "spread", "shuffled", "documents"] = "sequential"
-    """sequential: as in the shards; spread: from all over; shuffled: documents; documents: whose starts begin rows."""
+    """sequential: as in the shards; spread: from all over; shuffled: documents; documents: and rows start with one."""
 
 
 def data_rules(config: Any) -> list[Rule]:

@@ -1,4 +1,4 @@
-"""Knobs of the score."""
+"""Defines the knobs of the score."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from golf.config.knobs import Rule
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How the validation stream is cut into windows, and how long that may take."""
+    """Sets how the validation stream is cut into windows, and how long scoring may take."""
 
     eval_seq_len: int = 4096
     """Tokens in a scoring window."""

@@ -1,12 +1,12 @@
-"""Quantizers of single sites of the model: which sites there are, and the short text that names a quantizer.
+"""Parses the short texts that name quantizers for single sites (weights or activations) of the model.
 
     KIND[-option...]        such as ternary, ternary-row-leastsq-dge5, int8, tanh-ternary-fork; empty: no quantizer
 
-Kinds: binary, ternary and int2 to int8 for weights and activations; for activations also unsigned2 to unsigned8 (of
-values that are never negative), twosided8 (a step for each sign, as in the published study), and behind a squash
-tanh-KIND, sigmoid-binary, unit-KIND, whose step is fixed. Options: what shares a step (tensor, row, gN neighbouring
-columns of a row, qkvo), the rule for it (absmean, absmax, leastsq), the threshold of a ternary code (t0.7), the
-gradient (ste, clipped, dgeK or dgeKcLARGEST, fork), and attached (the gradient flows through the step too).
+Kinds: binary, ternary and int2 to int8 for weights and activations; for activations also unsigned2 to unsigned8 (for
+values that are never negative), twosided8 (a step for each sign, as in the published study), and after a squashing
+function tanh-KIND, sigmoid-binary, unit-KIND, whose step is fixed. Options: which values share a step (tensor, row, gN:
+N neighbouring columns of a row, qkvo), the rule for it (absmean, absmax, leastsq), the threshold of a ternary code
+(t0.7), the gradient (ste, clipped, dgeK or dgeKcLARGEST, fork), and attached (the gradient flows through the step too).
 """
 
 import re
@@ -21,37 +21,38 @@ LARGEST_SLOPE = 3.0
 
 
 class SiteError(ValueError):
-    """A text that names no quantizer, or quantizers that do not fit together."""
+    """Reports a text that names no quantizer, or quantizers that do not fit together."""
 
 
 @dataclass(frozen=True)
 class SiteQuantizer:
-    """Codes low..high, a rule for the step between them, and the gradient that stands in for the rounding's."""
+    """Describes a quantizer: codes low..high, a rule for the step between them, and the gradient that replaces
+    rounding's."""
 
     text: str
     low: int
     high: int
     bits: int
-    """That a code takes where it is stored, ternary 2."""
+    """Bits of a stored code; 2 for ternary."""
     granularity: str
-    """tensor, row (of activations: a token, or a token's head), group, or qkvo."""
+    """What shares a step: tensor, row (of activations: a token, or a token's head), group, or qkvo."""
     group_size: int
     scale: str
-    """absmean, absmax, leastsq, twosided, or unit: the largest code stands for 1."""
+    """Rule for the step: absmean, absmax, leastsq, twosided, or unit (the largest code stands for 1)."""
     threshold: float
-    """A ternary code is not 0 beyond so many mean magnitudes."""
+    """Multiple of the mean magnitude beyond which a ternary code is not 0."""
     gradient: str
     power: int
-    """k of the differentiable gradient estimator (arXiv 2501.17116)."""
+    """Exponent k of the differentiable gradient estimator (arXiv 2501.17116)."""
     largest_slope: float
-    """At which that estimator, infinite halfway between two codes, is cut off."""
+    """Bound on that estimator's slope, which is infinite halfway between two codes."""
     attached: bool
     squash: str
-    """tanh, sigmoid, or empty."""
+    """Function applied before quantizing: tanh, sigmoid, or empty."""
 
     @property
     def is_binary(self) -> bool:
-        """Codes -1 and 1, without a 0 between them."""
+        """Returns whether the codes are -1 and 1, without a 0 between them."""
         return self.low == -1 and self.bits == 1
 
     @property
@@ -67,7 +68,7 @@ SITE_PATTERN = re.compile(
     r"(?P<attached>-attached)?"
 )
 CODE_RANGES = {"binary": (-1, 1, 1), "ternary": (-1, 1, 2), "twosided8": (-127, 127, 8)}
-"""low, high, bits."""
+"""(low, high, bits) by kind."""
 
 
 def code_range(kind: str, squash: str) -> tuple[int, int, int]:
@@ -81,7 +82,7 @@ def code_range(kind: str, squash: str) -> tuple[int, int, int]:
 
 @cache
 def parse_site(text: str, activation: bool) -> SiteQuantizer | None:
-    """The quantizer that `text` names, None for an empty one. Raises SiteError."""
+    """Returns the quantizer that `text` names, None for an empty text. Raises SiteError."""
     if not text:
         return None
     match = SITE_PATTERN.fullmatch(text)
@@ -113,7 +114,7 @@ def parse_site(text: str, activation: bool) -> SiteQuantizer | None:
 
 
 def check_site(site: SiteQuantizer, kind: str, match: re.Match[str], activation: bool) -> None:
-    """Raise SiteError for options that contradict each other, or that nothing would read."""
+    """Raises SiteError for options that contradict each other, or that nothing would read."""
     few = kind in ("binary", "ternary")
     rules = [
         (activation or not (site.squash or kind.startswith(("unsigned", "twosided"))), "it is for activations alone"),
@@ -141,7 +142,7 @@ def check_site(site: SiteQuantizer, kind: str, match: re.Match[str], activation:
 
 
 def weight_sites(quant: Any) -> dict[str, SiteQuantizer]:
-    """The quantizers that a QuantConfig names for weights, by site. Raises SiteError."""
+    """Returns the quantizers that a QuantConfig names for weights, by site. Raises SiteError."""
     texts = (
         quant.weight_q, quant.weight_k, quant.weight_v, quant.weight_o, quant.weight_up, quant.weight_down,
         quant.weight_embed, quant.weight_head,
@@ -154,7 +155,7 @@ def weight_sites(quant: Any) -> dict[str, SiteQuantizer]:
 
 
 def activation_sites(model: Any) -> dict[str, SiteQuantizer]:
-    """The quantizers that a ModelConfig names for activations, by site. Raises SiteError."""
+    """Returns the quantizers that a ModelConfig names for activations, by site. Raises SiteError."""
     texts = (
         model.act_attn_in, model.act_q, model.act_k, model.act_v, model.act_attn_out, model.act_mlp_in,
         model.act_hidden,
@@ -164,7 +165,7 @@ def activation_sites(model: Any) -> dict[str, SiteQuantizer]:
 
 
 def site_rules(model: Any, quant: Any) -> list[tuple[bool, str]]:
-    """(whether it holds, what to do where it does not) of the low-bit knobs. Raises SiteError."""
+    """Returns (whether it holds, what to do where it does not) for each rule of the low-bit knobs. Raises SiteError."""
     weights, activations = weight_sites(quant), activation_sites(model)
     hidden = activations.get("hidden")
     widths = [

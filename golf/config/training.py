@@ -1,4 +1,4 @@
-"""Knobs of training: the budget, the optimizers, the averaging of weights.
+"""Defines the knobs of training: the budget, the optimizers, the averaging of weights.
 
 Horizons are shares of the binding budget (steps or seconds, whichever is nearer its end), so that they act on a machine
 of any speed.
@@ -12,20 +12,20 @@ from golf.config.knobs import Rule
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The budget, the batches, the learning rate's shape, and what is told meanwhile."""
+    """Sets the budget, the batches, the learning rate's shape, and how often training reports."""
 
     iterations: int = 20_000
     """Most optimizer steps; 0: no limit."""
     max_wallclock_seconds: float = 600.0
     """Most seconds of training; 0: no limit (then equal seeds give equal bytes)."""
     knowledge_frozen: bool = False
-    """Knowledge tokens stay the random vectors that they begin as: a control."""
+    """Keep the knowledge tokens at their random initial vectors: a control."""
     train_batch_tokens: int = 786_432
     """Tokens of a step over all ranks and micro-steps."""
     micro_batch_tokens: int = 98_304
     """Most tokens of one forward pass on one rank."""
     short_seq_len: int = 0
-    """Rows are cut into rows of this length in the first part of the budget; 0: never."""
+    """Length of the rows in the first part of the budget; 0: always train_seq_len."""
     short_seq_fraction: float = 0.0
     """Share of the budget that is trained on the short rows."""
     warmup_steps: int = 20
@@ -35,7 +35,7 @@ class TrainConfig:
     warmdown_shape: Literal["cosine", "linear"] = "cosine"
     """Curve on which the learning rate falls."""
     holdout_every: int = 500
-    """Steps between looks at the weights in training, on training text that is held out for it; 0: no look."""
+    """Steps between scorings of the weights in training, on training text that is held out for it; 0: never."""
     train_log_every: int = 100
     """Steps between lines of the log."""
     holdout_tokens: int = 524_288
@@ -46,7 +46,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Learning rates, momentum and decay of each group of parameters."""
+    """Sets learning rates, momentum and decay of each group of parameters."""
 
     matrix_lr: float = 0.02
     """Learning rate of the matrices, which Muon trains."""
@@ -80,7 +80,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """Averaging of weights over the last part of the budget."""
+    """Sets the averaging of weights over the last part of the budget."""
 
     swa_enabled: bool = True
     """Ship the mean of snapshots and not the last weights."""

@@ -1,4 +1,4 @@
-"""From shards to batches: the batch of a step is a function of the data, the seed and the step alone.
+"""Cuts batches from shards: a step's batch is a function of the data, the seed and the step alone.
 
 Shape letters: N tokens, B rows, T time, D documents.
 """
@@ -16,19 +16,19 @@ import torch
 from golf.data.shards import DataError, read_shard
 
 READ_AHEAD = 2
-"""Batches that wait for their step: one is being copied while a slow disk still reads the other."""
+"""Batches read in advance: one is copied to the device while a slow disk still reads the other."""
 
 
 class TokenStream:
-    """The tokens of several shards, in order, as one endless stream that starts over at its end.
+    """Reads the tokens of several shards, in order, as one endless stream that starts over at its end.
 
-    The last `held_out` tokens are not part of it: they are there to look at a training without validation data.
+    The last `held_out` tokens are not part of it: training is evaluated on them without validation data.
     """
 
     def __init__(self, paths: Sequence[str | Path], held_out: int = 0):
         if not paths:
             raise DataError("a token stream needs at least one shard")
-        self.shards = [np.asarray(read_shard(path)) for path in paths]  # plain views of the maps: quicker to slice
+        self.shards = [np.asarray(read_shard(path)) for path in paths]  # plain views of the maps slice faster
         self.starts = list(accumulate(map(len, self.shards), initial=0))
         self.held_out = held_out
         if 10 * held_out > self.starts[-1]:
@@ -41,22 +41,22 @@ class TokenStream:
         return self.starts[-1] - self.held_out
 
     def held_out_tokens(self, bos_id: int) -> np.ndarray:
-        """The held-out tokens from their first document start on, uint16 (N,). Raises DataError."""
+        """Returns the held-out tokens from their first document start on, uint16 (N,). Raises DataError."""
         pairs = zip(self.starts, self.shards, strict=False)
         rest = np.concatenate([shard[max(0, len(self) - start) :] for start, shard in pairs])
-        starts = np.flatnonzero(rest[:-1] == bos_id)  # one with a token to score
+        starts = np.flatnonzero(rest[:-1] == bos_id)  # a start needs a token to score after it
         if not len(starts):
             raise DataError(f"no document starts in the last {self.held_out} training tokens: set holdout_every=0")
         return rest[starts[0] :]
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens start, ..., start + count - 1 of the endless stream, int64 (count,)."""
+        """Returns tokens start, ..., start + count - 1 of the endless stream, int64 (count,)."""
         tokens_N = np.empty(count, dtype=np.int64)
         self.read_into(tokens_N, start)
         return tokens_N
 
     def read_into(self, tokens_N: np.ndarray, start: int) -> None:
-        """Fill `tokens_N` with the endless stream from `start` on."""
+        """Fills `tokens_N` with the endless stream from `start` on."""
         filled = 0
         while filled < len(tokens_N):
             position = (start + filled) % len(self)
@@ -68,7 +68,7 @@ class TokenStream:
 
 
 def check_batch_shape(batch_tokens: int, seq_len: int, world_size: int) -> None:
-    """Raise DataError unless the batch is whole rows, and the rows can be dealt out equally to the ranks."""
+    """Raises DataError unless the batch is whole rows that can be divided equally among the ranks."""
     if batch_tokens % seq_len:
         raise DataError(f"train_batch_tokens={batch_tokens} is not a multiple of train_seq_len={seq_len}")
     rows = batch_tokens // seq_len
@@ -80,11 +80,11 @@ def check_batch_shape(batch_tokens: int, seq_len: int, world_size: int) -> None:
 
 
 def spread_start(row: int, stream_tokens: int, seq_len: int) -> int:
-    """Where row number `row` (0, 1, 2, ...) of the spread order starts in the stream.
+    """Returns where row number `row` (0, 1, 2, ...) of the spread order starts in the stream.
 
-    Rows are visited in strides of about 0.618 of the stream, coprime to their number, so that every row comes once
-    per epoch and the rows of a batch come from all over the text (the coprime-stride loader of parameter-golf
-    PR #1306). Each epoch cuts the stream at other places.
+    Rows are visited in strides of about 0.618 of the stream, coprime to their number, so that every row comes once per
+    epoch and the rows of a batch come from all over the text (the coprime-stride loader of parameter-golf PR #1306).
+    Each epoch cuts the stream at other places.
     """
     rows = (stream_tokens - 1) // seq_len
     stride = next(stride for stride in range(round(0.618 * rows), 2 * rows + 2) if gcd(stride, rows) == 1)
@@ -101,13 +101,13 @@ def global_batch(
     world_size: int = 1,
     row_order: str = "sequential",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's rows of the global batch of `step`: inputs_BT and targets_BT, int64, on the CPU.
+    """Returns this rank's rows of the global batch of `step`: inputs_BT and targets_BT, int64, on the CPU.
 
-    In sequential order (the competition's) the global batch is tokens step * batch_tokens, ...,
-    (step + 1) * batch_tokens of the stream, the last one only as a target; in spread order its rows come from all
-    over the stream (`spread_start`); the other orders are for a stream of shuffled documents (golf/data/loader.py).
-    Rows are dealt out contiguously, so that the ranks' rows, taken together, are the same for every world size.
-    Raises DataError where they can't be dealt out equally.
+    In sequential order (the competition's) the global batch is tokens step * batch_tokens, ..., (step + 1) *
+    batch_tokens of the stream, the last one only as a target; in spread order its rows come from all over the stream
+    (`spread_start`); the other orders are for a stream of shuffled documents (`ShuffledDocuments`). Ranks get
+    contiguous rows, so that their rows, taken together, are the same for every world size. Raises DataError where the
+    rows can't be divided equally.
     """
     check_batch_shape(batch_tokens, seq_len, world_size)
     rows = batch_tokens // seq_len
@@ -131,7 +131,7 @@ def check_spread_order(stream: TokenStream, seq_len: int) -> None:
 class BatchPrefetcher:
     """Reads the batches of the next steps in a thread while the current one is in use.
 
-    `get(step)` is `global_batch(stream, step, ...)` on the device, only sooner when steps are asked for in order. On
+    `get(step)` equals `global_batch(stream, step, ...)` on the device, but sooner when steps are asked for in order. On
     CUDA the batch waits in pinned memory, and its copy does not hold up the host.
     """
 
@@ -156,14 +156,14 @@ class BatchPrefetcher:
         return tuple(part_BT.pin_memory() for part_BT in batch) if self.device.type == "cuda" else batch
 
     def get(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """inputs_BT and targets_BT of `step`, on the device; starts reading those of the steps after it."""
+        """Returns inputs_BT and targets_BT of `step`, on the device; starts reading those of the next steps."""
         steps = range(step, step + 1 + READ_AHEAD)
         self.ahead = {n: self.ahead.get(n) or self.reader.submit(self.read_ahead, n) for n in steps}
         inputs_BT, targets_BT = self.ahead[step].result()
         return inputs_BT.to(self.device, non_blocking=True), targets_BT.to(self.device, non_blocking=True)
 
     def close(self) -> None:
-        """Stop the thread, after the read in progress."""
+        """Stops the thread after the read in progress."""
         self.reader.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> "BatchPrefetcher":
@@ -174,28 +174,28 @@ class BatchPrefetcher:
 
 
 def validation_tokens(paths: Sequence[str | Path]) -> np.ndarray:
-    """All tokens of the shards, in order, uint16 (N,), in memory."""
+    """Returns all tokens of the shards, in order, uint16 (N,), in memory. Raises DataError where there are none."""
     if not paths:
         raise DataError("no validation shards were given")
     return np.concatenate([read_shard(path) for path in paths])
 
 
 def order_stream(stream: TokenStream, row_order: str, bos_id: int, seed: int) -> "TokenStream | ShuffledDocuments":
-    """The stream that rows in `row_order` are cut from."""
+    """Returns the stream from which rows in `row_order` are cut."""
     return ShuffledDocuments(stream, bos_id, seed) if row_order in ("shuffled", "documents") else stream
 
 
 def document_starts(stream: TokenStream, bos_id: int) -> np.ndarray:
-    """Where documents start in the stream, int64 (D,); its first token counts as a start, whatever it is."""
+    """Returns where documents start in the stream, int64 (D,); its first token always counts as a start."""
     shards = zip(stream.starts, stream.shards, strict=False)
     starts_D = np.unique(np.concatenate([[0], *(begin + np.flatnonzero(shard == bos_id) for begin, shard in shards)]))
     return starts_D[starts_D < len(stream)]
 
 
 class ShuffledDocuments:
-    """The documents of a stream, over and over, in another order in each epoch: a TokenStream of them.
+    """Streams the documents of a TokenStream endlessly, in another order in each epoch.
 
-    The order is that of random numbers of (seed, epoch), as Philox gives them: NumPy keeps those the same for ever.
+    The order sorts the random numbers that Philox gives for (seed, epoch), which NumPy keeps the same for ever.
     """
 
     def __init__(self, stream: TokenStream, bos_id: int, seed: int):
@@ -209,8 +209,10 @@ class ShuffledDocuments:
         return len(self.stream)
 
     def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(where in the stream each document of the epoch comes from, where in the epoch it begins); int64 (D,), and
-        (D + 1,) with the end of the epoch."""
+        """Returns where in the stream each document of the epoch comes from, and where in the epoch each begins.
+
+        Both are int64: (D,), and (D + 1,) with the end of the epoch.
+        """
         latest = self.latest
         if latest is None or latest[0] != epoch:
             key = np.array([self.seed, epoch], dtype=np.uint64)
@@ -220,7 +222,7 @@ class ShuffledDocuments:
         return latest[1:]
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens start, ..., start + count - 1 of the endless stream, int64 (count,)."""
+        """Returns tokens start, ..., start + count - 1 of the endless stream, int64 (count,)."""
         tokens_N = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
@@ -236,7 +238,7 @@ class ShuffledDocuments:
         return tokens_N
 
     def row_start(self, row: int, seq_len: int) -> int:
-        """Where row number `row` starts that is to begin as a document does: at the first one from row * seq_len on.
+        """Returns the start of row number `row`, moved to the first document start from row * seq_len on.
 
         Where that is a whole row away, in a document of several rows, the row stays. So ends of documents are left out
         of an epoch and beginnings are in two rows (14 % of the tokens each, with lengths as in FineWeb and rows of

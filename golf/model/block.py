@@ -1,7 +1,7 @@
-"""One transformer block: grouped-query attention and a squared-ReLU MLP.
+"""Defines one transformer block: grouped-query attention and a squared-ReLU MLP.
 
 B batch, T time, S last positions of T, U keys, D model width, H query heads, G key/value heads, K head width, P = K/2.
-A block may be asked for its last S positions only: keys and values come from all of T, the rest is done for S.
+A caller may ask for the last S positions only: keys and values then come from all of T, the rest is computed for S.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from golf.model.layers import ActivationSite, Linear, rms_norm, rotate
 
 
 class Positions(NamedTuple):
-    """What attention knows of where things stand."""
+    """Holds the RoPE tables and the attention mask."""
 
     cos_TP: Tensor
     sin_TP: Tensor
     visible: Tensor | None = None
-    """Keys that each query sees, bool; None: all up to its own position."""
+    """Boolean mask of the keys that each query sees; None: all up to its own position."""
 
 
 def causal_attention(q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, visible: Tensor | None = None) -> Tensor:
-    """y_BHSK: each query attends to the keys up to its own position, the queries being the last S of T.
+    """Returns y_BHSK: each query attends to the keys up to its own position, the queries being the last S of T.
 
-    With `visible` (broadcast to BHTT; its last S rows count), to those that it says.
+    With `visible` (boolean, broadcast to BHTT; its last S rows count), queries attend to the keys that it marks.
     """
     queries, time, heads = q_BHSK.size(2), k_BGTK.size(2), q_BHSK.size(1)
     if queries == time and visible is None:
@@ -43,8 +43,11 @@ def causal_attention(q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, visible: Te
 def visible_keys(
     queries: int, keys: int, pinned: int, window: int, device: torch.device, document_BU: Tensor | None = None
 ) -> Tensor:
-    """bool_SU, or bool_B1SU with documents: the last S of U positions see those before them, of the last `window`
-    (0: of all) and of their own document; and always the first `pinned`, the knowledge tokens."""
+    """Returns the attention mask, bool_SU, or bool_B1SU with documents.
+
+    The last S of U positions see earlier positions within the last `window` (0: all) and within their own document, and
+    always the first `pinned`, the knowledge tokens.
+    """
     key_U = torch.arange(keys, device=device)
     age_SU = key_U[keys - queries :, None] - key_U
     near = age_SU < window if window else torch.ones_like(age_SU, dtype=torch.bool)
@@ -60,7 +63,7 @@ BY_MLP_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys and a learned gain per query head."""
+    """Computes grouped-query attention with normalised queries and keys and a learned gain per query head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -77,7 +80,7 @@ class CausalSelfAttention(nn.Module):
         return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, positions: Positions, last: int, cache: LayerCache | None = None) -> Tensor:
-        """y_BSD of the `last` positions; the gain of the queries comes after their quantizer, whose scale it learns."""
+        """Returns y_BSD of the `last` positions; the queries' gain follows their quantizer, whose scale it learns."""
         x_BTD, cos_TP, sin_TP = self.act_in(x_BTD), positions.cos_TP, positions.sin_TP
         q_BHSK = rms_norm(self.split_heads(self.c_q(x_BTD[:, -last:])))
         k_BGTK = rms_norm(self.split_heads(self.c_k(x_BTD)))
@@ -93,7 +96,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """proj(f(fc(x))), f the squared ReLU where the configuration names no other."""
+    """Computes proj(f(fc(x))), with f the squared ReLU unless the configuration names another."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -108,7 +111,7 @@ class MLP(nn.Module):
 
 
 def stream_share(layer: int, config: ModelConfig) -> Tensor:
-    """Returns the initial share of the stream in what a block reads, the rest being the embedding's.
+    """Returns the stream's initial share in a block's input; the rest is the embedding's.
 
     resid_mix_init=phase: sigmoid(3 (i/(L-1) - 1/2)) in block i of L (parameter-golf PR #326); stream: 1.
     """
@@ -118,7 +121,7 @@ def stream_share(layer: int, config: ModelConfig) -> Tensor:
 
 
 class Block(nn.Module):
-    """Mix the stream with the embedding, then add attention and MLP, each scaled per dimension."""
+    """Mixes the stream with the embedding, then adds attention and MLP, each scaled per dimension."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -132,7 +135,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor, positions: Positions, last: int, cache: LayerCache | None = None
     ) -> Tensor:
-        """The stream x_BSD of the `last` positions after this block."""
+        """Returns the stream x_BSD of the `last` positions after this block."""
         mix_2D = self.resid_mix.to(x_BTD.dtype)
         x_BTD = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
         attended_BSD = self.attn(rms_norm(x_BTD), positions, last, cache)

@@ -1,7 +1,7 @@
-"""Keys and values of the positions that a model has read, so that the next ones cost no second reading.
+"""Caches keys and values of the positions that a model has read, so that later tokens need not read them again.
 
-B batch, G key/value heads, T new positions, U positions that are kept, K head width. A cache belongs to one model,
-one batch and one RoPE base. Knowledge tokens come first and are never evicted.
+B batch, G key/value heads, T new positions, U kept positions, K head width. A cache belongs to one model, one batch and
+one RoPE base. Knowledge tokens come first and are never evicted.
 """
 
 from collections.abc import Callable
@@ -13,24 +13,24 @@ from torch import Tensor
 from golf.config.model import ModelConfig
 
 QuantizerSite = Callable[[Tensor], Tensor]
-"""An activation's quantizer, or what stands for none."""
+"""An activation's quantizer, or the identity."""
 
 
 class LayerCache(Protocol):
-    """What a block wants of its part of the cache."""
+    """Keeps one block's keys and values."""
 
     def extend(
         self, k_BGTK: Tensor, v_BGTK: Tensor, act_k: QuantizerSite, act_v: QuantizerSite
     ) -> tuple[Tensor, Tensor]:
-        """Quantize new keys (after RoPE) and values, and keep them; returns all that are kept, the new ones last."""
+        """Quantizes new keys (after RoPE) and values and keeps them; returns all kept ones, the new ones last."""
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors that are kept."""
+        """Returns the bytes of the kept tensors."""
 
 
 class PlainLayer:
-    """Keys and values as they are; after the first `pinned` positions, the last `window` are kept (0: all)."""
+    """Keeps keys and values unpacked: the first `pinned` positions and the last `window` (0: all)."""
 
     def __init__(self, pinned: int, window: int):
         self.pinned, self.window = pinned, window
@@ -51,7 +51,7 @@ class PlainLayer:
 
 
 def keep_window(x: Tensor, pinned: int, window: int, dim: int = 2) -> Tensor:
-    """What later queries can still see: the pinned positions and the last `window` - 1 (0: all)."""
+    """Returns the positions that later queries can still see: the pinned ones and the last `window` - 1 (0: all)."""
     kept = max(window - 1, 0)
     if not window or x.size(dim) <= pinned + kept:
         return x
@@ -60,25 +60,25 @@ def keep_window(x: Tensor, pinned: int, window: int, dim: int = 2) -> Tensor:
 
 
 class KeyValueCache:
-    """The cache of a whole model, empty at first. `layers`: what keeps each block's part."""
+    """Caches a whole model's keys and values, empty at first; `layers` holds each block's part."""
 
     def __init__(self, config: ModelConfig, make_layer: Callable[[int, int], LayerCache] = PlainLayer):
         self.config, self.length = config, 0
         self.layers = [make_layer(config.knowledge_tokens, config.attention_window) for _ in range(config.num_layers)]
         self.recent_BR: Tensor | None = None
-        """The last two ids: the next embedding depends on them."""
+        """The last two ids, on which the next embedding depends."""
         self.document_BU: Tensor | None = None
         self.latest_B1: Tensor | None = None
         """The last document's number, which a window of 1 does not keep."""
 
     def advance(self, ids_BT: Tensor) -> None:
-        """`ids_BT` were read."""
+        """Records that the model has read `ids_BT`."""
         self.length += ids_BT.size(1)
         known_BR = ids_BT if self.recent_BR is None else torch.cat((self.recent_BR, ids_BT), 1)
         self.recent_BR = known_BR[:, -2:]
 
     def documents(self, document_BT: Tensor) -> Tensor:
-        """Numbers of the documents of all keys, from those of the new positions, which count from 0."""
+        """Returns the document numbers of all keys, given those of the new positions, which count from 0."""
         if self.document_BU is not None:
             document_BT = torch.cat((self.document_BU, document_BT + self.latest_B1), 1)
         self.latest_B1 = document_BT[:, -1:]

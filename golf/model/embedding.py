@@ -1,7 +1,7 @@
-"""What a position knows of its neighbour before the first block: SmearGate and BigramHash.
+"""Mixes each embedding with its predecessor's before the first block: SmearGate and BigramHash.
 
-B batch, T time, D model width, E bigram width. Neither looks across the start of a document: a BOS has no
-predecessor, nor has the first position of a row.
+B batch, T time, D model width, E bigram width. Neither looks across the start of a document: a BOS has no predecessor,
+nor has the first position of a row.
 """
 
 import torch
@@ -12,14 +12,14 @@ from golf.model.layers import Embedding, Linear
 
 
 def has_predecessor(ids_BT: Tensor, bos_id: int) -> Tensor:
-    """True where the token before belongs to the same document and is in the row."""
+    """Returns mask_BT, True where the token before belongs to the same document and is in the row."""
     mask_BT = ids_BT != bos_id
     mask_BT[:, 0] = False
     return mask_BT
 
 
 class SmearGate(nn.Module):
-    """Mix each embedding with the one before: e_t + g (e_{t-1} - e_t), g = sigmoid(gate) per dimension.
+    """Mixes each embedding with the one before: e_t + g (e_{t-1} - e_t), g = sigmoid(gate) per dimension.
 
     Without a predecessor the embedding passes unchanged. Source: parameter-golf PR #65's family.
     """
@@ -35,7 +35,7 @@ class SmearGate(nn.Module):
 
 
 def bigram_buckets(ids_BT: Tensor, has_previous_BT: Tensor, buckets: int) -> Tensor:
-    """Row of the bigram table for (previous token, token): (36313 t XOR 27191 p) mod (buckets - 1).
+    """Returns the bigram table's row for (previous token p, token t): (36313 t XOR 27191 p) mod (buckets - 1).
 
     The last row stands for "no previous token". int64, so that no vocabulary overflows.
     """
@@ -45,7 +45,7 @@ def bigram_buckets(ids_BT: Tensor, has_previous_BT: Tensor, buckets: int) -> Ten
 
 
 class BigramHash(nn.Module):
-    """A hashed table of token pairs, projected to the model width and scaled.
+    """Looks up token pairs in a hashed table, projected to the model width and scaled.
 
     Source: the 2026-03-20 records of the parameter-golf repository (10 layers, int5 MLP).
     """

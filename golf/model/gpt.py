@@ -1,7 +1,7 @@
-"""The network: embeddings, U-Net of blocks, tied head. One forward pass serves every stage of a run.
+"""Defines the network: embeddings, U-Net of blocks, tied head. One forward pass serves every stage of a run.
 
-B batch, T time, S scored positions (the last S of T), U keys, M knowledge tokens, R recent ids of a cache,
-D model width, V vocabulary, P = head width / 2.
+B batch, T time, S scored positions (the last S of T), U keys, M knowledge tokens, R recent ids of a cache, D model
+width, V vocabulary, P = head width / 2.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from golf.model.layers import Embedding, Linear, rms_norm, rotary_tables
 
 
 class GPT(nn.Module):
-    """Decoder with U-Net skips: block i of the first half feeds block L-1-i of the second.
+    """Decodes with U-Net skips: block i of the first half feeds block L-1-i of the second.
 
     Weights are fp32; activations have `compute_dtype`; logits and losses are fp32.
     """
@@ -52,7 +52,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
 
     def embed(self, ids_BT: Tensor, embedding_VD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """What the first block sees: token (+ hashed bigram), normalised, smeared with its predecessor."""
+        """Returns the first block's input: token (+ hashed bigram), normalised, smeared with its predecessor."""
         known = 0 if cache is None or cache.recent_BR is None else cache.recent_BR.size(1)
         if known:
             ids_BT = torch.cat((cache.recent_BR, ids_BT), 1)
@@ -64,7 +64,7 @@ class GPT(nn.Module):
         return (e_BTD if self.smear is None else self.smear(e_BTD, has_previous_BT))[:, known:]
 
     def positions(self, ids_BT: Tensor, rope_base: float, cache: KeyValueCache | None = None) -> Positions:
-        """Rotary tables of the positions to be read, and what they see; knowledge tokens come first and don't turn."""
+        """Returns rotary tables and the mask of the new positions; knowledge tokens come first and are not rotated."""
         config, past, device = self.config, 0 if cache is None else cache.length, ids_BT.device
         head_dim, new = config.model_dim // config.num_heads, 0 if past else config.knowledge_tokens
         tables = rotary_tables(past + ids_BT.size(1), head_dim, rope_base, device, start=past)
@@ -86,13 +86,14 @@ class GPT(nn.Module):
         return Positions(*tables, visible)
 
     def with_knowledge(self, layer: int, x_BTD: Tensor, replaced: int = 0) -> Tensor:
-        """The stream with the knowledge tokens of this block before the text, in the place of `replaced` positions."""
+        """Returns the stream with this block's knowledge tokens before the text, in place of the first `replaced`
+        positions."""
         knowledge_MD = self.knowledge if self.knowledge.dim() == 2 else self.knowledge[layer]
         knowledge_BMD = knowledge_MD.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1)
         return torch.cat((knowledge_BMD, x_BTD[:, replaced:]), 1)
 
     def trunk(self, x0_BTD: Tensor, positions: Positions, last: int, cache: KeyValueCache | None = None) -> Tensor:
-        """x_BSD after all blocks; the stream of encoder block i is added before its decoder twin."""
+        """Returns x_BSD after all blocks; adds the stream of each encoder block before its decoder twin."""
         joins = self.knowledge is not None and (cache is None or not cache.length)
         renewed = joins and self.knowledge.dim() == 3
         x_BTD = x0_BTD = self.with_knowledge(0, x0_BTD) if joins else x0_BTD
@@ -112,10 +113,10 @@ class GPT(nn.Module):
         self, ids_BT: Tensor, last: int | None = None, rope_base: float | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """fp32 logits_BSV of the `last` S positions (default: all), soft-capped to +-logit_softcap.
+        """Returns fp32 logits_BSV of the `last` S positions (default: all), soft-capped to +-logit_softcap.
 
         `rope_base` replaces the model's own base (for rows longer than the training length). With a `cache`, `ids_BT`
-        come after the positions that it has kept, under the same base, and are added to it.
+        continue the positions that it keeps, under the same base, and are added to it.
         """
         embedding_VD = self.tok_emb.effective_weight()
         x0_BTD = self.embed(ids_BT, embedding_VD, cache)
@@ -128,18 +129,18 @@ class GPT(nn.Module):
         return self.config.logit_softcap * torch.tanh(logits_BSV / self.config.logit_softcap)
 
     def token_losses(self, ids_BT: Tensor, targets_BS: Tensor, rope_base: float | None = None) -> Tensor:
-        """fp32 losses_BS in nats of the last S positions' targets."""
+        """Returns fp32 losses_BS in nats of the last S positions' targets."""
         logits_BSV = self.logits(ids_BT, targets_BS.size(1), rope_base)
         return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none").view(targets_BS.shape)
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean loss in nats, the training objective."""
+        """Returns the mean loss in nats, the training objective."""
         return self.token_losses(ids_BT, targets_BT).mean()
 
 
 @contextmanager
 def changed_model(model: GPT, **knobs: Any) -> Iterator[None]:
-    """Within it, `model` is configured otherwise."""
+    """Sets other knobs in `model.config` within the context."""
     config = model.config
     model.config = replace(config, **knobs)
     yield
@@ -148,7 +149,7 @@ def changed_model(model: GPT, **knobs: Any) -> Iterator[None]:
 
 @contextmanager
 def opposite_knowledge(model: GPT) -> Iterator[None]:
-    """Within it, the knowledge tokens of `model` point the other way."""
+    """Negates the knowledge tokens of `model` within the context."""
     model.knowledge.neg_()
     yield
     model.knowledge.neg_()

@@ -1,4 +1,4 @@
-"""Initial weights: a function of the configuration and the seed alone, the same on every device."""
+"""Initialises weights as a function of the configuration and the seed alone, the same on every device."""
 
 import math
 
@@ -11,23 +11,24 @@ from golf.model.layers import Linear
 
 
 def build_model(config: ModelConfig, seed: int, compute_dtype: torch.dtype = torch.float32) -> GPT:
-    """A GPT on the CPU with its initial weights."""
+    """Returns a GPT on the CPU with its initial weights."""
     model = GPT(config, compute_dtype)
     generator = torch.Generator().manual_seed(seed)
     nn.init.normal_(model.tok_emb.weight, std=config.tied_embed_init_std, generator=generator)
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             init_matrix(module.weight, name, config, generator)
-    if model.knowledge is not None:  # of the size of normalised embeddings, which they stand among
+    if model.knowledge is not None:  # the size of normalised embeddings, which they stand among
         nn.init.normal_(model.knowledge, generator=generator)
     return model
 
 
 def init_matrix(weight_OI: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
-    """Orthogonal, the matrices that write into the stream scaled by 1/sqrt(2L) (the stream sums 2L of them);
-    or torch's default for Linear with the blocks' output matrices at zero (the baseline's).
+    """Initialises a matrix as `matrix_init` says.
 
-    The bigram's projection is never zero: its table is, and zero times zero would have no gradient for ever.
+    orthogonal: orthogonal, with the matrices that write into the stream scaled by 1/sqrt(2L) (the stream sums 2L of
+    them). uniform: torch's default for Linear, with the blocks' output matrices at zero (the baseline's). The bigram's
+    projection is never zero: its table is, and zero times zero would have no gradient for ever.
     """
     if name == "head":
         nn.init.normal_(weight_OI, std=config.tied_embed_init_std, generator=generator)

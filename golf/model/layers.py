@@ -1,4 +1,4 @@
-"""Weight matrices, the norm, rotary positions, and the place of a quantizer between a weight or activation and its use.
+"""Defines weight matrices, the norm, rotary positions, and the sites of quantizers for weights and activations.
 
 B batch, T time, I input width, O output width, V vocabulary, D model width, H heads, K head width, F = K/2 frequencies.
 """
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class Matrix(nn.Module):
-    """A 2-D fp32 master weight. `fake_quantize`, when set, maps it to the values that export would keep."""
+    """Holds a 2-D fp32 master weight; `fake_quantize`, when set, maps it to the values that export would keep."""
 
     trains_as = "matrix"
-    """Its group of parameters (golf/optim/optimizers.py)."""
+    """Name of its parameter group (golf/optim/optimizers.py)."""
 
     def __init__(self, rows: int, columns: int):
         super().__init__()
@@ -26,7 +26,7 @@ class Matrix(nn.Module):
 
 
 class Linear(Matrix):
-    """y_BTO = x_BTI W_OI^T, computed in the dtype of x."""
+    """Computes y_BTO = x_BTI W_OI^T in the dtype of x."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(out_features, in_features)
@@ -36,7 +36,7 @@ class Linear(Matrix):
 
 
 class Embedding(Matrix):
-    """Rows of a table, fp32; of `weight_VD` where the caller has the effective weight at hand."""
+    """Looks up rows of a table, fp32, or of `weight_VD` where the caller already has the effective weight."""
 
     trains_as = "table"
 
@@ -45,7 +45,7 @@ class Embedding(Matrix):
 
 
 class ActivationSite(nn.Module):
-    """A place where the model's configuration may name a quantizer; golf/quant/qat.py puts it in."""
+    """Applies the activation quantizer that the model's configuration names here; golf/quant/qat.py installs it."""
 
     def __init__(self, quantizer: str):
         super().__init__()
@@ -58,15 +58,15 @@ class ActivationSite(nn.Module):
 
 
 def rms_norm(x_BTD: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, with no gain and fp32's epsilon whatever the dtype (the recipe's)."""
+    """Returns x / rms(x) over the last axis, with no gain and fp32's epsilon whatever the dtype (the recipe's)."""
     return F.rms_norm(x_BTD, (x_BTD.size(-1),), eps=torch.finfo(torch.float32).eps)
 
 
 def ntk_rope_base(base: float, length: int, train_length: int, head_dim: int) -> float:
-    """The base at which the lowest frequency, at `length`, turns as far as it did at `train_length`.
+    """Returns the base at which the lowest frequency turns as far at `length` as it did at `train_length`.
 
-    base * s^(d / (d - 2)) with s = length / train_length and d = head_dim ("NTK-aware" scaling, bloc97 2023;
-    the highest frequency stays as it is). Up to the training length the base is unchanged.
+    base * s^(d / (d - 2)) with s = length / train_length and d = head_dim ("NTK-aware" scaling, bloc97 2023; the
+    highest frequency stays as it is). Up to the training length the base is unchanged.
     """
     if length <= train_length:
         return base
@@ -76,14 +76,14 @@ def ntk_rope_base(base: float, length: int, train_length: int, head_dim: int) ->
 def rotary_tables(
     length: int, head_dim: int, base: float, device: torch.device, start: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """cos_TF and sin_TF, fp32, of positions start .. length-1 at frequencies base^(-2i/d)."""
+    """Returns cos_TF and sin_TF, fp32, of positions start .. length-1 at frequencies base^(-2i/d)."""
     exponent_F = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     angle_TF = torch.outer(torch.arange(start, length, device=device, dtype=torch.float32), base**-exponent_F)
     return angle_TF.cos(), angle_TF.sin()
 
 
 def rotate(x_BHTK: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Turn the pairs (i, i + K/2) of every head by the angle of their position; fp32 inside."""
+    """Rotates the pairs (i, i + K/2) of every head by the angle of their position; computes in fp32."""
     first_BHTF, second_BHTF = x_BHTK.float().chunk(2, dim=-1)
     turned = (first_BHTF * cos_TF + second_BHTF * sin_TF, second_BHTF * cos_TF - first_BHTF * sin_TF)
     return torch.cat(turned, dim=-1).to(x_BHTK.dtype)

@@ -1,4 +1,4 @@
-"""Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407) over the last part of the budget."""
+"""Averages weights over the last part of the budget (SWA: Izmailov et al. 2018, arXiv 1803.05407)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from golf.config.training import AverageConfig
 
 
 class WeightAverage:
-    """The running mean of evenly spaced snapshots, accumulated in fp32 whatever the dtype of the weights.
+    """Keeps the running mean of evenly spaced snapshots, accumulated in fp32 whatever the dtype of the weights.
 
     Snapshots fall due at progress start + (1 - start) k / n for k = 1 .. n, so that the last weights count too.
     """
@@ -18,7 +18,7 @@ class WeightAverage:
         self.count = 0
         self.slots_used = 0
         self.last_step = 0
-        """Of the training, at which the last snapshot was taken."""
+        """Training step of the last snapshot."""
         self.mean: dict[str, Tensor] = {}
 
     def slots_due(self, progress: float) -> int:

@@ -1,9 +1,9 @@
-"""Which parameter learns by which rule: matrices by Muon, tables and vectors by AdamW.
+"""Assigns each parameter its optimizer: matrices train by Muon, tables and vectors by AdamW.
 
-Groups of parameters are data (PARAMETER_GROUPS): a module says what its weight trains as, and a group says how its
-optimizer is built and what of it changes during training. Muon: momentum, then the nearest (semi-)orthogonal matrix
-(Jordan et al. 2024, kellerjordan.github.io/posts/muon); matrices of one shape are handled as one stack, so that the
-Newton-Schulz iteration is a few large batched products; under torchrun each rank iterates on its share.
+PARAMETER_GROUPS defines the groups as data: a module names its weight's group, and a group defines how its optimizer is
+built and which of its settings change during training. Muon takes momentum, then the nearest (semi-)orthogonal matrix
+(Jordan et al. 2024, kellerjordan.github.io/posts/muon); it stacks matrices of one shape, so that the Newton-Schulz
+iteration is a few large batched products; under torchrun each rank iterates on its share.
 
 M matrices of a shape, R rows, C columns.
 """
@@ -26,9 +26,9 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(update_MRC: Tensor, steps: int) -> Tensor:
-    """Drive all singular values of every matrix towards 1 (into about 0.7 to 1.2) with a quintic iteration.
+    """Drives all singular values of every matrix towards 1 (into about 0.7 to 1.2) with a quintic iteration.
 
-    Computed in the dtype of `update_MRC`: bf16 on CUDA, where it is fastest, fp32 on CPU, where bf16 is slower.
+    Computes in the dtype of `update_MRC`: bf16 on CUDA, where it is fastest, fp32 on CPU, where bf16 is slower.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = update_MRC.size(-2) > update_MRC.size(-1)
@@ -42,7 +42,7 @@ def newton_schulz(update_MRC: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """W <- (1 - lr wd) W - lr sqrt(max(1, R/C)) NewtonSchulz(Nesterov momentum of the gradient).
+    """Updates W <- (1 - lr wd) W - lr sqrt(max(1, R/C)) NewtonSchulz(Nesterov momentum of the gradient).
 
     Gradients must be averaged over ranks already. `momentum` may be changed between steps.
     """
@@ -80,9 +80,9 @@ class Muon(torch.optim.Optimizer):
         return [matrix for group in self.param_groups for matrix in group["params"][self.rank :: self.world_size]]
 
     def own_updates(self, group: dict) -> Tensor:
-        """Orthogonalised updates_MRC of this rank's matrices: every world_size-th, from `rank` on."""
+        """Returns orthogonalised updates_MRC of this rank's matrices: every world_size-th, from `rank` on."""
         own, first = group["params"][self.rank :: self.world_size], group["params"][0]
-        dtype = torch.bfloat16 if first.is_cuda else torch.float32  # of every rank's message, empty ones too
+        dtype = torch.bfloat16 if first.is_cuda else torch.float32  # equal on every rank, empty messages included
         if not own:
             return first.new_empty(0, *first.shape, dtype=dtype)
         gradients = [matrix.grad for matrix in own]
@@ -96,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         return self.orthogonalize(nesterov_MRC.to(dtype), group["ns_steps"])
 
     def gather_updates(self, own_MRC: Tensor, count: int) -> list[Tensor]:
-        """The updates of all `count` matrices, in their order, as fp32."""
+        """Returns the updates of all `count` matrices, in their order, as fp32."""
         if self.world_size == 1:
             return list(own_MRC.float())
         share = -(-count // self.world_size)
@@ -108,14 +108,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def muon_momentum(progress: float, config: OptimConfig) -> float:
-    """Returns Muon's momentum: linear from its start to its height over a share of the budget."""
+    """Returns Muon's momentum: linear from its initial to its final value over a share of the budget."""
     warmup = config.muon_momentum_warmup_fraction
     share = min(progress / warmup, 1.0) if warmup > 0 else 1.0
     return (1 - share) * config.muon_momentum_start + share * config.muon_momentum
 
 
 def build_muon(matrices: list[Tensor], config: OptimConfig, runtime: Runtime) -> Muon:
-    """Returns the optimizer of the matrices; on CUDA its iteration is compiled (five shapes take a minute on a CPU)."""
+    """Returns the matrices' optimizer; compiles its iteration on CUDA only (five shapes take a minute on a CPU)."""
     compiled = runtime.compiles and runtime.device.type == "cuda"
     return Muon(
         matrices, config.matrix_lr, config.muon_momentum_start, config.muon_weight_decay, config.muon_ns_steps,
@@ -132,13 +132,13 @@ def build_adamw(parameters: list[Tensor], lr: float, weight_decay: float, config
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that learn by one rule."""
+    """Describes parameters that learn by one rule."""
 
     trains_as: str
-    """What a module says of its weight; all that says nothing is "vector"."""
+    """Group name that a module gives its weight; parameters of modules that give none are in "vector"."""
     build: Callable[[list[Tensor], OptimConfig, Runtime], torch.optim.Optimizer]
     settings: Callable[[float, OptimConfig], dict[str, float]] = lambda progress, config: {}
-    """Settings of the optimizer, beside the learning rate, at a share of the budget."""
+    """Returns settings of the optimizer, beside the learning rate, at a share of the budget."""
 
 
 PARAMETER_GROUPS = (
@@ -146,7 +146,7 @@ PARAMETER_GROUPS = (
     ParameterGroup("matrix", build_muon, lambda progress, config: {"momentum": muon_momentum(progress, config)}),
     ParameterGroup("vector", lambda own, c, runtime: build_adamw(own, c.scalar_lr, c.scalar_weight_decay, c)),
 )
-"""In the order in which gradients are clipped and parameters updated."""
+"""Groups in the order in which gradients are clipped and parameters updated."""
 
 
 def parameters_of_group(model: GPT, trains_as: str) -> list[Tensor]:
@@ -157,7 +157,7 @@ def parameters_of_group(model: GPT, trains_as: str) -> list[Tensor]:
 
 
 class Optimizers:
-    """The optimizers of a model under one learning-rate scale and one gradient clip."""
+    """Runs a model's optimizers under one learning-rate scale and one gradient clip."""
 
     def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime):
         self.config, self.parameters = config, []
@@ -169,7 +169,7 @@ class Optimizers:
         self.base_lr = [[part["lr"] for part in optimizer.param_groups] for _, optimizer in self.all]
 
     def step(self, progress: float, lr_scale: float) -> Tensor | None:
-        """Clips, updates every parameter, forgets the gradients; returns their norm where it is clipped."""
+        """Clips gradients, updates every parameter and clears the gradients; returns their norm where it is clipped."""
         for (group, optimizer), base in zip(self.all, self.base_lr, strict=True):
             for part, lr in zip(optimizer.param_groups, base, strict=True):
                 part |= {"lr": lr * lr_scale} | group.settings(progress, self.config)
@@ -181,14 +181,14 @@ class Optimizers:
         return norm
 
     def state_tensors(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
-        """Returns all state by optimizer.<parameter>.<entry>; of Muon, what this rank holds."""
+        """Returns all state as optimizer.<parameter>.<entry>; of Muon's, only what this rank holds."""
         states = [state for _, optimizer in self.all for state in optimizer.state.items()]
         return {f"optimizer.{names[p]}.{entry}": value for p, values in states for entry, value in values.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor], names: dict[Tensor, str]) -> None:
-        """Inverse of state_tensors; entries of every rank may be among them."""
+        """Restores state from state_tensors' output, which may include entries of every rank."""
         for _, optimizer in self.all:
-            if isinstance(optimizer, Muon):  # another rank's momentum would grow old here, and be saved again
+            if isinstance(optimizer, Muon):  # another rank's momentum would become stale here and be saved again
                 held = optimizer.held_parameters()
             else:
                 held = [parameter for part in optimizer.param_groups for parameter in part["params"]]
@@ -210,14 +210,14 @@ def average_gradients(parameters: list[Tensor], world_size: int) -> None:
 
 
 def momentum_acts(config: Any, facts: StepFacts) -> tuple[bool, str]:
-    """Says whether the momentum was still below its height in a step."""
+    """Returns whether the momentum was still below its final value in a step, and the effect."""
     momentum = muon_momentum(facts.progress, config.optim)
     rises = momentum != config.optim.muon_momentum
     return rises, f"momentum from {config.optim.muon_momentum_start} to {momentum:.4f}" if rises else ""
 
 
 def clip_acts(config: Any, facts: StepFacts) -> tuple[bool, str]:
-    """Says whether the gradients of a step were cut."""
+    """Returns whether a step's gradients were clipped, and the effect."""
     norm, most = facts.gradient_norm, config.optim.grad_clip_norm
     cut = norm is not None and norm > most
     return cut, f"norm {norm:.3f} cut to {most}" if cut else ""

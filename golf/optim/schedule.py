@@ -1,4 +1,4 @@
-"""What changes during training, as functions of progress: the share of the binding budget that is used up."""
+"""Computes schedules as functions of progress: the share of the binding budget that is used up."""
 
 import math
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from golf.config.training import TrainConfig
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `iterations` steps and `seconds` seconds; 0 means no limit of that kind."""
+    """Limits training to `iterations` steps and `seconds` seconds; 0 means no limit of that kind."""
 
     iterations: int
     seconds: float
 
     def progress(self, step: int, elapsed: float) -> float:
-        """Share used up after `step` steps and `elapsed` seconds, of whichever limit is nearer."""
+        """Returns the share used up after `step` steps and `elapsed` seconds, of whichever limit is nearer."""
         by_steps = step / self.iterations if self.iterations else 0.0
         by_time = elapsed / self.seconds if self.seconds else 0.0
         return min(max(by_steps, by_time), 1.0)
 
     def exhausted(self, step: int, elapsed: float, step_seconds: float) -> bool:
-        """True when one more step, at the measured time of a step, would go past a limit."""
+        """Returns True when one more step of `step_seconds` would go past a limit."""
         out_of_steps = self.iterations > 0 and step >= self.iterations
         return out_of_steps or (self.seconds > 0 and elapsed + step_seconds > self.seconds)
 
 
 def training_budget(config: Config) -> Budget:
-    """Of optimizer steps: the wall clock's cap, less what calibration will need of it."""
+    """Returns the budget of optimizer steps: the wall clock's cap less what calibration will need of it."""
     seconds = config.train.max_wallclock_seconds
     if seconds and config.quant.quantizer == "waterfill":
         assert seconds > config.quant.calibration_reserve  # check_config refuses the rest; 0 would be no limit
@@ -38,7 +38,7 @@ def training_budget(config: Config) -> Budget:
 
 
 def learning_rate_scale(progress: float, config: TrainConfig) -> float:
-    """1, then down to 0 over the last `warmdown_fraction` of the budget: 0.5 (1 + cos(pi t)) or 1 - t."""
+    """Returns 1, then falls to 0 over the last `warmdown_fraction` of the budget: 0.5 (1 + cos(pi t)) or 1 - t."""
     if progress < 1 - config.warmdown_fraction or config.warmdown_fraction == 0:
         return 1.0
     t = (progress - (1 - config.warmdown_fraction)) / config.warmdown_fraction
@@ -46,7 +46,7 @@ def learning_rate_scale(progress: float, config: TrainConfig) -> float:
 
 
 def warmdown_acts(config: Any, facts: StepFacts) -> tuple[bool, str]:
-    """Says whether the learning rate of a step was below its height."""
+    """Returns whether a step's learning rate was below its peak, and the effect."""
     scale = learning_rate_scale(facts.progress, config.train)
     return scale < 1, f"learning rate down to {scale:.4f} of its height" if scale < 1 else ""
 

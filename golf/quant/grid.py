@@ -1,7 +1,7 @@
-"""The symmetric per-row grid of training and export, and the stored form of a weight: codes, steps, the way to fp32.
+"""Defines the symmetric per-row grid of training and export, and a weight's stored form: codes, steps, the way to fp32.
 
-One rule for both, so that the weights that trained are those that ship. R rows, C columns, S rows of scales (R, or 1
-for all), G groups of columns, K rank of the correction.
+Training and export use one rule, so that the trained weights are those that ship. R rows, C columns, S rows of scales
+(R, or 1 for all), G groups of columns, K rank of the correction.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ FP16_MAX = 65_504.0
 
 
 def grid_clip(bits: int) -> int:
-    """Largest code of a symmetric grid: 1 for 1 bit (codes -1 and 1), 15 for 5 bits, 31 for 6, 127 for 8."""
+    """Returns the largest code of a symmetric grid: 1 for 1 bit (codes -1 and 1), 15 for 5 bits, 31 for 6, 127 for
+    8."""
     assert 1 <= bits <= 8
     return max(2 ** (bits - 1) - 1, 1)
 
 
 def grid_codes_and_scale(weight_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes (whole numbers, as fp32) and the fp32 values of the fp16 scales, shape (R, 1).
+    """Returns codes (whole numbers, as fp32) and the fp32 values of the fp16 scales, shape (R, 1).
 
     scale = fp16(max|row| / clip), within fp16's normal range; code = clamp(round_half_even(w / scale), -clip, clip).
     """
@@ -37,16 +38,16 @@ def grid_codes_and_scale(weight_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(weight_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """int8 codes_RC in -clip..clip and fp16 scale_R of a finite matrix."""
+    """Returns int8 codes_RC in -clip..clip and fp16 scale_R of a finite matrix."""
     codes_RC, scale_R1 = grid_codes_and_scale(weight_RC, bits)
     return codes_RC.to(torch.int8), scale_R1.squeeze(1).half()
 
 
-# An operator of its own, which torch.compile calls but does not rewrite: inductor keeps the fp16 rounding of the
+# A custom operator, which torch.compile calls but does not rewrite: inductor keeps the fp16 rounding of the
 # scale in fp32 and approximates the division, and then nearly every value differs from the exported one.
 @torch.library.custom_op("golf::fake_quantize_rows", mutates_args=())
 def fake_quantize_rows(weight_RC: Tensor, bits: int) -> Tensor:
-    """What the exported codes and scales gives, bit for bit, with the gradient of the identity.
+    """Returns the weights that the exported codes and scales give, bit for bit, with the gradient of the identity.
 
     Straight-through estimator: Bengio et al. 2013, arXiv 1308.3432. Works eager and in torch.compile(fullgraph=True).
     """
@@ -72,9 +73,9 @@ PLAIN_PARTS = ("codes_RC", "scale_SG", "column_scale_C", "zero_SG")
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """weight_rc = (code_rc - zero_rg) * scale_rg * column_scale_c + (left @ right)_rc, g the group of column c.
+    """Stores weight_rc = (code_rc - zero_rg) * scale_rg * column_scale_c + (left @ right)_rc, g the group of column c.
 
-    Groups are equally wide but for the last, which may be narrower. Everything is small whole numbers or fp16, so
+    Groups are equally wide except the last, which may be narrower. Everything is small whole numbers or fp16, so that
     dequantization is the same on every machine.
     """
 
@@ -90,7 +91,7 @@ class QuantizedTensor:
     low_rank: tuple["QuantizedTensor", "QuantizedTensor"] | None = None
     """left_RK and right_KC, quantized themselves: a correction of the rounding error (LQER, arXiv 2402.02446)."""
     trellis: bool = False
-    """Codes stand for points 2 code + half of the trellis grid (golf/quant/trellis.py)."""
+    """Whether codes stand for the points 2 code + half of the trellis grid (golf/quant/trellis.py)."""
 
 
 QuantizedState = dict[str, QuantizedTensor | Tensor]
@@ -98,12 +99,12 @@ QuantizedState = dict[str, QuantizedTensor | Tensor]
 
 
 def group_width(columns: int, groups: int) -> int:
-    """Columns of every group but the last."""
+    """Returns the columns of every group but the last."""
     return -(-columns // groups)
 
 
 def spread_groups(values_SG: Tensor, columns: int) -> Tensor:
-    """values_SC: each group's value at each of its columns; as it is where there is one group."""
+    """Returns values_SC, each group's value at each of its columns; `values_SG` itself where there is one group."""
     groups = values_SG.size(1)
     if groups == 1:
         return values_SG
@@ -111,7 +112,7 @@ def spread_groups(values_SG: Tensor, columns: int) -> Tensor:
 
 
 def dequantize_tensor(entry: QuantizedTensor) -> Tensor:
-    """The fp32 weights that `entry` stands for."""
+    """Returns the fp32 weights that `entry` stands for."""
     columns = entry.codes_RC.size(1)
     weight_RC = entry.codes_RC.float()
     if stores_plain_rows():
@@ -125,13 +126,13 @@ def dequantize_tensor(entry: QuantizedTensor) -> Tensor:
         weight_RC = weight_RC * entry.column_scale_C.float()
     if entry.low_rank is not None:
         left_RK, right_KC = map(dequantize_tensor, entry.low_rank)
-        for k in range(left_RK.size(1)):  # one after the other: the order of a matrix product is the machine's
+        for k in range(left_RK.size(1)):  # one by one: a matrix product's order of summation depends on the machine
             weight_RC = weight_RC + left_RK[:, k : k + 1] * right_KC[k]
     return weight_RC
 
 
 def dequantize_state(stored: QuantizedState) -> dict[str, Tensor]:
-    """fp32 weights that `stored` stands for: those of the model that is scored."""
+    """Returns the fp32 weights that `stored` stands for: those of the scored model."""
     return {
         name: dequantize_tensor(entry) if isinstance(entry, QuantizedTensor) else entry.float()
         for name, entry in stored.items()
@@ -139,7 +140,7 @@ def dequantize_state(stored: QuantizedState) -> dict[str, Tensor]:
 
 
 def same_stored(one: QuantizedTensor | Tensor | None, other: QuantizedTensor | Tensor | None) -> bool:
-    """Whether two stored tensors hold the same numbers in the same form."""
+    """Returns whether two stored tensors hold the same numbers in the same form."""
     if isinstance(one, QuantizedTensor) and isinstance(other, QuantizedTensor):
         pairs = [
             (getattr(one, part), getattr(other, part)) for part in ("codes_RC", "scale_SG", "column_scale_C", "zero_SG")

@@ -1,9 +1,9 @@
-"""The quantizers of golf/config/site_quantizers.py: codes, scales, and the gradients that stand in for the rounding's.
+"""Computes the quantizers of golf/config/site_quantizers.py: codes, scales, and the gradients that replace rounding's.
 
     step from the values' size (by tensor, row, group), code = clamp(round(x / step), low, high), value = code * scale
 
-The scale is the step, but for `leastsq` (the scale that fits the codes best) and thresholds other than 1/2. Scales of
-weights are fp16, so that what trains is what is exported, bit for bit; those of activations are fp32.
+The scale is the step, except for `leastsq` (the scale that fits the codes best) and thresholds other than 1/2. Scales
+of weights are fp16, so that training uses what is exported, bit for bit; those of activations are fp32.
 
 R rows, C columns, S rows of scales (R or 1), G groups of columns, P positions (with heads).
 """
@@ -19,29 +19,30 @@ from golf.config.site_quantizers import SiteQuantizer, parse_site
 from golf.quant.grid import FP16_MAX, FP16_TINY, group_width, spread_groups
 
 SMALLEST_STEP = 1e-5
-"""Of activations, as in BitNet (arXiv 2310.11453)."""
+"""Floor of an activation's step, as in BitNet (arXiv 2310.11453)."""
 
 OUTER_EDGE = 1 + 2.0**-10
-"""The largest value of an absmax grid stands at its outer code, but for the rounding of the step to fp16."""
+"""Tolerance at the outer codes: an absmax grid's largest value is at its outer code but for the step's rounding to
+fp16."""
 
 
 @dataclass(frozen=True)
 class SiteGrid:
-    """The grid of one tensor at one moment."""
+    """Holds the grid of one tensor at one moment."""
 
     codes_RC: Tensor
     step: Tensor
-    """SG, or RC where each sign has its own."""
+    """Shape SG, or RC where each sign has its own step."""
     scale: Tensor
-    """SG, or RC where each sign has its own."""
+    """Shape SG, or RC where each sign has its own scale."""
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values of the shape of steps, at every element (or broadcast to it)."""
+        """Returns values shaped like steps at every element (or broadcastable to it)."""
         return values if values.shape == self.codes_RC.shape else spread_groups(values, self.codes_RC.size(1))
 
 
 def over_blocks(function: Callable[[Tensor], Tensor], x_RC: Tensor, site: SiteQuantizer) -> Tensor:
-    """SG: `function` (over the last axis) of what shares a step."""
+    """Applies `function` (over the last axis) to each set of values that shares a step; returns SG."""
     if site.granularity in ("tensor", "qkvo"):
         return function(x_RC.reshape(1, -1)).view(1, 1)
     if site.granularity == "row":
@@ -55,7 +56,7 @@ def block_sums(x_RC: Tensor, site: SiteQuantizer) -> Tensor:
 
 
 def step_basis(x_RC: Tensor, site: SiteQuantizer, gamma: Tensor | None) -> Tensor:
-    """SG: the mean or largest magnitude that steps are made of; `gamma` is one that several matrices share."""
+    """Returns SG, the mean or largest magnitude that steps derive from; `gamma` is one that several matrices share."""
     if gamma is not None:
         return gamma.view(1, 1)
     if site.scale == "absmax":
@@ -68,13 +69,14 @@ def storable_scale(scale: Tensor, activation: bool) -> Tensor:
 
 
 def two_sided_step(x_RC: Tensor, site: SiteQuantizer) -> Tensor:
-    """RC: positives by the largest value, negatives by the smallest (the published study's 8 bits)."""
+    """Returns steps RC: positive values scaled by the largest, negative by the smallest (the published study's 8
+    bits)."""
     up_R1, down_R1 = x_RC.amax(1, keepdim=True), -x_RC.amin(1, keepdim=True)
     return torch.where(x_RC > 0, up_R1, down_R1).div(site.high).clamp_min(SMALLEST_STEP)
 
 
 def site_grid(x_RC: Tensor, site: SiteQuantizer, activation: bool, gamma: Tensor | None = None) -> SiteGrid:
-    """Codes, steps and scales of fp32 values."""
+    """Returns codes, steps and scales of fp32 values."""
     if site.scale == "unit":
         step = x_RC.new_full((1, 1), 1 / site.high)
     elif site.scale == "twosided":
@@ -96,7 +98,7 @@ def site_grid(x_RC: Tensor, site: SiteQuantizer, activation: bool, gamma: Tensor
 
 
 def round_to_levels(x_RC: Tensor, site: SiteQuantizer, step: Tensor) -> Tensor:
-    """Whole numbers low..high, as fp32, without -0."""
+    """Returns whole numbers low..high, as fp32, without -0."""
     if site.is_binary:
         return torch.where(x_RC < 0, -1.0, 1.0)
     step = step if step.shape == x_RC.shape else spread_groups(step, x_RC.size(1))
@@ -104,10 +106,10 @@ def round_to_levels(x_RC: Tensor, site: SiteQuantizer, step: Tensor) -> Tensor:
 
 
 def surrogate_slope(u: Tensor, site: SiteQuantizer) -> Tensor:
-    """What stands for the derivative of the code by u = x / step.
+    """Returns the surrogate for the derivative of the code by u = x / step.
 
-    ste: 1 (Bengio et al. 2013, arXiv 1308.3432); clipped: 1 between the outer codes, else 0 (Hubara et al. 2016,
-    arXiv 1602.02830); dge: |2 t / d - 1|^(1/k - 1) / k at distance t from the code below, d between codes, cut off at
+    ste: 1 (Bengio et al. 2013, arXiv 1308.3432); clipped: 1 between the outer codes, else 0 (Hubara et al. 2016, arXiv
+    1602.02830); dge: |2 t / d - 1|^(1/k - 1) / k at distance t from the code below, d between codes, cut off at
     largest_slope and 0 beyond the outer codes (Wang et al. 2025, arXiv 2501.17116); fork: min(3, |t - 1/2|^-0.8 / 5)
     everywhere, as the published ternary study trained.
     """
@@ -125,18 +127,19 @@ def surrogate_slope(u: Tensor, site: SiteQuantizer) -> Tensor:
 
 
 CALLS = {False: 0, True: 0}
-"""How often weights and activations went through the operator in this process."""
+"""Calls of the operator in this process, for weights (False) and activations (True)."""
 
 
 def activation_calls() -> int:
-    """A compiled graph calls the operator too, so this tells what it really does."""
+    """Returns the calls for activations so far; a compiled graph calls the operator too, so they show what it really
+    does."""
     return CALLS[True]
 
 
-# Operators of their own, which torch.compile calls but does not rewrite: see golf/quant/grid.py.
+# Custom operators, which torch.compile calls but does not rewrite: see golf/quant/grid.py.
 @torch.library.custom_op("golf::site_value", mutates_args=())
 def site_value(x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None) -> Tensor:
-    """fp32 values on the grid, with the gradient that `text` names."""
+    """Returns fp32 values on the grid, with the gradient that `text` names."""
     CALLS[activation] += 1
     grid = site_grid(x_RC.float(), parse_site(text, activation), activation, gamma)
     return grid.codes_RC * grid.spread(grid.scale)
@@ -151,7 +154,7 @@ def site_value_shape(x_RC: Tensor, text: str, activation: bool, gamma: Tensor | 
 def site_gradient(
     g_RC: Tensor, x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by x_RC and by gamma (0 where it is none of the operator's) of `site_value`."""
+    """Returns the gradients of `site_value` by x_RC and by gamma (0 where the operator has no gamma)."""
     site, x_RC = parse_site(text, activation), x_RC.float()
     grid = site_grid(x_RC, site, activation, gamma)
     step, scale = grid.spread(grid.step), grid.spread(grid.scale)
@@ -174,7 +177,8 @@ def site_gradient_shape(
 def gradient_through_step(
     by_scale_RC: Tensor, by_step_RC: Tensor, x_RC: Tensor, grid: SiteGrid, site: SiteQuantizer, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What reaches x_RC, and a shared gamma, through step and scale; the arguments are gradients by each element's."""
+    """Returns the gradients of x_RC and a shared gamma through step and scale, from those of each element's scale and
+    step."""
     none = by_scale_RC.new_zeros(())
     if site.scale == "twosided":
         by_both_RC, largest = (by_scale_RC + by_step_RC) / site.high, x_RC.amax(1, keepdim=True)
@@ -201,7 +205,7 @@ def gradient_through_step(
 
 
 def share_out(gradient_SG: Tensor, chosen_RC: Tensor, site: SiteQuantizer) -> Tensor:
-    """RC: the gradient of a maximum, in equal parts to the elements that reach it."""
+    """Returns RC, the gradient of a maximum divided equally among the elements that reach it."""
     count_SG = block_sums(chosen_RC.float(), site).clamp_min(1)
     return spread_groups(gradient_SG / count_SG, chosen_RC.size(1)) * chosen_RC
 
@@ -220,7 +224,7 @@ def site_backward(ctx: Any, g_RC: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def is_plain(site: SiteQuantizer) -> bool:
-    """Whether the gradient is the identity: straight through, with step and scale one, and detached."""
+    """Returns whether the gradient is the identity: straight through, with step and scale equal, and detached."""
     return site.gradient == "ste" and not site.attached and site.scale != "leastsq" and site.threshold == 0.5
 
 
@@ -228,22 +232,22 @@ site_value.register_autograd(site_backward, setup_context=keep_site_inputs)
 
 
 def quantize_activation(x: Tensor, site: SiteQuantizer) -> Tensor:
-    """`x` on the grid of each token (or a token's head: the last axis), in its own dtype."""
+    """Returns `x` on the grid of each token (or a token's head: the last axis), in its own dtype."""
     squashed = torch.tanh(x) if site.squash == "tanh" else torch.sigmoid(x) if site.squash == "sigmoid" else x
     return site_value(squashed.reshape(-1, x.size(-1)), site.text, True, None).view(x.shape).to(x.dtype)
 
 
 def quantize_weight(weight_RC: Tensor, site: SiteQuantizer, shared: tuple[Tensor, ...] = ()) -> Tensor:
-    """fp32 weights on the grid that export keeps; `shared`: all the matrices that share a step."""
+    """Returns fp32 weights on the grid that export keeps; `shared` holds all the matrices that share a step."""
     return site_value(weight_RC, site.text, False, shared_gamma(shared) if shared else None)
 
 
 def shared_gamma(weights: tuple[Tensor, ...]) -> Tensor:
-    """The mean magnitude over several matrices, in fp16, as those that are not quantized are exported."""
+    """Returns the mean magnitude over several matrices, in fp16, as unquantized matrices are exported."""
     return sum(weight.half().float().abs().sum() for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def weight_codes(weight_RC: Tensor, site: SiteQuantizer, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int8 codes_RC and fp16 scale_SG of an fp32 matrix, for the artifact."""
+    """Returns int8 codes_RC and fp16 scale_SG of an fp32 matrix, for the artifact."""
     grid = site_grid(weight_RC.float(), site, False, gamma)
     return grid.codes_RC.to(torch.int8), grid.scale.half()

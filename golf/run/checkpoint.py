@@ -1,4 +1,4 @@
-"""Checkpoints of a training: all that it takes to go on, in safetensors files that appear at once.
+"""Writes and reads checkpoints: all the state that training needs to resume, in safetensors files put in place at once.
 
 Every rank writes its own file, because the momentum of a matrix is kept on one rank alone; a checkpoint is whole when
 the files of all ranks are there. The training waits only while its tensors are copied; a thread writes the copy.
@@ -27,19 +27,19 @@ CHECKPOINT_NAME = re.compile(r"step(\d{7})-rank(\d+)of(\d+)\.safetensors")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that can't be read or does not fit."""
+    """Reports a checkpoint that can't be read or does not fit."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """Tensors by name, and plain numbers."""
+    """Holds a training's tensors by name, and its plain numbers."""
 
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
 
 
 def generator_tensors() -> dict[str, Tensor]:
-    """The states of all random number generators that a run may draw from."""
+    """Returns the states of all random number generators that a run may draw from."""
     states = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["rng.cuda"] = torch.cuda.get_rng_state()
@@ -65,7 +65,7 @@ def checkpoint_path(folder: Path, step: int, rank: int, world_size: int) -> Path
 
 
 def features_of(numbers: dict[str, Any]) -> dict[str, Any]:
-    """Returns the feature audit in a checkpoint's numbers, by the name that it has in older ones too."""
+    """Returns the feature audit in a checkpoint's numbers, under its present or its older name."""
     return numbers["features"] if "features" in numbers else numbers["witness"]
 
 
@@ -76,11 +76,12 @@ class CheckpointWriter:
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
-        for torn in folder.glob(f".step*-rank{rank}of*.tmp"):  # of a process that was killed
+        for torn in folder.glob(f".step*-rank{rank}of*.tmp"):  # left by a process that was killed
             torn.unlink()
 
     def write(self, state: TrainingState, step: int) -> Path:
-        """Copy the state and leave the writing to the thread, after the write before is done. Raises its OSError."""
+        """Copies the state and lets the thread write it, after the previous write is done, whose OSError this
+        raises."""
         self.wait()
         path = checkpoint_path(self.folder, step, self.rank, self.world_size)
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
@@ -90,16 +91,18 @@ class CheckpointWriter:
     def put(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         with replacing(path) as temporary:
             try:
-                save_file(tensors, temporary, metadata)  # which, unlike save, lets the training have Python meanwhile
+                save_file(
+                    tensors, temporary, metadata
+                )  # unlike save, it releases Python's lock, so that training goes on meanwhile
             except SafetensorError as error:
                 raise OSError(f"{path}: {error}") from None
-        whole = newest_checkpoint(self.folder)  # another rank may be behind: what it needs to be whole stays
+        whole = newest_checkpoint(self.folder)  # another rank may be behind: keep what its checkpoint needs to be whole
         for old in checkpoint_files(self.folder, self.rank)[:-2]:
             if whole and old.name < whole[0].name:
                 old.unlink()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises the OSError of a write that failed."""
+        """Waits until nothing is being written. Raises the OSError of a write that failed."""
         if self.pending:
             self.pending.result()
         self.pending = None
@@ -110,13 +113,13 @@ class CheckpointWriter:
 
 
 def checkpoint_files(folder: Path, rank: int) -> list[Path]:
-    """The files of one rank, oldest first."""
+    """Returns the files of one rank, oldest first."""
     matches = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob("step*.safetensors")]
     return [path for match, path in sorted(matches, key=lambda pair: pair[1].name) if match and int(match[2]) == rank]
 
 
 def newest_checkpoint(folder: Path) -> list[Path]:
-    """The files of the newest whole checkpoint, rank 0 first; empty where there is none."""
+    """Returns the files of the newest whole checkpoint, rank 0 first; an empty list where there is none."""
     for path in reversed(checkpoint_files(folder, rank=0)):
         step, _, world_size = map(int, CHECKPOINT_NAME.fullmatch(path.name).groups())
         files = [checkpoint_path(folder, step, rank, world_size) for rank in range(world_size)]
@@ -126,7 +129,7 @@ def newest_checkpoint(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(files: list[Path]) -> TrainingState:
-    """The state in the files of all ranks; where two have a tensor, the first one's counts. Raises CheckpointError."""
+    """Merges the files of all ranks; where two hold a tensor, the first one's counts. Raises CheckpointError."""
     tensors, numbers = {}, {}
     for path in reversed(files):
         try:
@@ -139,7 +142,7 @@ def read_checkpoint(files: list[Path]) -> TrainingState:
 
 
 def final_weights(state: TrainingState, audit: FeatureAudit) -> dict[str, Tensor]:
-    """Returns the weights that count: the average's where there is one, else the last."""
+    """Returns the final weights: the average where there is one, else the last."""
     last, mean = (
         {name.removeprefix(kind): tensor for name, tensor in state.tensors.items() if name.startswith(kind)}
         for kind in ("model.", "average.")

@@ -1,4 +1,4 @@
-"""The command line of train_gpt.py: a run to start, to go on with or to score; key=value for every knob."""
+"""Parses the command line of train_gpt.py: a run to start, to resume or to score; key=value for every knob."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -16,20 +16,20 @@ from golf.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class Command:
-    """What to do; `config` is the run's, also of one that is taken up again."""
+    """Describes what to do; `config` is the run's, also of a run that is resumed or scored."""
 
     config: Config
     resume: Path | None = None
-    """Folder of the run to go on with."""
+    """Folder of the run to resume."""
     new_code: bool = False
-    """Go on with this code where another one began the run."""
+    """Whether to resume with this code a run that other code began."""
     score: Path | None = None
     """Folder of the run whose artifact is only reloaded and scored."""
     debug: bool = False
 
 
 def list_knobs() -> str:
-    """Returns two lines for every knob: its name, kind and value in this script, and what it means."""
+    """Returns two lines for every knob: its name, kind and value in this script, and its meaning."""
     lines, base = [], preset_config("leaderboard")
     docs = {knob: line for section in fields(base) for knob, line in knob_docs(section.type).items()}
     for section, knob, kind, value in iter_knobs(base):
@@ -39,7 +39,7 @@ def list_knobs() -> str:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
-    """key=value words as a dictionary. Raises ConfigError."""
+    """Returns key=value words as a dictionary. Raises ConfigError."""
     for word in words:
         if "=" not in word:
             raise ConfigError(f"{word!r} is not of the form key=value")
@@ -66,7 +66,7 @@ def command_parser(default_preset: str) -> argparse.ArgumentParser:
 
 
 def parse_command(arguments: list[str], environ: Mapping[str, str]) -> Command:
-    """Read the command line. Raises ConfigError for a knob or a value that does not exist."""
+    """Parses the command line. Raises ConfigError for a knob, a value or a run that does not exist."""
     default_preset = "leaderboard" if torch.cuda.is_available() else "local"
     options = command_parser(default_preset).parse_intermixed_args(arguments)
     overrides = parse_overrides(options.overrides)

@@ -1,4 +1,4 @@
-"""The data of a run: training stream, validation tokens, tokenizer, and their identity."""
+"""Locates and opens a run's data: training stream, tokenizer, and their identity."""
 
 import json
 import subprocess
@@ -24,10 +24,11 @@ class TrainingData:
 
 
 def locate_data(config: Config, runtime: Runtime, root: Path) -> Config:
-    """`config` with data_path and tokenizer_path filled in; prepares shards from `corpus` where they are missing.
+    """Returns `config` with data_path and tokenizer_path filled in; prepares shards from `corpus` where they are
+    missing.
 
-    Preparation is a program of its own (data/prepare.py beside the training script): it is not part of the
-    code that a submission ships.
+    A separate program (data/prepare.py beside the training script) prepares them: it is not part of the code that a
+    submission ships.
     """
     if config.data.data_path:
         return with_vocabulary(with_tokenizer_path(config))
@@ -40,13 +41,15 @@ def locate_data(config: Config, runtime: Runtime, root: Path) -> Config:
 
 
 def corpus_tokenizer(config: Config) -> str:
-    """What `corpus` is prepared with, as data/prepare.py calls it: a file, trained pieces, or characters."""
+    """Returns the tokenizer to prepare `corpus` with, in data/prepare.py's terms: a file, trained pieces, or
+    characters."""
     pieces = config.model.vocab_size
     return config.data.tokenizer_path or (f"train:{pieces}" if pieces else "chars")
 
 
 def with_vocabulary(config: Config) -> Config:
-    """`config` with the vocabulary of its tokenizer, where the model leaves that open. Raises DataError."""
+    """Returns `config` with the vocabulary size of its tokenizer, where the model leaves that open. Raises
+    DataError."""
     if config.model.vocab_size:
         return config
     vocab_size = load_tokenizer(config.data.tokenizer_path).vocab_size
@@ -54,14 +57,14 @@ def with_vocabulary(config: Config) -> Config:
 
 
 def with_tokenizer_path(config: Config) -> Config:
-    """`config` with the tokenizer that lies beside the shards, where none is named. Raises ConfigError."""
+    """Returns `config` with the tokenizer beside the shards, where it names none. Raises ConfigError."""
     if config.data.tokenizer_path:
         return config
     return replace(config, data=replace(config.data, tokenizer_path=str(tokenizer_beside(Path(config.data.data_path)))))
 
 
 def tokenizer_beside(folder: Path) -> Path:
-    """The tokenizer that preparation left beside the shards. Raises ConfigError."""
+    """Returns the tokenizer that preparation left beside the shards. Raises ConfigError."""
     found = [path for name in ("tokenizer.model", "tokenizer.json") if (path := folder / name).exists()]
     if not found:
         raise ConfigError(f"tokenizer_path is not set, and {folder} has no tokenizer.model: name the shards' tokenizer")
@@ -69,7 +72,7 @@ def tokenizer_beside(folder: Path) -> Path:
 
 
 def prepare_corpus_data(config: Config, root: Path) -> str:
-    """Folder of the prepared corpus; "!" and a message when preparation failed (so that all ranks hear of it)."""
+    """Prepares the corpus and returns its folder, or "!" and a message where that failed (so that all ranks fail)."""
     program = root / "data" / "prepare.py"
     if FROZEN or not program.exists():
         return f"!{program} is missing: set data_path and tokenizer_path to prepared shards and their tokenizer"
@@ -91,12 +94,12 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def open_training_data(config: Config) -> TrainingData:
-    """Map the training shards and load the tokenizer. Raises DataError or ConfigError."""
+    """Maps the training shards and loads the tokenizer. Raises DataError or ConfigError."""
     tokenizer = load_tokenizer(config.data.tokenizer_path)
     check_vocabulary(config, tokenizer)
     shards = find_shards(config.data.data_path, "train")
     held_out = config.train.holdout_tokens if config.train.holdout_every else 0
     stream = TokenStream(shards, held_out)
     if held_out:
-        stream.held_out_tokens(config.model.bos_id)  # so that it fails now, and not after hours
+        stream.held_out_tokens(config.model.bos_id)  # fails now where no document is held out, and not after hours
     return TrainingData(stream, len(shards), tokenizer, data_identity(config.data.data_path, tokenizer))

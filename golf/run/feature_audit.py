@@ -1,4 +1,4 @@
-"""Audits features: counts the acts of each that is on, and verifies an effect; one without makes a run invalid."""
+"""Audits features: counts the acts of each that is on, and verifies its effect; one without makes a run invalid."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from golf.config.features import StepFacts, features_on
 
 @dataclass
 class FeatureRecord:
-    """What one feature did. Steps are those of training, None for features that act elsewhere."""
+    """Records what one feature did; steps are training steps, None for features that act elsewhere."""
 
     first: int | None = None
     last: int | None = None
@@ -22,7 +22,7 @@ class FeatureRecord:
 
 
 class FeatureAudit:
-    """Records of the features that are on. Counting one that is off is a mistake of ours."""
+    """Keeps records of the features that are on. Counting one that is off is a mistake of ours."""
 
     def __init__(self, config: Config, values: Mapping[str, Mapping[str, Any]] | None = None):
         self.config, self.features = config, features_on(config)
@@ -41,7 +41,7 @@ class FeatureAudit:
         self.records[feature].proven, self.records[feature].effect = bool(holds), effect
 
     def note_step(self, step: int, facts: StepFacts) -> None:
-        """Asks every feature whether it acted in a training step."""
+        """Counts every feature that acted in a training step."""
         for name, feature in self.features.items():
             acted, effect = feature.in_step(self.config, facts) if feature.in_step else (False, "")
             if acted:

@@ -1,4 +1,4 @@
-"""The folder of a run: runs/<run_id>/, one file per thing that a run leaves behind."""
+"""Manages a run's folder: runs/<run_id>/, with one file for each output of a run."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from golf.runtime import Runtime, write_file_atomically
 
 
 class RunFolder:
-    """Paths and small files of one run."""
+    """Names the paths of one run, and reads and writes its small files."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -57,7 +57,7 @@ class RunFolder:
         return config_from_dict(sections)
 
     def code_changes_list(self) -> list[dict[str, Any]]:
-        """Returns what is noted of each change of the code in the middle of the run."""
+        """Returns a record of each change of the code in the middle of the run."""
         return self.load_json(self.code_changes)["changes"] if self.code_changes.exists() else []
 
     def save_json(self, path: Path, content: dict[str, Any]) -> None:
@@ -67,25 +67,25 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def save_access(self, guard: AccessGuard) -> None:
-        """Add what this process has opened to what earlier ones did."""
+        """Adds what this process has opened to the record of earlier processes."""
         earlier = self.load_json(self.access)["opened"] if self.access.exists() else {}
         self.save_json(self.access, guard.record(earlier))
 
     def journal(self, rank: int) -> Path:
-        """Where a rank's scoring is journaled."""
+        """Returns the path of a rank's scoring journal."""
         return self.path / f"score-rank{rank}.jsonl"
 
     def metrics_rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that a killed process left half-written is none."""
+        """Returns the rows of metrics.jsonl, without a last line that a killed process left half-written."""
         lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1] if self.metrics.exists() else []
         return [json.loads(line) for line in lines]
 
     def trim_metrics(self, step: int) -> float:
-        """Forget rows after `step`, which will be taken again; returns the last clock reading of all rows."""
+        """Removes rows after `step`, whose steps will be repeated; returns the last clock reading of all rows."""
         rows = self.metrics_rows()
         latest = max((row["elapsed"] for row in rows), default=0.0)
         kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows):  # who is killed again before the next row must find the reading
+        if len(kept) < len(rows):  # a process killed before the next row must not lose the reading
             kept.append({"step": step, "elapsed": latest})
         write_file_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         return latest
@@ -95,7 +95,7 @@ class RunFolder:
             file.write(json.dumps(values, allow_nan=False) + "\n")
 
     def create(self, config: Config) -> None:
-        """Make the folder; a run never writes into another's. Raises ConfigError."""
+        """Makes the folder. Raises ConfigError where it exists: a run never writes into another's."""
         try:
             self.path.mkdir(parents=True)
             self.checkpoints.mkdir()
@@ -105,7 +105,8 @@ class RunFolder:
 
 
 def choose_run_folder(config: Config, runtime: Runtime) -> RunFolder:
-    """The folder of the run id that was asked for, or of preset, UTC time and seed; the same on every rank."""
+    """Returns the folder named by run_id, or by preset, UTC time and seed; the same on every rank. Raises
+    ConfigError."""
     run = config.run
     run_id = run.run_id or f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{run.seed}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_id):

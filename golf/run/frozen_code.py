@@ -1,4 +1,4 @@
-"""The code of a run: frozen when it begins, as it would be shipped, and the same whenever it goes on."""
+"""Freezes the code of a run as it would be shipped, and checks that a resumed run still has the same code."""
 
 import shutil
 import subprocess
@@ -14,13 +14,13 @@ from golf.runtime import file_sha256
 
 @dataclass(frozen=True)
 class Program:
-    """The script that runs. A bundle is its own code; else tools/bundle.py, beside the script, makes one."""
+    """Describes the running script. A bundle is its own code; else tools/bundle.py, beside the script, makes one."""
 
     script: Path
     bundled: bool
 
     def freeze(self, folder: RunFolder) -> None:
-        """Write the code that runs, packed, and the readable text that it was packed from. Raises ConfigError."""
+        """Writes the running code, packed, and the readable text that it was packed from. Raises ConfigError."""
         sources = self.sources()
         if FROZEN or self.bundled:
             shutil.copyfile(self.script, folder.code)
@@ -33,7 +33,7 @@ class Program:
         folder.save_json(folder.sources, sources)
 
     def check(self, folder: RunFolder) -> None:
-        """Raise ConfigError unless the run in `folder` began with this code."""
+        """Raises ConfigError unless the run in `folder` began with this code."""
         if not folder.sources.exists():
             raise ConfigError(f"{folder.path} was stopped before it began: remove it, and start anew")
         if folder.load_json(folder.sources) != self.sources():
@@ -43,7 +43,7 @@ class Program:
             )
 
     def replace_code(self, folder: RunFolder) -> None:
-        """Makes this program the code of a run that another one began, and notes that."""
+        """Makes this program the code of a run that another one began, and records the change."""
         if folder.load_json(folder.sources) != self.sources():
             changes = folder.code_changes_list()
             stages = list(folder.load_json(folder.stages)) if folder.stages.exists() else []
@@ -52,15 +52,15 @@ class Program:
             self.freeze(folder)
 
     def sources(self) -> dict[str, str]:
-        """SHA-256 of every file that the run's code is made from."""
+        """Returns SHA-256 of every file that the run's code is made from."""
         root = self.script.parent
         library = [] if self.bundled else sorted(root.glob("golf/**/*.py"))
         return {path.relative_to(root).as_posix(): file_sha256(path) for path in [self.script, *library]}
 
     def run_tool(self, name: str, *arguments: str | Path) -> int | None:
-        """A tool's work is not part of the code that a submission ships; without the tools a run goes without it.
+        """Runs a tool and returns its exit status; None where the tool is absent.
 
-        Returns the tool's exit status; None where there is no tool.
+        Tools are not part of the code that a submission ships; a run without them goes on.
         """
         if FROZEN:
             return None

@@ -1,4 +1,4 @@
-"""What a process may touch in the stage that it is in, enforced where Python opens files and sockets (PEP 578)."""
+"""Restricts which data and network a process may use in each stage, where Python opens files and sockets (PEP 578)."""
 
 import os
 import sys
@@ -16,29 +16,29 @@ CLOSED_SPLITS = {
     "reload": ("val", "train"),
     "score": ("train",),
 }
-"""Shards that are closed in a stage: validation before it is scored, training text once calibration is over."""
+"""Splits that are closed in a stage: validation before it is scored, training text once calibration is over."""
 NETWORK_EVENTS = tuple(f"socket.{call}" for call in ("connect", "getaddrinfo", "gethostbyname", "sendto", "sendmsg"))
 
 
 class GuardError(UserError):
-    """Data or network out of its stage."""
+    """Reports data or network that was used outside its stage."""
 
 
 class AccessGuard:
-    """Refuses shards and network out of their stage, and keeps what was opened in which stage."""
+    """Refuses shards and network outside their stage, and records what each stage opened."""
 
     def __init__(self) -> None:
         self.stage = "setup"
         self.opened: dict[str, list[str]] = {}
 
     def watch(self) -> None:
-        """From now on, for the life of the process: an audit hook can't be taken away."""
+        """Starts watching for the life of the process: an audit hook can't be removed."""
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, arguments: tuple) -> None:
         if event == "open":
             name = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
-            base = os.path.basename(name).replace("_val_bytes_", "_val_")  # a sidecar tells of the text too
+            base = os.path.basename(name).replace("_val_bytes_", "_val_")  # a sidecar reveals the text's bytes too
             if match := SHARD_NAME.fullmatch(base):
                 self.touch(match["split"], name)
         elif event in NETWORK_EVENTS:
@@ -52,7 +52,7 @@ class AccessGuard:
             raise GuardError(f"{what} in the {self.stage} stage, where {kind} is closed: the run would be void")
 
     def record(self, earlier: dict[str, list[str]]) -> dict[str, Any]:
-        """access.json, from this process and `earlier` ones."""
+        """Returns the content of access.json, from this process and `earlier` ones."""
         stages = earlier | self.opened
         opened = {stage: sorted({*earlier.get(stage, []), *self.opened.get(stage, [])}) for stage in stages}
         before, after = ("setup", "train", "average", "quantize", "pack", "reload"), ("pack", "reload", "score")

@@ -1,4 +1,4 @@
-"""The time ledger: every second of every process of a run belongs to exactly one phase."""
+"""Keeps the time ledger: every second of every process of a run belongs to exactly one phase."""
 
 import json
 import os
@@ -25,12 +25,12 @@ PHASES = {
     "compare": ("", ""),
     "report": ("", ""),
 }
-"""Which budget a phase counts against: by the script's timers (the competition's habit), by the process's clock."""
+"""Budgets that a phase counts against: by the script's timers (the competition's habit), by the process's clock."""
 IMPORTED_AT = time.monotonic()
 
 
 def process_identity() -> tuple[str, float]:
-    """(a name that this process keeps when it replaces itself by exec, its age in seconds).
+    """Returns (a name that this process keeps when it replaces itself by exec, its age in seconds).
 
     Where there is no /proc the age counts from the import of this module.
     """
@@ -43,7 +43,7 @@ def process_identity() -> tuple[str, float]:
 
 
 class Ledger:
-    """Seconds by phase, appended to a file whenever the phase changes, so that a killed process is in it too."""
+    """Appends seconds by phase to a file whenever the phase changes, so that it includes killed processes."""
 
     def __init__(self, phase: str, now=time.monotonic, identity=process_identity):
         self.now, self.phase_name, self.path, self.identity = now, phase, None, identity
@@ -52,10 +52,10 @@ class Ledger:
         self.rows: list[dict[str, Any]] = []
 
     def attach(self, path: Path) -> None:
-        """Go on in a run's file; what this process did before it replaced itself is in there already."""
+        """Continues a run's file, which already holds what this process did before it replaced itself."""
         earlier = read_ledger(path)
         self.mark += sum(row["seconds"] for row in earlier if row["session"] == self.session)
-        write_file_atomically(path, "".join(json.dumps(row) + "\n" for row in earlier))  # without a torn last line
+        write_file_atomically(path, "".join(json.dumps(row) + "\n" for row in earlier))  # removes a torn last line
         self.path, self.rows, waiting = path, earlier, self.rows
         for row in waiting:
             self.write(row)
@@ -67,14 +67,14 @@ class Ledger:
                 file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:
-        """Write down the phase in progress up to now."""
+        """Writes down the phase in progress up to now."""
         now = self.now()
         self.write({"session": self.session, "phase": self.phase_name, "seconds": now - self.mark})
         self.mark = now
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time inside belongs to `name`, and to nothing else."""
+        """Assigns the time inside the context to `name` alone."""
         assert name in PHASES, name
         self.flush()
         outer, self.phase_name = self.phase_name, name
@@ -88,7 +88,7 @@ class Ledger:
         return sum(row["seconds"] for row in self.rows if row["phase"] == phase)
 
     def summary(self) -> dict[str, Any]:
-        """For result.json: phases, and sums under both conventions. Settles first."""
+        """Returns the phases for result.json, and their sums under both conventions; flushes first."""
         self.flush()
         phases = [
             {"phase": name, "seconds": self.seconds(name), "script": script, "process": process}
@@ -104,6 +104,6 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger; a last line that a killed process left half-written is no row."""
+    """Returns the rows of a ledger, without a last line that a killed process left half-written."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Lines in the competition's formats, so that its readers understand our logs."""
+"""Formats log lines as the competition does, so that its readers understand our logs."""
 
 import platform
 import sys
@@ -22,7 +22,7 @@ from golf.score.scorer import Score
 
 
 def quantization_name(quant: QuantConfig) -> str:
-    """int8 where MLP and attention share a width, int5int6 where they do not; waterfill where steps fill the limit."""
+    """Returns int8 where MLP and attention share a width, int5int6 where they do not; waterfill for that quantizer."""
     if quant.quantizer == "waterfill":
         return "waterfill"
     return f"int{quant.mlp_bits}" + (f"int{quant.attn_bits}" if quant.attn_bits != quant.mlp_bits else "")
@@ -63,7 +63,7 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
 
 
 def low_bit_lines(model: ModelConfig, quant: QuantConfig) -> list[str]:
-    """The sites with quantizers of their own, where there are any, and what else makes the model another one."""
+    """Returns a line with the quantizers of single sites and other changes of the model, where there are any."""
     if not (weight_sites(quant) or activation_sites(model) or model.knowledge_tokens):
         return []
     sites = [f"weight_{name}={site.text}" for name, site in weight_sites(quant).items()]
@@ -82,13 +82,16 @@ def step_line(report: StepReport, config: Config) -> str:
 
 
 def stop_line(report: StepReport, config: Config) -> str:
-    """The clock, not the number of steps, ended the training."""
+    """Returns the line that says that the clock, not the number of steps, ended the training."""
     milliseconds = 1000 * report.elapsed
     return f"stopping_early: wallclock_cap train_time:{milliseconds:.0f}ms step:{report.step}/{config.train.iterations}"
 
 
 def holdout_line(score: Score, report: StepReport, config: Config) -> str:
-    """A look at the last weights, before averaging and quantization, on training text: not the artifact's score."""
+    """Returns a line on the last weights, before averaging and quantization, scored on training text.
+
+    It is not the artifact's score.
+    """
     milliseconds = 1000 * report.elapsed
     return (
         f"step:{report.step}/{config.train.iterations} holdout_loss:{score.val_loss:.4f} "
@@ -97,7 +100,7 @@ def holdout_line(score: Score, report: StepReport, config: Config) -> str:
 
 
 def progress_text(report: StepReport, config: Config) -> str:
-    """What stands on the terminal's progress line."""
+    """Returns the text of the terminal's progress line."""
     tokens_per_second = report.step * config.train.train_batch_tokens / report.elapsed
     left = report.elapsed / max(report.progress, 1e-9) - report.elapsed
     return (
@@ -121,7 +124,7 @@ def packing_lines(folder: RunFolder, config: Config) -> list[str]:
 
 
 def scoring_lines(config: Config, model: ModelConfig) -> list[str]:
-    """How the artifact is about to be scored."""
+    """Returns lines that say how the artifact is about to be scored."""
     score = config.score
     scaled = f" ({'NTK-scaled' if score.eval_rope == 'ntk' else 'unscaled'} RoPE, {score.eval_seq_len} tokens)"
     longer = [f"eval_seq_len:{score.eval_seq_len}{scaled}"] if score.eval_seq_len > model.train_seq_len else []
@@ -137,13 +140,13 @@ def final_lines(score: Score, quant: QuantConfig) -> list[str]:
 
 
 def partial_line(journal: ScoreJournal) -> str:
-    """What a stopped scoring has so far: no score, and not to be taken for one."""
+    """Returns a line with the sums of an interrupted scoring so far, which says that they are no score."""
     done = journal.sums
     return f"score:partial tokens:{done.tokens} nats:{done.nats:.4f} of this process, no score: go on with --resume"
 
 
 def result_line(result: Mapping[str, Any]) -> str:
-    """The last line of a log, which says the same as result.json."""
+    """Returns the last line of a log, with the figures of result.json."""
     return (
         f"result: {'valid' if result['valid'] else 'INVALID'} val_loss:{result['val_loss']:.8f} "
         f"val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']} steps:{result['steps']} "

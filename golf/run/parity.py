@@ -1,4 +1,4 @@
-"""Parity: the trained model on its grid, the reloaded artifact and the scorer say the same of one row of text."""
+"""Checks parity: the trained model on its grid, the reloaded artifact and the scorer agree on one row of text."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,15 +23,18 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 class ParityError(UserError):
-    """Two forms of one model that score the same text differently."""
+    """Reports two forms of one model that score the same text differently."""
 
 
 @torch.no_grad()
 def parity_row(
     weights: Mapping[str, Tensor] | None, stored: QuantizedState, config: Config, ids: list[int], runtime: Runtime
 ) -> dict[str, Any]:
-    """parity.json: a row of training text, and the nats of its tokens by the trained weights, through the forward
-    and the grid of training (what is stored as fp16 is rounded to it); without `weights`, by what is stored."""
+    """Returns parity.json's content: a row of training text and its tokens' nats under the trained weights.
+
+    They run through the forward pass and the grid of training, rounded to fp16 where they are stored as fp16. Without
+    `weights`, or with quantizer=waterfill, the stored weights give the nats.
+    """
     if config.quant.quantizer == "waterfill" or weights is None:
         model = load_gpt(config.model, dequantize_state(stored), runtime)
     else:
@@ -44,14 +47,14 @@ def parity_row(
 
 @torch.no_grad()
 def row_losses(model: GPT, ids: list[int]) -> Tensor:
-    """fp32 nats of every token but the first."""
+    """Returns fp32 nats of every token but the first."""
     ids_1T = torch.tensor([ids], device=model.skip_weights.device)
     return model.token_losses(ids_1T[:, :-1], ids_1T[:, 1:])[0].cpu()
 
 
 @torch.no_grad()
 def ntk_effect(model: GPT, record: Mapping[str, Any], score: ScoreConfig) -> float:
-    """Largest change of a token's nats in the row by the scaled RoPE base; 0 where none is used."""
+    """Returns the largest change of a token's nats in the row under the scaled RoPE base; 0 where none is used."""
     ids_1T = torch.tensor([record["ids"]], device=model.skip_weights.device)
     scaled_base = sliding_settings(score, model.config).rope_base
     plain_1T, scaled_1T = (model.token_losses(ids_1T[:, :-1], ids_1T[:, 1:], base) for base in (None, scaled_base))
@@ -59,7 +62,7 @@ def ntk_effect(model: GPT, record: Mapping[str, Any], score: ScoreConfig) -> flo
 
 
 def check_parity(model: GPT, record: Mapping[str, Any], byte_table: ByteTable, runtime: Runtime) -> dict[str, float]:
-    """Mean nats of the row by the trained model, the reloaded one and the scorer. Raises ParityError."""
+    """Returns the row's mean nats under the trained model, the reloaded one and the scorer. Raises ParityError."""
     trained_N = torch.tensor(record["losses"])
     with evaluation_mode(model):
         reloaded_N = row_losses(model, record["ids"])

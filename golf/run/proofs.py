@@ -15,15 +15,17 @@ from golf.run.feature_audit import FeatureAudit
 Batch = tuple[Tensor, Tensor]
 """ids_BT and targets_BT."""
 MOST_BATCHES = 100
-"""Batches that are looked through for one that can show a feature."""
+"""Most batches to search for one that can show a feature."""
 
 
 def verify_features(
     audit: FeatureAudit, facts: StepFacts, forward: Callable, model: GPT, batches: Callable[[], Iterator[Batch]],
     at_start: bool,
 ) -> Iterable[str]:  # fmt: skip
-    """Verifies those features that are verified at the start (or the end) of training and that act in such a step;
-    yields a line for each whose effect was not seen. `batches` starts over at each call."""
+    """Verifies features at the start (or the end) of training; yields a line for each whose effect was not seen.
+
+    Considers those that are verified at that time and act in such a step. `batches` starts over at each call.
+    """
     for name, feature in audit.features.items():
         shown = feature.without or feature.verify_step
         if not shown or feature.verified_at_start != at_start or not feature.in_step(audit.config, facts)[0]:

@@ -1,4 +1,4 @@
-"""The way after training, walked once before it with the untrained model, so that what is missing shows at once."""
+"""Dry-runs quantize, pack, reload and score on the untrained model, so that missing parts show before training."""
 
 import shutil
 from dataclasses import replace
@@ -22,11 +22,11 @@ STATE_COPIES = 12
 
 
 class RehearsalError(UserError):
-    """Something that the stages after training need is not there."""
+    """Reports that something is missing which the stages after training need."""
 
 
 def quantize_once(trainer: Trainer) -> QuantizedState:
-    """The untrained weights as they would be stored, calibrated on a few rows where the run will calibrate."""
+    """Returns the untrained weights in stored form, calibrated on a few rows where the run will calibrate."""
     config, state = trainer.config, trainer.model.state_dict()
     if config.quant.quantizer == "rtn":
         return quantize_state(prune_state(state, config.quant)[0], config.quant)
@@ -37,7 +37,7 @@ def quantize_once(trainer: Trainer) -> QuantizedState:
 
 
 def rehearse(trainer: Trainer, tokenizer: Tokenizer, folder: RunFolder) -> str:
-    """Quantize, pack, reload and score a sliver of training text at the real shapes; returns a line for the log.
+    """Quantizes, packs, reloads and scores a little training text at the real shapes; returns a line for the log.
 
     Raises what the stages after training would raise, and RehearsalError for a disk that is too full.
     """

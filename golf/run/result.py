@@ -1,4 +1,4 @@
-"""result.json: what a run measured, from the bytes on the disk, and what must hold of its figures."""
+"""Builds result.json: what a run measured, from the bytes on the disk, and the limits that its figures must keep."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ from golf.score.scorer import Score
 
 
 def run_findings(figures: Mapping[str, Any]) -> list[str]:
-    """One line for each limit that was broken and each probe that failed."""
+    """Returns one line for each limit that was broken and each probe that failed."""
     findings, over = [], figures["bytes_total"] - figures["limit_bytes"]
     if not math.isfinite(figures["val_bpb"]):
         findings.append(f"val_bpb is {figures['val_bpb']}: the model is no model")
@@ -45,7 +45,7 @@ def run_findings(figures: Mapping[str, Any]) -> list[str]:
 
 
 def training_record(trainer: Trainer, data_id: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """training.json: what the training measured."""
+    """Returns the content of training.json: what the training measured."""
     return {
         "params": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "steps": trainer.step,
@@ -62,7 +62,7 @@ def training_record(trainer: Trainer, data_id: str, tokenizer: Tokenizer) -> dic
 
 
 def pruning_record(fitted: FittedArtifact) -> dict[str, Any]:
-    """pruning.json: what was taken away from the weights."""
+    """Returns the content of pruning.json: how many codes pruning and fitting changed, and what fitting did."""
     return {
         "pruned_codes": sum(tensor.codes_changed for tensor in fitted.prune_reports),
         "codes": sum(tensor.weights for tensor in fitted.prune_reports),
@@ -72,7 +72,7 @@ def pruning_record(fitted: FittedArtifact) -> dict[str, Any]:
 
 
 def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str, Any]:
-    """score.json: the artifact's score; and that of the weights before quantization."""
+    """Returns the content of score.json: the artifact's score, and that of the weights before quantization."""
     return {
         "val_loss": score.val_loss,
         "val_bpb": score.val_bpb,
@@ -95,7 +95,7 @@ def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str
 
 
 def full_audit(config: Config, session: Session) -> FeatureAudit:
-    """Returns the feature audit of training and averaging, with what the later stages say."""
+    """Returns the feature audit of training and averaging, with what the later stages' files add."""
     folder = session.folder
     audit = FeatureAudit(config, folder.load_json(folder.effects))
     audit.note_files({name: folder.load_json(getattr(folder, name)) for name in ("pruning", "reload", "score")})
@@ -103,7 +103,7 @@ def full_audit(config: Config, session: Session) -> FeatureAudit:
 
 
 def build_result(config: Config, session: Session, probed: bool) -> dict[str, Any]:
-    """All figures of the run; `findings` is empty when it is valid. `probed`: the legality probes did not break."""
+    """Returns all figures of the run; `findings` is empty when it is valid. `probed`: the legality probes ran."""
     folder, runtime = session.folder, session.runtime
     artifact, code = read_artifact(folder.artifact), folder.code.read_bytes()
     audit = full_audit(config, session)

@@ -1,6 +1,6 @@
 """Runs a process's stages: skips finished ones, times each, restricts files and sockets, stops at a safe place.
 
-stages.json says which stages of a run are finished, with the SHA-256 of every file that they left.
+stages.json lists the finished stages of a run, with the SHA-256 of every file that they wrote.
 """
 
 import fcntl
@@ -27,11 +27,11 @@ STAGES = ("train", "average", "quantize", "pack", "reload", "score", "report")
 
 
 class StageError(UserError):
-    """A stage's output that is not what the stage left."""
+    """Reports a stage whose files are not what it wrote, or a stage that can't start."""
 
 
 class StageBook:
-    """The finished stages of the run in a folder."""
+    """Records the finished stages of the run in a folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "stages.json"
@@ -41,20 +41,20 @@ class StageBook:
         return stage in self.stages
 
     def finish(self, stage: str, outputs: Sequence[Path]) -> None:
-        """Record that `stage` left these files, all of them on the disk."""
+        """Records that `stage` wrote these files, all of them on the disk."""
         assert stage in STAGES
         hashes = {path.relative_to(self.folder).as_posix(): file_sha256(path) for path in outputs}
         self.stages[stage] = hashes
         write_file_atomically(self.path, json.dumps(self.stages, indent=2) + "\n")
 
     def require_before(self, stage: str) -> None:
-        """Raise StageError unless the stage before `stage` is finished."""
+        """Raises StageError unless the stage before `stage` is finished."""
         for before in STAGES[: STAGES.index(stage)][-1:]:
             if before not in self.stages:
                 raise StageError(f"{self.folder}: stage {before} is not finished: go on with --resume")
 
     def verify(self, stage: str) -> None:
-        """Raise StageError unless the files of a finished stage are as it left them."""
+        """Raises StageError unless the files of a finished stage are as it wrote them."""
         for name, sha256 in self.stages[stage].items():
             path = self.folder / name
             if not path.is_file() or file_sha256(path) != sha256:
@@ -63,16 +63,20 @@ class StageBook:
 
 
 GRACE_SECONDS = 20.0
-"""How long a process of several waits for the others before it leaves: a lost one would hold it in a collective."""
+"""Seconds that one of several processes waits for the others before it exits: a lost one would block it in a
+collective."""
 
 
 class Interrupted(UserError):
-    """The run was asked to stop; nothing is lost."""
+    """Reports that the run was asked to stop; nothing is lost."""
 
 
 class Interruption:
-    """Whether a stop was asked for. A second signal acts at once; of several processes, none leaves before its grace is
-    over (the launcher passes on a signal that they got already, while their checkpoints are being written)."""
+    """Records whether a signal asked for a stop.
+
+    A second signal acts at once. Of several processes, none exits before its grace period is over (the launcher passes
+    on a signal that they already received, while they are writing checkpoints).
+    """
 
     def __init__(self) -> None:
         self.signal, self.world_size = 0, 1
@@ -95,7 +99,7 @@ class Interruption:
         return self.signal > 0
 
     def check(self, where: str) -> None:
-        """Raise Interrupted where a stop was asked for."""
+        """Raises Interrupted where a stop was asked for."""
         if self.requested:
             sys.stdout.flush()
             raise Interrupted(f"stopped by {signal.Signals(self.signal).name} {where}")
@@ -105,7 +109,7 @@ LOST_PEER = re.compile("gloo|nccl|peer|socket|connection|TCPStore", re.IGNORECAS
 
 
 def explain_error(error: Exception, world_size: int) -> tuple[int, str]:
-    """(exit status, one line) of an error that is not a mistake of ours; (0, "") for one that is."""
+    """Returns (exit status, one line) for an error that is not a mistake of ours, (0, "") for one that is."""
     if isinstance(error, Interrupted):
         return EXIT_INTERRUPTED, str(error)
     if isinstance(error, UserError):
@@ -121,7 +125,7 @@ def explain_error(error: Exception, world_size: int) -> tuple[int, str]:
 
 
 def take_lock(path: Path) -> TextIO:
-    """A lock that this process has until it ends, however it ends. Raises StageError while another one has it."""
+    """Returns a lock that this process holds until it ends. Raises StageError while another process holds it."""
     lock = path.open("w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with forked workers
@@ -131,14 +135,14 @@ def take_lock(path: Path) -> TextIO:
 
 
 class StageResult(NamedTuple):
-    """The files that a stage left, and what it hands to the next one in this process."""
+    """Holds the files that a stage wrote, and the value that it passes to the next one in this process."""
 
     outputs: Sequence[Path]
     value: Any = None
 
 
 class Session:
-    """One process of a run; `open` binds it to the run's folder once that is known."""
+    """Represents one process of a run; `open` binds it to the run's folder once that is known."""
 
     def __init__(self) -> None:
         self.log, self.guard, self.ledger, self.interruption = Log(), AccessGuard(), Ledger("setup"), Interruption()
@@ -155,11 +159,13 @@ class Session:
         if runtime.is_main:
             for stage in self.book.stages:
                 self.book.verify(stage)
-        runtime.barrier()  # every rank has read the same book before a stage is added to it
+        runtime.barrier()  # every rank must read the same book before a stage is added
 
     def do(self, stage: str, work: Callable[[], "StageResult"], together: bool = False) -> Any:
-        """Does a stage unless it is finished, on the main rank or on all together; returns the value that it hands to
-        the next one, None where the stage was finished before: then what it left on the disk counts."""
+        """Runs a stage unless it is finished, on the main rank or on all together, and returns its value.
+
+        The value is None where the stage was finished before: the next stage then reads its files.
+        """
         if stage in self.book:
             return None
         self.interruption.check(f"before the {stage} stage; go on with --resume {self.folder.path.name}")
@@ -170,7 +176,7 @@ class Session:
             if together or self.runtime.is_main:
                 result = work()
             if together:
-                self.runtime.barrier()  # what the other ranks leave is there too
+                self.runtime.barrier()  # wait for the files of the other ranks
             if self.runtime.is_main:
                 self.folder.save_access(self.guard)
                 self.book.finish(stage, result.outputs)

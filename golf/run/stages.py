@@ -1,4 +1,4 @@
-"""The work of the stages that runs and studies share: from trained weights to codes and bytes."""
+"""Implements the stages that runs and studies share: from trained weights to codes and bytes."""
 
 import math
 from collections.abc import Callable
@@ -28,9 +28,9 @@ def quantize_weights(
 ) -> tuple[FittedArtifact | None, dict[str, Any]]:  # fmt: skip
     """Returns the artifact of trained weights within `room` bytes (math.inf: no limit), and its calibration's record.
 
-    quantizer=rtn: codes of the training's grid, coarser where the artifact would be over; waterfill: those that fill
-    the limit with the least loss, after calibration on all ranks (within `calibrating`) in what `train_seconds` has
-    left of the cap. None on all ranks but the main one. Raises FitError, QuantError.
+    quantizer=rtn: codes of training's grid, coarser where the artifact would be too large; waterfill: codes that fill
+    the limit with the least loss, after calibration on all ranks (within `calibrating`) in what `train_seconds` leaves
+    of the cap. The artifact is None on all ranks but the main one. Raises FitError, QuantError.
     """
     given = saved.state, config.quant, config.model, saved.tokenizer_sha256, room, config.run.reserve_bytes
     if config.quant.quantizer == "waterfill":

@@ -1,4 +1,4 @@
-"""What a training tells and keeps while its steps go by, and how it takes up an earlier one."""
+"""Loops over the training steps: logs, evaluates held-out text, writes checkpoints, and resumes from them."""
 
 from dataclasses import asdict
 
@@ -18,7 +18,7 @@ LAST_CHECKPOINT = 0.99
 
 
 def take_up_checkpoint(trainer: Trainer, folder: RunFolder) -> None:
-    """Go on from the newest checkpoint, if there is one; the clock in any case from where it last was."""
+    """Resumes from the newest checkpoint, if there is one; the clock always resumes from its last reading."""
     files, runtime = newest_checkpoint(folder.checkpoints), trainer.runtime
     state = read_checkpoint(files) if files else None
     latest = folder.trim_metrics(state.numbers["step"] if state else 0) if runtime.is_main else 0.0
@@ -34,7 +34,7 @@ def take_up_checkpoint(trainer: Trainer, folder: RunFolder) -> None:
 
 
 def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: CheckpointWriter) -> None:
-    """Train until the budget is used up, with a checkpoint now and then. Raises Interrupted, after one more of them."""
+    """Trains until the budget is used up, with periodic checkpoints. Raises Interrupted, after a last checkpoint."""
     config, runtime, folder = trainer.config, trainer.runtime, session.folder
     progress, saved_at, report = ProgressLine(shown=runtime.is_main), trainer.clock.seconds, None
     for report in trainer.steps(lambda: session.interruption.requested):
@@ -46,12 +46,12 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
             progress.clear()
             writer.write(trainer.state(), report.step)
             writer.close()
-            runtime.barrier()  # a launcher ends all ranks when the first one leaves
+            runtime.barrier()  # a launcher ends all ranks when the first one exits
             session.interruption.check(f"after step {report.step}; go on with --resume {folder.path.name}")
             raise Interrupted(f"another process was stopped after step {report.step}")
         due = 0 < config.run.checkpoint_seconds <= report.elapsed - saved_at
         if due and report.progress < LAST_CHECKPOINT:
-            with trainer.clock:  # the copy holds up the training, so it counts
+            with trainer.clock:  # the copy delays training, so it counts
                 writer.write(trainer.state(), report.step)
             saved_at = report.elapsed
             session.ledger.flush()
@@ -61,7 +61,7 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
 
 
 def log_step(report: StepReport, trainer: Trainer, folder: RunFolder, progress: ProgressLine) -> None:
-    """A row for the metrics, and now and then a line for the log."""
+    """Writes a row of metrics, and periodically a line for the log."""
     config = trainer.config
     if trainer.runtime.is_main:
         folder.append_metrics(asdict(report))
@@ -72,7 +72,7 @@ def log_step(report: StepReport, trainer: Trainer, folder: RunFolder, progress: 
 
 
 def eval_holdout(trainer: Trainer, data: TrainingData, report: StepReport, folder: RunFolder) -> None:
-    """Score the weights as they are on training text that was held out. It says nothing of the artifact's score."""
+    """Scores the current weights on held-out training text; this is not the artifact's score."""
     config, runtime, model = trainer.config, trainer.runtime, trainer.config.model
     rows = max(1, config.train.eval_batch_tokens // model.train_seq_len // runtime.world_size)
     tokens = data.stream.held_out_tokens(model.bos_id)

@@ -1,4 +1,4 @@
-"""The training loop: steps under a budget, on a clock that counts nothing but training.
+"""Trains the model: steps under a budget, on a clock that counts nothing but training.
 
 B batch rows, T time.
 """
@@ -28,16 +28,17 @@ from golf.run.proofs import MOST_BATCHES, verify_features
 from golf.runtime import Runtime, Stopwatch
 
 STEP_MARGIN = 1.5
-"""A step may take so many times the longest of the last hundred: the cap holds on a machine that stumbles."""
+"""Multiple of the longest of the last hundred steps that a step may take, so that a slow step still ends within the
+cap."""
 
 
 class TrainingError(UserError):
-    """A training that can't go on."""
+    """Reports a training that can't continue."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished step: what the log, the metrics file and the progress line are made from."""
+    """Describes one finished step, for the log, the metrics file and the progress line."""
 
     step: int
     train_loss: float
@@ -55,7 +56,7 @@ def new_trainer(config: Config, runtime: Runtime, stream: TokenStream) -> "Train
 
 
 class Trainer:
-    """A model with its optimizers, average and clock."""
+    """Trains a model with its optimizers, average and clock."""
 
     def __init__(
         self, model: GPT, config: Config, runtime: Runtime, stream: TokenStream, clock: Stopwatch | None = None
@@ -79,14 +80,14 @@ class Trainer:
         self.fake_quantized, self.seq_len = False, config.model.train_seq_len
         self.step = 0
         self.lost_seconds = 0.0
-        """Training time that kills made void: it is on the clock, its steps are not in the weights."""
+        """Training time that kills wasted: it is on the clock, its steps are not in the weights."""
         self.stop_agreed = False
 
     def new_optimizers(self) -> Optimizers:
         return Optimizers(self.model, self.config.optim, self.runtime)
 
     def warm_up(self) -> None:
-        """Compiles and touches everything that training will run, then puts weights and optimizers back."""
+        """Compiles and touches everything that training will run, then restores weights and optimizers."""
         before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         changes = 0.0, self.config.quant.qat_start, self.config.train.short_seq_fraction
         for fake_quantized, self.seq_len in sorted({self.phase(share) for share in changes}, reverse=True):
@@ -101,7 +102,7 @@ class Trainer:
         self.optimizers = self.new_optimizers()
 
     def phase(self, progress: float) -> tuple[bool, int]:
-        """(whether weights pass through the export grid, tokens in a row) at a share of the budget."""
+        """Returns (whether weights pass through the export grid, tokens in a row) at a share of the budget."""
         quant, train = self.config.quant, self.config.train
         short = progress < train.short_seq_fraction
         seq_len = train.short_seq_len if short else self.config.model.train_seq_len
@@ -121,7 +122,8 @@ class Trainer:
         return StepFacts(progress, self.seq_len, self.fake_quantized, gradient_norm)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """inputs_BT and targets_BT of each forward pass of `step`; its tokens are the same for rows of every length."""
+        """Returns inputs_BT and targets_BT of each forward pass of `step`, which has the same tokens for every row
+        length."""
         parts = (part_BT.view(-1, self.seq_len).chunk(self.micro_steps) for part_BT in self.batches.get(step))
         return zip(*parts, strict=True)
 
@@ -134,7 +136,7 @@ class Trainer:
         self.fake_quantized = wanted
 
     def accumulate_gradients(self, step: int) -> Tensor:
-        """Leave in .grad the gradient of the global batch of `step`; returns its mean loss over all ranks."""
+        """Leaves the gradient of the global batch of `step` in .grad; returns its mean loss over all ranks."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for inputs_BT, targets_BT in self.micro_batches(step):
             loss = self.forward(inputs_BT, targets_BT)
@@ -144,9 +146,9 @@ class Trainer:
         return self.runtime.sum_over_ranks(loss_sum / (self.micro_steps * self.runtime.world_size))
 
     def steps(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
-        """Train until the budget is used up; the clock stands still while the caller looks at a report.
+        """Trains until the budget is used up, and yields a report of each step, outside the clock.
 
-        Once any rank's `stop_requested` says so, `stop_agreed` is set on all of them, after the same step.
+        Once any rank's `stop_requested` returns True, `stop_agreed` is set on all of them, after the same step.
         """
         elapsed = self.clock.seconds
         while not self.budget.exhausted(self.step, elapsed, STEP_MARGIN * max(self.recent_seconds)):
@@ -161,14 +163,14 @@ class Trainer:
             self.recent_seconds.append(now - elapsed)
             elapsed, self.stop_agreed = now, stop > 0
             loss = train_loss.item()
-            if not math.isfinite(loss):  # the same on every rank, so all stop
+            if not math.isfinite(loss):  # the loss is the same on every rank, so all stop
                 raise TrainingError(f"the loss is {loss} at step {self.step}: lower matrix_lr or embed_lr")
             norm = None if gradient_norm is None else gradient_norm.item()
             self.audit.note_step(self.step, self.facts(progress, norm))
             yield StepReport(self.step, loss, elapsed, self.budget.progress(self.step, elapsed), lr_scale)
 
     def take_step(self, progress: float) -> tuple[Tensor, Tensor | None, float]:
-        """(loss, norm of the gradients where they are clipped, learning-rate scale)"""
+        """Returns (loss, norm of the gradients where they are clipped, learning-rate scale)."""
         fake_quantized, self.seq_len = self.phase(progress)
         self.set_fake_quantization(fake_quantized)
         train_loss = self.accumulate_gradients(self.step)
@@ -177,7 +179,7 @@ class Trainer:
         return train_loss, norm, lr_scale
 
     def finish(self) -> None:
-        """The last weights count in the average, however early the cap struck."""
+        """Ends training: the last weights count in the average, even if the cap came early."""
         self.verify_features(at_start=False)
         self.batches.close()
         self.set_fake_quantization(False)
@@ -185,10 +187,10 @@ class Trainer:
             self.average.observe_step(self.model, 1.0, self.step, self.audit)
 
     def state(self) -> TrainingState:
-        """All that it takes to go on after the last step."""
+        """Returns all the state that resuming after the last step needs."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         tensors = self.optimizers.state_tensors(names) | generator_tensors()
-        if self.runtime.is_main:  # the same on every rank
+        if self.runtime.is_main:  # equal on every rank
             tensors |= {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
             tensors |= {f"average.{name}": mean for name, mean in self.average.mean.items()}
         numbers = {
@@ -202,7 +204,7 @@ class Trainer:
         return TrainingState(tensors, numbers)
 
     def load_state(self, state: TrainingState, latest: float) -> None:
-        """Go on from `state`. The clock goes on from `latest`, the last reading of a process that was killed later."""
+        """Resumes from `state`, with the clock at `latest`, the last reading of a process that was killed later."""
         device, numbers = self.runtime.device, state.numbers
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
         for name, tensor in state.tensors.items():
@@ -221,7 +223,10 @@ class Trainer:
 
 
 def count_micro_steps(config: Config, world_size: int) -> int:
-    """Forward passes per step and rank: the fewest equal parts that fit in `micro_batch_tokens`."""
+    """Returns forward passes per step and rank: the fewest equal parts that fit in `micro_batch_tokens`.
+
+    Raises ConfigError where the rows can't be divided equally among the ranks.
+    """
     seq_len = config.model.train_seq_len
     rows, rest = divmod(config.train.train_batch_tokens // seq_len, world_size)
     if rest or rows == 0:
@@ -235,7 +240,7 @@ def count_micro_steps(config: Config, world_size: int) -> int:
 
 
 def short_rows_act(config: Any, facts: StepFacts) -> tuple[bool, str]:
-    """Says whether a step had short rows; the first with long ones after them shows the effect."""
+    """Returns whether a step had short rows, and at the first step with long ones after them the effect."""
     short = config.train.short_seq_len
     return facts.seq_len == short, "" if facts.seq_len == short else f"rows of {short} tokens, then of {facts.seq_len}"
 

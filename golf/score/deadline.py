@@ -1,4 +1,4 @@
-"""A stride that can be scored in time, chosen before anything is scored: by timing batches and throwing them away."""
+"""Chooses a stride that can be scored in time, before scoring starts, by timing batches and discarding them."""
 
 import time
 from dataclasses import replace
@@ -13,19 +13,19 @@ from golf.score.windows import rank_share
 
 TIMED_BATCHES = 3
 MARGIN = 1.05
-"""Kept back of the time that is left, because a few batches are timed and not all."""
+"""Factor on the forecast, because a few batches are timed and not all."""
 
 
 def forecast_seconds(
     model: GPT, tokens: np.ndarray, byte_table: ByteTable, settings: ScoreSettings, runtime: Runtime, forward: Forward
 ) -> float:
-    """Seconds that scoring `tokens` would take on the slowest rank, from batches of its own share; no score is kept."""
+    """Forecasts the slowest rank's seconds for scoring `tokens`, from batches of its own share; keeps no score."""
     job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
     begin, end = rank_share(len(job.plan), runtime.rank, runtime.world_size)
-    first = min(begin + 1, end)  # not the long first window
+    first = min(begin + 1, end)  # skips the long first window
     last = min(first + settings.batch_seqs, end)
     with evaluation_mode(model):
-        score_windows(job, first, last)  # compiles, and warms up
+        score_windows(job, first, last)  # compiles and warms up
         started = time.perf_counter()
         for _ in range(TIMED_BATCHES):
             score_windows(job, first, last)
@@ -43,7 +43,7 @@ def choose_stride(
     max_seconds: float,
     started: float | None = None,
 ) -> ScoreSettings:
-    """`settings`, the stride doubled until the forecast is within what is left of `max_seconds`; 0 is no limit.
+    """Returns `settings` with the stride doubled until the forecast fits in what is left of `max_seconds`; 0: no limit.
 
     `started` is the reading of time.perf_counter when the scoring began, if that was not now.
     """

@@ -1,4 +1,4 @@
-"""The journal of a scoring: sums of every finished chunk of windows, so that a killed scoring goes on from there."""
+"""Journals a scoring: sums of every finished chunk of windows, so that a killed scoring resumes there."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from golf.runtime import write_file_atomically
 
 @dataclass(frozen=True)
 class ScoreSums:
-    """What a range of windows adds to the score. Ranges add up, in any order, on any rank."""
+    """Holds what a range of windows adds to the score. Ranges add up, in any order, on any rank."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -23,7 +23,7 @@ class ScoreSums:
 
 
 class ScoreJournal:
-    """One rank's lines: what is scored how, then chunks in order with their sums and seconds.
+    """Keeps one rank's lines: the identity of the scoring, then chunks in order with their sums and seconds.
 
     Sums are written with all digits, so that a scoring in parts adds up the same numbers in the same order.
     """
@@ -35,11 +35,11 @@ class ScoreJournal:
         rows = [json.loads(line) for line in lines[1:]]
         self.chunks = [row for row in rows if "nats" in row]
         self.preparing = [row["preparing"] for row in rows if "preparing" in row]
-        """Seconds of every process before its first chunk."""
+        """Seconds that each process took before its first chunk."""
         self.file: TextIO | None = None
 
     def start(self, identity: Mapping[str, Any], preparing: float = 0.0) -> None:
-        """Go on if the journal is about the same scoring; else begin it anew. `preparing` seconds went before."""
+        """Continues the journal if its identity is the same, else begins it anew. `preparing` seconds preceded."""
         if self.identity != identity:
             self.identity, self.chunks, self.preparing = dict(identity), [], []
         self.preparing += [preparing] if preparing else []
@@ -48,7 +48,7 @@ class ScoreJournal:
         self.file = self.path.open("a", encoding="utf-8")
 
     def sums_of(self, begin: int, end: int) -> ScoreSums | None:
-        """The sums of windows begin .. end - 1, if they are scored."""
+        """Returns the sums of windows begin .. end - 1, or None where they are not scored yet."""
         row = next((row for row in self.chunks if (row["begin"], row["end"]) == (begin, end)), None)
         return ScoreSums(row["nats"], row["tokens"], row["bytes"]) if row else None
 

@@ -1,4 +1,4 @@
-"""How long scoring takes: time in the forward, a forecast after the first batches, progress while it runs."""
+"""Measures and reports scoring time: seconds in the forward, a forecast after the first batches, progress."""
 
 import time
 
@@ -11,7 +11,7 @@ FORECAST_BATCHES = 4
 
 
 class ForwardTimer:
-    """Sums what happens inside `with timer:`; on CUDA by events, so that measuring never makes the device wait."""
+    """Sums the time inside `with timer:`; on CUDA by events, so that measuring never makes the device wait."""
 
     def __init__(self, device: torch.device):
         self.uses_events = device.type == "cuda"
@@ -31,14 +31,15 @@ class ForwardTimer:
             self.pairs[-1][1].record()
 
     def seconds(self) -> float:
-        """Seconds inside; on CUDA only after a synchronize."""
+        """Returns the seconds inside; on CUDA only after a synchronize."""
         if self.uses_events:
             return sum(start.elapsed_time(stop) for start, stop in self.pairs) / 1000
         return self.total
 
 
 class ScoreProgress:
-    """Forecast and progress of the main rank's windows: one line that updates on a terminal, ten in a file."""
+    """Reports forecast and progress of the main rank's windows: one updating line on a terminal, ten lines in a
+    file."""
 
     def __init__(self, runtime: Runtime, windows: int, window_length: int, share: int):
         self.runtime, self.windows, self.window_length, self.share = runtime, windows, window_length, share
@@ -47,12 +48,12 @@ class ScoreProgress:
         self.batches = self.done = self.skipped = self.warm_windows = self.tenths = 0
 
     def skip(self, windows: int) -> None:
-        """`windows` of this rank's share were scored by an earlier process."""
+        """Counts `windows` of this rank's share that an earlier process scored."""
         self.done += windows
         self.skipped += windows
 
     def advance(self, windows: int) -> None:
-        """`windows` more of this rank's share were asked of the device."""
+        """Counts `windows` more of this rank's share, which were sent to the device."""
         self.batches += 1
         self.done += windows
         if self.batches == 2:  # the first regular batch comes second, after the long first window
@@ -65,7 +66,7 @@ class ScoreProgress:
         self.show()
 
     def forecast(self) -> None:
-        """Print the time that all windows will take, at the speed of the batches since the warm one."""
+        """Prints the time that all windows will take, at the speed of the batches since the warm one."""
         now = time.perf_counter()
         rate = (self.done - self.warm_windows) / (now - self.warm_at)
         seconds = now - self.started + (self.share - self.done) / rate

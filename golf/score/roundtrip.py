@@ -1,4 +1,4 @@
-"""The score that counts: from the artifact's bytes, the tokenizer and the validation shards, and nothing else."""
+"""Computes the score that counts, from the artifact's bytes, the tokenizer and the validation shards alone."""
 
 import hashlib
 import time
@@ -55,7 +55,7 @@ def load_validation(
 
 
 def stream_identity(tokens: np.ndarray) -> str:
-    """16 hex digits of SHA-256 over a stream of tokens: the identity of validation data."""
+    """Returns 16 hex digits of SHA-256 over a stream of tokens: the identity of validation data."""
     return hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest()[:16]
 
 
@@ -63,7 +63,7 @@ def score_weights(
     state: Mapping[str, Tensor], artifact: Artifact, tokenizer_path: str | Path, val_paths: Sequence[str | Path],
     rows: int, runtime: Runtime,
 ) -> Score:  # fmt: skip
-    """What the weights of the artifact's model scored before they were quantized, in plain rows."""
+    """Scores the weights of the artifact's model before quantization, in plain rows."""
     model = load_gpt(artifact.model, state, runtime)
     settings = plain_settings(artifact.model, max(1, rows // runtime.world_size))
     tokens, counter = load_validation(artifact.tokenizer_sha256, tokenizer_path, val_paths)
@@ -81,11 +81,11 @@ def score_artifact(
     journal: ScoreJournal | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Score, str]:
-    """Score the model in `artifact` on the validation shards, over all ranks, with sliding windows.
+    """Scores the model in `artifact` on the validation shards, over all ranks, with sliding windows.
 
-    Returns the score and the identity of the validation data. A `journal` is taken up where a killed process left
-    it; `check` is called between its chunks, and may raise. Raises ScoreError for a tokenizer that is not the
-    artifact's, or a stream that can't be scored; DataError for files that can't be read.
+    Returns the score and the identity of the validation data. A `journal` resumes where a killed process left it;
+    `check` is called between its chunks, and may raise. Raises ScoreError for a tokenizer that is not the artifact's,
+    or a stream that can't be scored; DataError for files that can't be read.
     """
     started = time.perf_counter()
     tokens, byte_table = load_validation(artifact.tokenizer_sha256, tokenizer_path, val_paths)
@@ -101,7 +101,7 @@ def score_artifact(
     begun = (journal and journal.identity) or {}
     stride = begun["stride"] if subject.items() <= begun.items() else 0
     largest, smallest = runtime.max_over_ranks(stride, -stride)
-    if 0 < largest == -smallest:  # all ranks can go on, and with the same windows
+    if 0 < largest == -smallest:  # all ranks can resume, with the same windows
         settings = replace(settings, stride=stride)
     else:
         settings = choose_stride(model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds, started)

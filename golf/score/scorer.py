@@ -1,10 +1,10 @@
-"""Bits per byte of a token stream. Every figure of the project comes from here.
+"""Scores a token stream in bits per byte. Every figure of the project comes from here.
 
-bits per byte = sum of nats / ln 2 / bytes, over every target of the stream, each scored once (windows.py).
-Sums are float64; targets and bytes are whole numbers, exact in float64 up to 2^53.
+bits per byte = sum of nats / ln 2 / bytes, over every target of the stream, each scored once (windows.py). Sums are
+float64; targets and bytes are whole numbers, exact in float64 up to 2^53.
 
-Letters: B windows of a batch, T tokens of a window, S scored positions (the last S of T), N targets of the
-stream, W windows of the stream.
+Letters: B windows of a batch, T tokens of a window, S scored positions (the last S of T), N targets of the stream, W
+windows of the stream.
 """
 
 import math
@@ -37,15 +37,15 @@ Forward = Callable[[Tensor, Tensor, float | None], Tensor]
 
 
 Recorder = Callable[[Tensor, Tensor], None]
-"""Told of every scored target, batch by batch: (numbers of the targets in the stream, their float64 nats)."""
+"""Callback for scored targets, batch by batch: (numbers of the targets in the stream, their float64 nats)."""
 
 
 CHUNKS = 100
-"""Parts that a rank's scoring is journaled in."""
+"""Parts in which a rank's scoring is journaled."""
 
 
 class ScoreError(UserError):
-    """A stream or settings that no honest score can be made from."""
+    """Reports a stream or settings that no honest score can be made from."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class ScoreSettings:
     batch_seqs: int
     """Windows of one forward pass on one rank."""
     rope_base: float | None = None
-    """None: the model's own."""
+    """RoPE base; None: the model's own."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """The score of a whole stream, over all ranks."""
+    """Holds the score of a whole stream, over all ranks."""
 
     nats: float
     tokens: int
@@ -74,13 +74,13 @@ class Score:
     """Tokens that went through the forward pass: windows times their length."""
     stride: int
     seconds: float
-    """Wall clock of the slowest rank, with what a journal holds of killed processes."""
+    """Wall clock of the slowest rank, with the journaled seconds of killed processes."""
     forward_share: float
-    """Part of the main rank's seconds that its device spent in the batched forward."""
+    """Share of the main rank's seconds that its device spent in the batched forward."""
 
     @property
     def val_loss(self) -> float:
-        """Nats per token."""
+        """Returns nats per token."""
         return self.nats / self.tokens
 
     @property
@@ -90,7 +90,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """One stream, ready on the device, with all that scoring a range of its windows takes."""
+    """Holds one stream on the device, with all that scoring a range of its windows needs."""
 
     model: nn.Module
     forward: Forward
@@ -99,7 +99,7 @@ class ScoreJob:
     documents: int
     """Document starts in the stream."""
     tokens_N1: Tensor
-    """int32, N + 1."""
+    """int32, shape (N + 1,)."""
     bytes_N: Tensor
     """int32 bytes of text that each target stands for."""
     ends_W: Tensor
@@ -108,18 +108,18 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """The input of one forward pass, and which of its losses count."""
+    """Holds the input of one forward pass, and marks which of its losses count."""
 
     ids_BT: Tensor
     targets_BS: Tensor
     index_BS: Tensor
     """Number of each target in the stream."""
     counted_BS: Tensor
-    """False for targets that an earlier window scored, and for rows that only fill the batch up."""
+    """False for targets that an earlier window scored, and for rows that only fill up the batch."""
 
 
 def sliding_settings(score: ScoreConfig, model: ModelConfig) -> ScoreSettings:
-    """The final evaluation's settings: overlapping windows, NTK-aware RoPE beyond the training length."""
+    """Returns the final evaluation's settings: overlapping windows, NTK-aware RoPE beyond the training length."""
     head_dim = model.model_dim // model.num_heads
     scaled_base = ntk_rope_base(model.rope_base, score.eval_seq_len, model.train_seq_len, head_dim)
     rope_base = scaled_base if score.eval_rope == "ntk" else model.rope_base
@@ -127,12 +127,12 @@ def sliding_settings(score: ScoreConfig, model: ModelConfig) -> ScoreSettings:
 
 
 def plain_settings(model: ModelConfig, batch_seqs: int) -> ScoreSettings:
-    """The evaluation used during training: rows of the training length, no overlap."""
+    """Returns settings for evaluation in rows of the training length, without overlap."""
     return ScoreSettings(model.train_seq_len, model.train_seq_len, batch_seqs)
 
 
 def compiled_losses(model: GPT) -> Forward:
-    """model.token_losses as one compiled graph of one shape."""
+    """Returns model.token_losses compiled as one graph of one shape."""
     return torch.compile(model.token_losses, dynamic=False, fullgraph=True)
 
 
@@ -148,11 +148,11 @@ def score_stream(
     journal: ScoreJournal | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Score every target of `tokens` (N + 1 integers, a document start first) once, over all ranks.
+    """Scores every target of `tokens` (N + 1 integers, a document start first) once, over all ranks.
 
-    `forward` replaces `model.token_losses` for the windows that share a shape (pass its compiled form);
-    `announce` prints a forecast of the time and progress. Chunks that a started `journal` holds are not scored
-    again; `check` is called between chunks, and may raise. Raises ScoreError.
+    `forward` replaces `model.token_losses` for the windows that share a shape (pass its compiled form); `announce`
+    prints a forecast of the time and progress. Chunks that a started `journal` holds are not scored again; `check` is
+    called between chunks, and may raise. Raises ScoreError.
     """
     started = time.perf_counter()
     job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
@@ -186,7 +186,7 @@ def prepare_job(
     device: torch.device,
     forward: Forward | None = None,
 ) -> ScoreJob:
-    """Put a stream on the device, with its windows and the bytes of its targets. Raises ScoreError."""
+    """Moves a stream to the device, with its windows and the bytes of its targets. Raises ScoreError."""
     check_settings(settings)
     tokens_N1 = torch.from_numpy(tokens.astype(np.int32)).to(device)
     check_stream(tokens_N1, model.config)
@@ -216,7 +216,7 @@ def check_settings(settings: ScoreSettings) -> None:
 
 
 def check_stream(tokens_N1: Tensor, model: ModelConfig) -> None:
-    """Raise ScoreError where a score would mean nothing."""
+    """Raises ScoreError where a score would be meaningless."""
     if len(tokens_N1) < 2:
         raise ScoreError(f"the validation stream has {len(tokens_N1)} tokens: nothing to score, check the shards")
     smallest, largest = (int(bound) for bound in tokens_N1.aminmax())
@@ -234,7 +234,7 @@ def check_stream(tokens_N1: Tensor, model: ModelConfig) -> None:
 
 
 def count_target_bytes(tokens_N1: Tensor, byte_table: ByteTable | StreamBytes, piece: int = 1 << 22) -> Tensor:
-    """int32 bytes of each target: by position where the stream has a sidecar, else given the token before it.
+    """Returns int32 bytes of each target: by position where the stream has a sidecar, else given the token before it.
 
     A table counts in pieces, so that 62 million tokens don't make gigabytes of int64.
     """
@@ -264,7 +264,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def chunk_ranges(job: ScoreJob, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Windows begin .. end - 1 in about CHUNKS ranges that cut between batches."""
+    """Divides windows begin .. end - 1 into about CHUNKS ranges that cut between batches."""
     rows = min(job.settings.batch_seqs, len(job.plan))
     size = rows * max(1, -(-(end - begin) // (rows * CHUNKS)))
     alone = 1 if begin == 0 and job.plan.length > job.plan.stride else 0  # the long first window is a batch of its own
@@ -281,7 +281,7 @@ def score_chunks(
     journal: ScoreJournal | None,
     check: Callable[[], None],
 ) -> ScoreSums:
-    """Sums of windows begin .. end - 1 on this rank, chunk by chunk, in evaluation_mode."""
+    """Returns the sums of windows begin .. end - 1 on this rank, chunk by chunk, in evaluation_mode."""
     total = ScoreSums()
     for first, last in chunk_ranges(job, begin, end):
         sums, started = journal.sums_of(first, last) if journal else None, time.perf_counter()
@@ -304,7 +304,7 @@ def score_windows(
     progress: ScoreProgress | None = None,
     recorder: Recorder | None = None,
 ) -> ScoreSums:
-    """Sums of windows begin .. end - 1 on this rank alone, in evaluation_mode."""
+    """Returns the sums of windows begin .. end - 1 on this rank alone, in evaluation_mode."""
     assert not any(module.training for module in job.model.modules()), "scoring needs eval mode: evaluation_mode"
     timer = timer or ForwardTimer(job.tokens_N1.device)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=job.tokens_N1.device)
@@ -317,7 +317,7 @@ def score_windows(
 
 
 def batch_shapes(job: ScoreJob, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first window, last window + 1, rows, scored positions) of the forward passes over windows begin .. end - 1.
+    """Yields (first window, last window + 1, rows, scored positions) of the passes over windows begin .. end - 1.
 
     Window 0 scores more than a stride, so it goes alone; all other passes have one shape.
     """
@@ -330,7 +330,7 @@ def batch_shapes(job: ScoreJob, begin: int, end: int) -> Iterator[tuple[int, int
 
 
 def gather_windows(job: ScoreJob, first: int, last: int, rows: int, scored: int) -> WindowBatch:
-    """Windows first .. last - 1, filled up to `rows` with the last one, whose copies don't count."""
+    """Returns windows first .. last - 1, filled up to `rows` with copies of the last one, which don't count."""
     window_B = torch.arange(first, first + rows, device=job.tokens_N1.device)
     real_B = window_B < last
     window_B = window_B.clamp(max=last - 1)
@@ -346,7 +346,7 @@ def gather_windows(job: ScoreJob, first: int, last: int, rows: int, scored: int)
 
 
 def score_batch(job: ScoreJob, batch: WindowBatch, timer: ForwardTimer, recorder: Recorder | None = None) -> Tensor:
-    """float64 (nats, targets, bytes) of one forward pass."""
+    """Returns float64 (nats, targets, bytes) of one forward pass."""
     assert not job.model.training, "the model left eval mode while it was being scored"
     # a compiled forward keeps its one shape: the long first window would make it compile again, for dynamic shapes
     forward = job.forward if batch.targets_BS.size(1) == job.plan.stride else job.model.token_losses
@@ -361,7 +361,7 @@ def score_batch(job: ScoreJob, batch: WindowBatch, timer: ForwardTimer, recorder
 
 
 def sum_sums(local: ScoreSums, runtime: Runtime) -> ScoreSums:
-    """Sums of all ranks."""
+    """Returns the sums over all ranks."""
     values = (local.nats, local.tokens, local.bytes)
     sums_3 = runtime.sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=runtime.device))
     nats, tokens, byte_count = sums_3.tolist()
@@ -369,7 +369,7 @@ def sum_sums(local: ScoreSums, runtime: Runtime) -> ScoreSums:
 
 
 def ntk_acts(files: Mapping[str, Any]) -> tuple[int, bool, str]:
-    """Windows that were scored with the scaled base, and what it changes of a row of text."""
+    """Returns (windows scored with the scaled base, whether it changes a row's nats, the change)."""
     effect = files["reload"]["ntk_effect"]
     return files["score"]["eval_windows"], effect > 0, f"changes a token's nats by up to {effect:.3g}"
 

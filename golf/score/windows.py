@@ -1,10 +1,10 @@
-"""Which window scores which targets of a token stream.
+"""Assigns the targets of a token stream to the windows that score them.
 
-A stream of N + 1 tokens has N targets; target t is token t + 1, predicted from the tokens up to t.
-A window [start, end) reads tokens start .. end - 1 as input and may score the targets start .. end - 1.
-Window 0 scores all of its own; window k ends S targets further on (the last one at N) and scores what no
-window before it has: each target is scored exactly once, the tail included, and every target but those of
-window 0 is predicted from at least L - S + 1 tokens. A stride of L is the plain evaluation in rows.
+A stream of N + 1 tokens has N targets; target t is token t + 1, predicted from the tokens up to t. A window [start,
+end) reads tokens start .. end - 1 as input and may score the targets start .. end - 1. Window 0 scores all of its own;
+window k ends S targets further on (the last one at N) and scores what no earlier window has: each target is scored
+exactly once, the tail included, and every target but those of window 0 is predicted from at least L - S + 1 tokens. A
+stride of L is the plain evaluation in rows.
 
 Letters: N targets of the stream, W windows, L window length, S stride.
 """
@@ -17,15 +17,15 @@ from golf.config.knobs import UserError
 
 
 class WindowError(UserError):
-    """A stream that no window fits, or a stride that would leave targets out."""
+    """Reports a stream that no window fits, or a stride that would leave targets out."""
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """Windows of one stream, in order; each scores the targets [first_scored, end)."""
+    """Lists the windows of one stream, in order; each scores the targets [first_scored, end)."""
 
     length: int
-    """Tokens of every window; the whole stream where that is shorter than the length asked for."""
+    """Tokens of every window: the length asked for, or the whole stream where that is shorter."""
     stride: int
     """Most targets scored by a window other than the first."""
     starts_W: np.ndarray
@@ -37,10 +37,10 @@ class WindowPlan:
 
 
 def plan_windows(targets: int, length: int, stride: int) -> WindowPlan:
-    """Windows of at most `length` tokens over a stream of `targets` targets. Raises WindowError on sizes that can't be.
+    """Plans windows of at most `length` tokens over a stream of `targets` targets. Raises WindowError.
 
-    Window k ends at min(L + k S, N) and has full length, so the last one overlaps more instead of being shorter:
-    all windows have one shape, and one compiled graph serves them.
+    Window k ends at min(L + k S, N) and has full length, so the last one overlaps more instead of being shorter: all
+    windows have one shape, and one compiled graph serves them.
     """
     if targets < 1:
         raise WindowError(f"a stream of {targets} targets has nothing to score: it needs at least two tokens")
@@ -54,6 +54,6 @@ def plan_windows(targets: int, length: int, stride: int) -> WindowPlan:
 
 
 def rank_share(windows: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The contiguous [begin, end) of `windows` that `rank` scores; shares differ by one window at most."""
+    """Returns the contiguous [begin, end) of `windows` that `rank` scores; shares differ by one window at most."""
     assert 0 <= rank < world_size
     return windows * rank // world_size, windows * (rank + 1) // world_size
