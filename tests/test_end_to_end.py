@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import train_gpt
+from golf.run.guard import AccessGuard
+from golf.run.session import Interruption
 
 TINY_RUN = [
     "vocab_size=400", "model_dim=32", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32", "iterations=8",
@@ -174,7 +176,9 @@ def run_process(arguments: list[str]) -> int:
     ],
 )
 @pytest.mark.parametrize("run", [run_here, pytest.param(run_process, marks=pytest.mark.slow)])
-def test_bad_input_is_one_clear_line_before_anything_runs(run, arguments, message, capfd, tmp_path):
+def test_bad_input_is_one_clear_line_before_anything_runs(run, arguments, message, monkeypatch, capfd, tmp_path):
+    for watcher in (AccessGuard, Interruption):  # the audit hook and the signal handlers would outlive the test
+        monkeypatch.setattr(watcher, "watch", lambda self: None)
     status = run([f"runs_root={tmp_path}", *arguments])
     output, complaint = capfd.readouterr()
     assert status == 2 and output == ""

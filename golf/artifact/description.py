@@ -19,7 +19,6 @@ from golf.config.knobs import ConfigError
 from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
 from golf.config.scoring import ScoreConfig
-from golf.config.site_quantizers import ACTIVATION_SITES, WEIGHT_SITES
 from golf.config.training import TrainConfig
 from golf.model.gpt import GPT
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip
@@ -50,17 +49,19 @@ LARGEST_NUMBER = 2**24
 MOST_LAYERS = 1024
 MAY_BE_ZERO = ("bigram_vocab_size", "bigram_dim", "bos_id", "attention_window", "knowledge_tokens")
 """Whole numbers that may be 0; all others are at least 1."""
-ADDED_FIELDS = {
-    "document_attention", "quantizer", "calibration_tokens", "calibration_text", "calibration_reserve", "rd_lambda",
-    "attention_window", "tie_embeddings", "mlp_activation", "knowledge_tokens", "knowledge_at",
-    *(f"act_{site}" for site in ACTIVATION_SITES), *(f"weight_{site}" for site in WEIGHT_SITES),
+VERSION_1_FIELDS = {
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "bigram_vocab_size", "bigram_dim",
+    "smear_gate", "resid_mix_init", "matrix_init", "qk_gain_init", "rope_base", "logit_softcap", "tied_embed_init_std",
+    "train_seq_len", "bos_id",
+    "qat_enabled", "qat_start", "mlp_bits", "attn_bits", "bigram_bits", "embed_bits", "prune_frac", "codec",
 }  # fmt: skip
-"""Since version 1: those of ModelConfig are written where they differ from their default, which older files mean."""
+"""Knobs that every file has; later ones of a model are written where they differ from their default, which files
+without them mean."""
 
 
 def model_to_json(model: ModelConfig) -> dict[str, Any]:
     """What `model_from_json` reads."""
-    return {k: v for k, v in asdict(model).items() if k not in ADDED_FIELDS or v != getattr(ModelConfig, k)}
+    return {k: v for k, v in asdict(model).items() if k in VERSION_1_FIELDS or v != getattr(ModelConfig, k)}
 
 
 def model_from_json(values: object) -> ModelConfig:
@@ -106,7 +107,7 @@ def config_of(model: ModelConfig, quant: QuantConfig) -> Config:
 def checked_values(settings: type, values: object) -> dict[str, Any]:
     """Values for the fields of a dataclass of knobs: all that version 1 has, no unknown ones, each of its kind."""
     names = {field.name for field in fields(settings)}
-    if not isinstance(values, Mapping) or not names - ADDED_FIELDS <= set(values) <= names:
+    if not isinstance(values, Mapping) or not names & VERSION_1_FIELDS <= set(values) <= names:
         raise ArtifactError(
             f"the entries of {settings.__name__} are not those of this version: {', '.join(sorted(names))}"
         )

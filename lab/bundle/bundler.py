@@ -133,9 +133,14 @@ def check_names(parts: list[SourcePart]) -> None:
             owners[name] = f"{part.path}:{line}"
 
 
+def parts_sha256(parts: list[SourcePart]) -> str:
+    """Returns the hash over the names and hashes of all parts."""
+    return hashlib.sha256("".join(f"{part.path} {part.sha256}\n" for part in parts).encode()).hexdigest()
+
+
 def bundle_header(parts: list[SourcePart]) -> str:
     """Comment lines: what made the file, and the hash of each part."""
-    whole = hashlib.sha256("".join(f"{part.path} {part.sha256}\n" for part in parts).encode()).hexdigest()
+    whole = parts_sha256(parts)
     lines = [f"# Made by tools/bundle.py from {parts[-1].path} and the modules it needs: edit those, not this file."]
     lines += [f"# sha256 of the parts: {whole}"]
     lines += [f"#   {part.sha256[:16]}  {part.text.count(chr(10)):>4} lines  {part.path}" for part in parts]

@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lab.bundle.bundler import collect_parts, parts_sha256
 from lab.bundle.packer import pack_source, unpack_source
 from lab.bundle.parts import BundleError
 from lab.record.claim_check import measured_claims
@@ -20,6 +22,8 @@ from lab.record.record_folder import CLAIMS_NAME, HASHES_NAME, README_NAME, SCRI
 from lab.record.record_readme import RecordFacts, render_readme
 from lab.record.run_check import RunEvidence, finished_run_findings, read_run, seeds_findings, track_findings
 from lab.record.script_reading import READABLE_NAME
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def make_record(order: SubmissionOrder) -> SubmissionOutcome:
     reasons += readable_reasons
     if reasons:
         return SubmissionOutcome(target, tuple(reasons), {})
-    claims = submission_claims(order, runs, date)
+    claims = submission_claims(order, runs, date) | checkout_of(readable, runs[0].seed)
     reasons = build_folder(target, order, runs, claims, readable)
     return SubmissionOutcome(target, tuple(reasons), claims)
 
@@ -86,13 +90,13 @@ def readable_script(paths: Sequence[Path], runs: Sequence[RunEvidence]) -> tuple
     A run that was started from one packed file has no readable source: what is packed in it stands in for that.
     """
     reasons: list[SubmissionFinding] = []
-    packed = (runs[0].code or b"").decode("utf-8", errors="replace")
+    packed = runs[0].code or b""
     sources = {path: file.read_text("utf-8", "replace") for path in paths if (file := path / READABLE_NAME).is_file()}
     for source in dict.fromkeys(sources.values()):
         try:
             sound = pack_source(source) == packed  # takes some seconds for a whole program
         except BundleError:
-            sound = source == packed
+            sound = source.encode() == packed
         if not sound:
             places = ", ".join(str(path) for path, text in sources.items() if text == source)
             reasons.append(error("R16-readable-differs", f"{places}: {READABLE_NAME} does not pack to {SCRIPT_NAME}"))
@@ -101,7 +105,29 @@ def readable_script(paths: Sequence[Path], runs: Sequence[RunEvidence]) -> tuple
     try:
         return unpack_source(packed), reasons
     except BundleError:
-        return packed, reasons  # started from a readable bundle: it is its own source
+        return packed.decode("utf-8", errors="replace"), reasons  # started from a readable bundle: it is its own source
+
+
+def checkout_of(readable: str, seed: int) -> dict[str, str]:
+    """Returns the commit and the command that give a run's readable script again; {} where this checkout does not."""
+    found = re.search(r"^# sha256 of the parts: (\w{64})$", readable, re.MULTILINE)
+    if not found or found[1] != parts_sha256(collect_parts(REPOSITORY / SCRIPT_NAME, REPOSITORY)):
+        return {}
+    clean = ask_git("status", "--porcelain", "--", SCRIPT_NAME, "golf", "lab/bundle", "tools/bundle.py") == ""
+    commit = ask_git("rev-parse", "HEAD")
+    if not clean or not commit:
+        return {}
+    command = f"python tools/bundle.py --run-config runs/seed{seed}/config.json --out {READABLE_NAME}"
+    return {"code_commit": commit, "code_command": command}
+
+
+def ask_git(*words: str) -> str | None:
+    """Returns what git says of the project's checkout; None where there is no git or no checkout."""
+    try:
+        asked = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 # ---- what is claimed ----
@@ -145,7 +171,8 @@ def record_files(
     yield README_NAME, render_readme(facts).encode()
     yield CLAIMS_NAME, as_json(claims).encode()
     yield SCRIPT_NAME, runs[0].code or b""
-    yield READABLE_NAME, readable.encode()
+    if "code_commit" not in claims:
+        yield READABLE_NAME, readable.encode()
     yield "requirements.txt", order.requirements.read_bytes()
     for run in runs:
         folder = Path(run.label)

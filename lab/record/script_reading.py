@@ -10,7 +10,9 @@ import base64
 import binascii
 import bz2
 import hashlib
+import io
 import lzma
+import tokenize
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -78,9 +80,18 @@ def read_script(path: Path, folder: Path) -> ScriptReading:
     data, texts = path.read_bytes(), (".md", ".json", ".log", ".txt")
     files = [file for file in folder.iterdir() if file.is_file() and file.suffix not in texts]
     neighbours = {file.name: file.read_bytes() for file in files if file.stat().st_size < MOST_NEIGHBOUR_BYTES}
-    layers, opaque = source_layers(data.decode("utf-8-sig", errors="replace"), neighbours)
+    layers, opaque = source_layers(script_text(data), neighbours)
     trees = tuple(tree for layer in layers if (tree := parse_quietly(layer)) is not None)
     return ScriptReading(path, data, tuple(layers), opaque, trees)
+
+
+def script_text(data: bytes) -> str:
+    """Decodes a script as Python does: by the coding that it names in its first lines, else as UTF-8."""
+    try:
+        coding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(coding, errors="replace")
+    except (SyntaxError, LookupError):
+        return data.decode("utf-8-sig", errors="replace")
 
 
 def oldest_grammar_error(script: ScriptReading) -> str:
@@ -152,6 +163,7 @@ def packed_source(tree: ast.Module, neighbours: Mapping[str, bytes]) -> str | No
     """Returns the longest constant or neighbouring file that decodes to Python, decoded."""
     constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     texts = [v.encode() if isinstance(v, str) else v for v in constants if isinstance(v, str | bytes)]
+    texts += [v.encode("latin-1") for v in constants if isinstance(v, str) and not v.isascii() and max(v) <= "\xff"]
     texts += [neighbours[v] for v in constants if isinstance(v, str) and v in neighbours]
     for payload in sorted((t for t in texts if len(t) >= SHORTEST_PAYLOAD), key=len, reverse=True)[:MOST_PAYLOADS]:
         for packed in printable_decodings(payload):
