@@ -20,7 +20,7 @@ VAL_TOKENS, VAL_BYTES = 119_473, 398_277
 
 
 @functools.cache
-def packed_source(source: str = SOURCE) -> str:
+def packed_source(source: str = SOURCE) -> bytes:
     return pack_source(source)
 
 
@@ -44,7 +44,7 @@ def write_run(
     """A sound run folder; `changes` go into result.json and, as the run would have, into the log."""
     folder.mkdir(parents=True)
     config = build_config("local", {}, {"seed": str(seed), "run_id": folder.name} | (overrides or {}))
-    code, artifact = packed_source(source).encode(), f"artifact of seed {seed}".encode()
+    code, artifact = packed_source(source), f"artifact of seed {seed}".encode()
     (folder / "train_gpt.py").write_bytes(code)
     if readable:
         (folder / "train_gpt_readable.py").write_text(source, encoding="utf-8")
@@ -211,20 +211,23 @@ final_int8_zlib_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}
 PUBLISHED_SCORES = {42: 1.21632999, 1337: 1.21701, 7: 1.21598}
 
 
-def write_published(folder: Path, script: str = PUBLISHED_SCRIPT, shipped: str | None = None, **log: Any) -> Path:
+def write_published(
+    folder: Path, script: str | bytes = PUBLISHED_SCRIPT, shipped: bytes | None = None, **log: Any
+) -> Path:
     """A sound record of another's making: three seeds, no result.json, no list of hashes."""
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("# A record\n", encoding="utf-8")
-    (folder / "train_gpt.py").write_text(shipped or script, encoding="utf-8")
+    code = script_bytes(shipped or script)
+    (folder / "train_gpt.py").write_bytes(code)
     for seed, score in PUBLISHED_SCORES.items():
-        text = published_log(seed, score, script, **log)
+        text = published_log(seed, score, script if isinstance(script, str) else "", **log)
         (folder / f"train_seed{seed}.log").write_text(text, encoding="utf-8")
     mean = sum(PUBLISHED_SCORES.values()) / len(PUBLISHED_SCORES)
-    total = log.get("model_bytes", 15_800_000) + len((shipped or script).encode())
+    total = log.get("model_bytes", 15_800_000) + len(code)
     claims = {
         "author": "someone", "github_id": "someone", "name": "A record", "blurb": "What it is.", "date": "2026-04-01",
         "track": "10min_16mb", "val_bpb": round(mean, 4), "val_loss": round(mean * math.log(2) * SP1024, 4),
-        "bytes_total": total, "bytes_code": len((shipped or script).encode()), "seeds": [42, 1337, 7],
+        "bytes_total": total, "bytes_code": len(code), "seeds": [42, 1337, 7],
         "seed_results": {str(seed): {"val_bpb": score} for seed, score in PUBLISHED_SCORES.items()},
     }  # fmt: skip
     write_json(folder / "submission.json", claims)
@@ -259,10 +262,15 @@ def edit_log(folder: Path, before: str, after: str, seed: int = 42) -> None:
     path.write_text(text.replace(before, after))
 
 
-def ship(folder: Path, source: str) -> None:
-    """Another script, with logs that ran it."""
-    (folder / "train_gpt.py").write_text(source, encoding="utf-8")
+def script_bytes(script: str | bytes) -> bytes:
+    return script if isinstance(script, bytes) else script.encode()
+
+
+def ship(folder: Path, source: str | bytes) -> None:
+    """Another script, with logs that ran it; a packed one is not in them."""
+    (folder / "train_gpt.py").write_bytes(script_bytes(source))
     for seed, score in PUBLISHED_SCORES.items():
-        (folder / f"train_seed{seed}.log").write_text(published_log(seed, score, source), encoding="utf-8")
-    size = len(source.encode())
+        text = published_log(seed, score, source if isinstance(source, str) else "")
+        (folder / f"train_seed{seed}.log").write_text(text, encoding="utf-8")
+    size = len(script_bytes(source))
     claim(folder, bytes_code=size, bytes_total=15_800_000 + size)

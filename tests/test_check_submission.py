@@ -257,7 +257,7 @@ OWN_FAULTS = {
     "step count forged": (lambda f: claim(f, step_stop=1), True, "S81-run-disagrees"),
     "bytes forged": (lambda f: claim(f, bytes_total=400), True, "S81-run-disagrees"),
     "artifact hash forged": (lambda f: change_result(f, artifact_sha256="0" * 64), True, "R05-log-result"),
-    "script replaced": (lambda f: (f / "train_gpt.py").write_text(pack_source("print(3)\n")), True, "R06-code-in-log"),
+    "script replaced": (lambda f: (f / "train_gpt.py").write_bytes(pack_source("print(3)\n")), True, "R06-code-in-log"),
     "readable replaced": (lambda f: (f / "train_gpt_readable.py").write_text("print(3)\n"), True, "S65-readable"),
     "run invalid": (lambda f: change_result(f, valid=False, findings=["x"]), True, "R01-invalid"),
     "run partial": (lambda f: change_result(f, partial=True), True, "R02-partial"),

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 import train_gpt
+from golf.config.config import build_config
 from golf.run.guard import AccessGuard
 from golf.run.session import Interruption
+from lab.bundle.bundler import bundle_source
+from lab.bundle.frozen import freeze_config
+from lab.bundle.packer import pack_source
 
 TINY_RUN = [
     "vocab_size=400", "model_dim=32", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32", "iterations=8",
@@ -35,9 +39,14 @@ def read_run(folder: Path) -> tuple[dict, list[float], bytes, str]:
 
 
 @pytest.fixture(scope="module")
-def module_run(repository, prepared, tmp_path_factory) -> tuple[dict, list[float], bytes, str]:
+def module_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("modules")
+
+
+@pytest.fixture(scope="module")
+def module_run(repository, prepared, module_folder) -> tuple[dict, list[float], bytes, str]:
     """One run of train_gpt.py with its modules."""
-    root = tmp_path_factory.mktemp("modules")
+    root = module_folder
     script = [sys.executable, "train_gpt.py", "--preset", "local", f"runs_root={root}", "run_id=m"]
     finished = run_script([*script, *prepared, *TINY_RUN], repository)
     assert finished.returncode == 0, finished.stderr
@@ -92,10 +101,13 @@ def test_log_has_the_competitions_lines_in_their_order(module_run):
 
 
 @pytest.mark.slow
-def test_packed_bundle_in_an_empty_folder_equals_the_modules(module_run, repository, prepared, tmp_path):
+def test_packed_bundle_in_an_empty_folder_equals_the_modules(module_run, module_folder, repository, prepared, tmp_path):
     """Same losses, same artifact, same score; and bytes_code is the size of the file that ran."""
     script = tmp_path / "train_gpt.py"
-    subprocess.run([sys.executable, "tools/bundle.py", "--pack", "--out", script], check=True, cwd=repository)
+    made_for = ["--run-config", module_folder / "m" / "config.json"]
+    subprocess.run(
+        [sys.executable, "tools/bundle.py", "--pack", "--out", script, *made_for], check=True, cwd=repository
+    )
     command = [sys.executable, script, "--preset", "local", "run_id=b", *prepared, *TINY_RUN]
     finished = run_script(command, tmp_path, PYTHONPATH="")
     assert finished.returncode == 0, finished.stderr
@@ -148,7 +160,7 @@ def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
     assert result["valid"] and result["preset"] == "local" and result["val_bpb"] < 8
     assert result["bytes_model"] == len(artifact)
     assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"] <= result["limit_bytes"] == 500_000
-    assert f"final_fit_rans_roundtrip_exact val_loss:{result['val_loss']:.8f}" in log
+    assert f"final_waterfill_rans_roundtrip_exact val_loss:{result['val_loss']:.8f}" in log
     assert (tmp_path / "short" / "loss.png").stat().st_size > 5000
     assert (tmp_path / "short" / "bytes.png").stat().st_size > 5000
 
@@ -196,10 +208,13 @@ FITTED = [
 
 
 @pytest.fixture(scope="module")
-def fitted_run(module_run, repository, prepared, tmp_path_factory) -> tuple[dict, list[float], bytes, str]:
+def fitted_run(repository, prepared, tmp_path_factory) -> tuple[dict, list[float], bytes, str]:
     """A run whose artifact fills its limit: that of the plain run's model, less a fifth of its codes' bytes."""
     root = tmp_path_factory.mktemp("fitted")
-    limit = f"limit_bytes={module_run[0]['bytes_code'] + 13_000}"
+    knobs = dict(word.split("=", 1) for word in [*TINY_RUN, *FITTED, "limit_bytes=66000"])
+    frozen = freeze_config(build_config("local", {}, knobs))
+    code = pack_source(bundle_source(repository / "train_gpt.py", repository, frozen))
+    limit = f"limit_bytes={len(code) + 13_000}"
     script = [sys.executable, "train_gpt.py", "--preset", "local", f"runs_root={root}", "run_id=f"]
     finished = run_script([*script, *prepared, *TINY_RUN, *FITTED, limit], repository)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -210,7 +225,7 @@ def fitted_run(module_run, repository, prepared, tmp_path_factory) -> tuple[dict
 def test_a_fitted_run_fills_its_limit_and_is_valid(fitted_run):
     result, _, artifact, log = fitted_run
     assert result["valid"] and result["limit_bytes"] - 2000 <= result["bytes_total"] <= result["limit_bytes"] - 100
-    assert "final_fit_rans_roundtrip" in log and result["fit_actions"][0].startswith("water level")
+    assert "final_waterfill_rans_roundtrip" in log and result["fit_actions"][0].startswith("water level")
     assert result["calibration_tokens"] == 512 and result["calibration_seconds"] > 0
     assert result["features"]["calibration"]["proven"] and result["parity"]["largest_difference"] < 1e-5
     assert "calibrate" in {row["phase"] for row in result["ledger"]["phases"]}

@@ -59,7 +59,7 @@ def test_a_record_holds_the_evidence_and_nothing_else(tmp_path):
     assert set(tree(outcome.folder)) == {*files, *runs, *logs}
     assert os.listdir(outcome.folder.parent) == [outcome.folder.name]  # nothing temporary is left
     assert (outcome.folder / "train_gpt_readable.py").read_text() == SOURCE
-    assert (outcome.folder / "train_gpt.py").read_text() == packed_source()
+    assert (outcome.folder / "train_gpt.py").read_bytes() == packed_source()
 
 
 def test_the_check_finds_nothing_in_what_was_built(tmp_path):
@@ -148,7 +148,7 @@ def one_byte_over(run: Path) -> None:
 
 
 def other_code(run: Path) -> None:
-    code = packed_source(OTHER_SOURCE).encode()
+    code = packed_source(OTHER_SOURCE)
     (run / "train_gpt.py").write_bytes(code)
     (run / "train_gpt_readable.py").write_text(OTHER_SOURCE)
     size = len(code) + json.loads((run / "result.json").read_text())["bytes_model"]

@@ -15,6 +15,7 @@ from evidence_fixtures import (
     codes,
     edit_log,
     errors,
+    script_bytes,
     ship,
     texts,
     write_published,
@@ -72,7 +73,7 @@ HIDERS = {
 def test_a_local_module_is_found_however_it_is_loaded(tmp_path, hide, source):
     (tmp_path / "helper.py").write_text("import deeper\ngo = deeper.go\n")
     (tmp_path / "deeper.py").write_text("def go(): pass\n")
-    (tmp_path / "train_gpt.py").write_text(hide(source))
+    (tmp_path / "train_gpt.py").write_bytes(script_bytes(hide(source)))
     script = read_script(tmp_path / "train_gpt.py", tmp_path)
     assert set(find_neighbours(script, tmp_path).modules) == {"helper.py", "deeper.py"}
 
