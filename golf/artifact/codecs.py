@@ -1,8 +1,8 @@
-"""Byte streams <-> fewer bytes: lzma, zstd, brotli, zlib, none. Decoding never makes more than was declared.
+"""Compresses byte streams by lzma, zstd, brotli, zlib or none. Decoding never makes more bytes than were declared.
 
-Quantized weights are close to independent draws, so a codec gains from the symbols' frequencies and loses by
-looking for repeats. Hence lzma's literal coder without context bits, and zstd with long minimal matches: the
-smallest that were measured on trained codes, zstd 1.5 to 3 % below lzma.
+Quantized weights are close to independent draws, so a codec gains from the symbols' frequencies and loses by looking
+for repeats. Hence lzma's literal coder without context bits, and zstd with long minimal matches: the smallest that were
+measured on trained codes, zstd 1.5 to 3 % below lzma.
 """
 
 import io
@@ -16,34 +16,37 @@ from types import ModuleType
 from golf.config.knobs import UserError
 
 SAMPLE_BYTES = 2**20
-"""Codec settings are chosen on this much of a stream: encoding all of it with each would take minutes."""
+"""Bytes of a stream on which codec settings are chosen: encoding all of it with each would take minutes."""
 LZMA_SETTINGS = ((2**12, 0, 0), (2**16, 0, 0), (2**26, 0, 0), (2**16, 3, 2))
-"""(dictionary bytes, literal context bits, position bits) that are tried. Repeats in codes are chance: a short
-dictionary makes them cheap to name, and is quick; a table whose rows resemble each other wants a long one."""
+"""Settings to try: (dictionary bytes, literal context bits, position bits). Repeats in codes are chance: a short
+dictionary makes them cheap to name, and is quick; a table whose rows resemble each other needs a long one."""
 ZSTD_SETTINGS = ((22, 7), (1, 7), (22, 3))
-"""(level, length of the shortest match) that are tried."""
+"""Settings to try: (level, length of the shortest match)."""
 LARGEST_WINDOW = 2**27
 
 
 class ArtifactError(UserError):
-    """Bytes that are not a sound artifact, or weights that cannot become one."""
+    """Reports bytes that are not a sound artifact, or weights that can't become one."""
 
 
 def encode_lzma(data: bytes, settings: tuple[int, int, int]) -> bytes:
-    """LZMA2 without the xz container. It records the context bits itself."""
+    """Encodes LZMA2 without the xz container; the stream itself records the context bits."""
     dict_size, lc, pb = settings
     options = {"dict_size": min(dict_size, max(len(data), 4096)), "lc": lc, "lp": 0, "pb": pb, "nice_len": 273}
     return lzma.compress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, **options}])
 
 
 def decode_lzma(data: bytes, size: int) -> bytes:
-    """Any dictionary reaches at most to the beginning of the stream, so its size need not be known."""
+    """Decodes at most `size` + 1 bytes of LZMA2.
+
+    The dictionary's size need not be known: any dictionary reaches at most to the beginning of the stream.
+    """
     filters = [{"id": lzma.FILTER_LZMA2, "dict_size": min(max(size, 4096), LARGEST_WINDOW)}]
     return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters).decompress(data, max_length=size + 1)
 
 
 def require_zstandard() -> ModuleType:
-    """The zstandard package, or an error: another codec in its place would change the artifact's size unseen."""
+    """Returns the zstandard package. Raises ArtifactError without it: another codec would silently change the size."""
     try:
         import zstandard
     except ModuleNotFoundError:
@@ -76,7 +79,7 @@ def decode_zstd(data: bytes, size: int) -> bytes:
 
 
 def require_brotli() -> ModuleType:
-    """The brotli package, of a version whose output can be bounded, or an error."""
+    """Returns the brotli package, in a version whose output can be bounded. Raises ArtifactError without it."""
     try:
         import brotli
     except ModuleNotFoundError:
@@ -120,7 +123,7 @@ def decode_zlib(data: bytes, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class ByteCodec:
-    """A way to compress bytes: encoders to choose from, and their decoder (data, declared size)."""
+    """Compresses bytes by one of several encoders, which share a decoder of (data, declared size)."""
 
     encoders: tuple[Callable[[bytes], bytes], ...]
     decode: Callable[[bytes, int], bytes]
@@ -134,12 +137,14 @@ BY_CODEC = {
     "zlib": ByteCodec((encode_zlib,), decode_zlib),
     "none": ByteCodec((bytes,), lambda data, size: data),
 }
-"""The codecs that compress bytes; rans models codes (streams.py)."""
+"""Codecs that compress bytes, by name; rans models codes instead (streams.py)."""
 
 
 def encode_smallest(codec: ByteCodec, data: bytes) -> bytes:
-    """Returns `data` by the encoder that is best on its beginning, of equals the first: the same bytes for the same
-    data and library version."""
+    """Encodes `data` by the encoder that is best on its beginning, of equals the first.
+
+    The same data and library version give the same bytes.
+    """
     encoders = codec.encoders
     if len(encoders) > 1 and len(data) > SAMPLE_BYTES:
         encoders = (min(encoders, key=lambda encoder: len(encoder(data[:SAMPLE_BYTES]))),)
@@ -163,5 +168,5 @@ def decode_exactly(codec: ByteCodec, data: bytes, size: int) -> bytes:
 
 
 def decompress_stream(codec: str, data: bytes, size: int) -> bytes:
-    """Inverse of compress_stream. Raises ArtifactError."""
+    """Inverts compress_stream. Raises ArtifactError."""
     return decode_exactly(BY_CODEC[codec], data, size)

@@ -1,9 +1,9 @@
-"""The artifact: everything that a fresh process needs to rebuild the quantized model, and nothing that runs.
+"""Packs and reads the artifact: all that a fresh process needs to rebuild the quantized model, and nothing that runs.
 
 Fields of the frame (frame.py): the description, then those of each stream (layout.py). The description is deflated
 JSON: the model's configuration, the tokenizer's SHA-256, the bits of each tensor, and "forms" where a tensor has other
-parts than codes and a scale for each row: [form (forms.py), numbers of the tensors that have it] for each such form.
-Names and shapes follow from the configuration (shapes.py), so they take no bytes.
+parts than codes and a scale for each row: [form (description.py), numbers of the tensors that have it] for each such
+form. Names and shapes follow from the configuration (expected_shapes), so they take no bytes.
 """
 
 import hashlib
@@ -48,31 +48,32 @@ from golf.runtime import Runtime, write_file_atomically
 LARGEST_DESCRIPTION = 2**16
 FREE_ELEMENTS = 2**24
 ELEMENTS_PER_BYTE = 256
-"""A file may declare FREE_ELEMENTS weights, and beyond those so many for each of its bytes: no bomb in a small file."""
+"""Bounds on the weights that a file may declare: FREE_ELEMENTS, and this many more for each of its bytes. So a small
+file can't claim huge memory."""
 PLAIN_FORM = [1, 1, 0, 0, 0]
-"""What a tensor has that no form is told of: a row of scales for each row, one group, nothing else."""
+"""Form of a tensor that "forms" does not list: a row of scales for each row, one group, nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """What an artifact holds."""
+    """Holds the content of an artifact."""
 
     model: ModelConfig
     tokenizer_sha256: str
     state: QuantizedState
     codec: str
     sha256: str
-    """Of the whole file."""
+    """SHA-256 of the whole file."""
     byte_count: int
 
 
 def pack_artifact(
     stored: QuantizedState, model: ModelConfig, tokenizer_sha256: str, codec: str, verify: bool = True
 ) -> tuple[bytes, SizeReport]:
-    """The artifact's bytes, and what they are spent on. The same input gives the same bytes.
+    """Returns the artifact's bytes, and a report of what they are spent on. The same input gives the same bytes.
 
-    `verify`: read the bytes back and compare; without, the report has no seconds to decode. Raises ArtifactError when
-    the tensors are not those of `model` or the codec's package is missing.
+    `verify` reads the bytes back and compares; without it, the report has no seconds to decode. Raises ArtifactError
+    when the tensors are not those of `model` or the codec's package is missing.
     """
     shapes = expected_shapes(model)
     check_shapes({name: stored_shape(entry) for name, entry in stored.items()}, shapes)
@@ -89,7 +90,7 @@ def pack_artifact(
 
 
 def encode_streams(stored: QuantizedState, codec: str) -> tuple[list[StreamSize], list[bytes]]:
-    """What every stream takes, and the fields of all of them, of tensors that may be any part of a model."""
+    """Returns the sizes of all streams, and their fields, for tensors that may be any part of a model."""
     forms, entries = forms_of_state(stored), all_entries(stored)
     sizes, fields = [], []
     for plan in plan_streams(forms):
@@ -102,21 +103,22 @@ def encode_streams(stored: QuantizedState, codec: str) -> tuple[list[StreamSize]
 
 
 def coded_bytes(stored: QuantizedState, codec: str) -> int:
-    """Bytes of all streams of these tensors, which may be any part of a model: an artifact less its description."""
+    """Returns the bytes of all streams of these tensors, which may be any part of a model, without a description."""
     return sum(map(len, encode_streams(stored, codec)[1]))
 
 
 def write_artifact(
     path: Path, stored: QuantizedState, model: ModelConfig, tokenizer_sha256: str, codec: str
 ) -> SizeReport:
-    """Pack, and put the file in place at once. Raises ArtifactError, OSError."""
+    """Packs an artifact and puts the file in place at once. Raises ArtifactError, OSError."""
     data, report = pack_artifact(stored, model, tokenizer_sha256, codec)
     write_file_atomically(path, data)
     return report
 
 
 def read_artifact(source: Path | str | bytes) -> Artifact:
-    """The artifact in a file, or in bytes. Raises ArtifactError, whatever the bytes are; runs nothing from them."""
+    """Reads an artifact from a file, or from bytes; runs nothing from it. Raises ArtifactError for any unsound
+    bytes."""
     if isinstance(source, bytes):
         return parse_artifact(source)
     data = read_file_bounded(Path(source))
@@ -131,7 +133,7 @@ def parse_artifact(data: bytes) -> Artifact:
 
 
 def unpack_artifact(data: bytes) -> tuple[Artifact, list[float]]:
-    """The artifact in bytes, and the seconds that each of its streams took. Raises ArtifactError."""
+    """Returns the artifact in bytes, and the seconds that each of its streams took. Raises ArtifactError."""
     codec, fields = unframe_artifact(data)
     if FROZEN and codec != preset_config("").quant.codec:
         raise ArtifactError(f"the artifact has codec {codec}, for which this script has no code")
@@ -142,7 +144,8 @@ def unpack_artifact(data: bytes) -> tuple[Artifact, list[float]]:
 
 
 def decode_streams(fields: list[bytes], forms: Forms, codec: str) -> tuple[QuantizedState, list[float]]:
-    """The tensors of `forms` from the fields of all their streams, and each stream's seconds. Raises ArtifactError."""
+    """Returns the tensors of `forms` from the fields of all streams, and each stream's seconds. Raises
+    ArtifactError."""
     plans = plan_streams(forms)
     if len(fields) != sum(plan.fields(codec) for plan in plans):
         raise ArtifactError("the artifact does not have the streams that its model needs")
@@ -150,7 +153,7 @@ def decode_streams(fields: list[bytes], forms: Forms, codec: str) -> tuple[Quant
     planned = [(plan, list(islice(remaining, plan.fields(codec)))) for plan in plans]
     parts: Parts = {role: {} for role in ("codes", "scales", "columns", "zeros", "fp16")}
     seconds = []
-    for plan, own in reversed(planned):  # zero points and scales come last, codes need them
+    for plan, own in reversed(planned):  # zero points and scales come last, and codes need them
         started = time.perf_counter()
         parts[plan.role] |= decode_stream(codec, plan, own, forms, parts)
         seconds.append(time.perf_counter() - started)
@@ -178,7 +181,7 @@ def describe_forms(stored: QuantizedState) -> list[tuple[list, list[int]]]:
 
 
 def parse_description(deflated: bytes, file_bytes: int) -> tuple[ModelConfig, str, Forms]:
-    """(model, tokenizer_sha256, forms by tensor name) from untrusted bytes. Raises ArtifactError."""
+    """Parses (model, tokenizer_sha256, forms by tensor name) from untrusted bytes. Raises ArtifactError."""
     document = load_description(deflated)
     optional = set() if stores_plain_rows() else {"forms"}
     if not isinstance(document, dict) or document.keys() - optional != {"model", "tokenizer", "bits"}:
@@ -202,7 +205,7 @@ def parse_description(deflated: bytes, file_bytes: int) -> tuple[ModelConfig, st
 
 
 def form_exceptions(exceptions: object, tensors: int) -> dict[int, object]:
-    """Number of a tensor -> its form as JSON. Raises ArtifactError."""
+    """Returns the forms, still as JSON, by a tensor's number. Raises ArtifactError."""
     if not isinstance(exceptions, list):
         raise ArtifactError("the artifact's list of forms is none")
     found: dict[int, object] = {}
@@ -217,7 +220,7 @@ def form_exceptions(exceptions: object, tensors: int) -> dict[int, object]:
 
 
 def load_description(deflated: bytes) -> object:
-    """The JSON document in a bounded deflate stream."""
+    """Parses the JSON document in a bounded deflate stream. Raises ArtifactError."""
     try:
         text = decode_zlib(deflated, LARGEST_DESCRIPTION)
         if len(text) > LARGEST_DESCRIPTION:
@@ -243,7 +246,7 @@ def stored_bits(entry: QuantizedTensor | torch.Tensor) -> int:
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ArtifactError, naming the first tensor, unless the tensors are exactly those expected."""
+    """Raises ArtifactError, naming the first tensor, unless the tensors are exactly those expected."""
     for name, shape in expected.items():
         if name not in shapes:
             raise ArtifactError(f"tensor {name!r} is missing: the model's configuration calls for it")
@@ -255,10 +258,10 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
 
 
 def same_stored_state(one: QuantizedState, other: QuantizedState) -> bool:
-    """Whether all codes, scales and fp16 values are equal."""
+    """Returns whether all codes, scales and fp16 values are equal."""
     return one.keys() == other.keys() and all(same_stored(one[name], other[name]) for name in one)
 
 
 def restore_model(artifact: Artifact, runtime: Runtime) -> GPT:
-    """The quantized model on the runtime's device, in eval mode, without fake quantization."""
+    """Returns the quantized model on the runtime's device, in eval mode, without fake quantization."""
     return load_gpt(artifact.model, dequantize_state(artifact.state), runtime).eval()

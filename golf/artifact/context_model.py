@@ -1,14 +1,14 @@
-"""What the coder expects of a weight's code before it sees it: how large, and on which side of zero.
+"""Predicts the size and sign of a weight's code before the coder sees it.
 
 A matrix is coded tile by tile, from the top left. A code's expected magnitude is the product of a factor of its row,
 from the tiles to the left, and one of its column, from the tiles above; its expected sign and a share of its magnitude
-come from the column's mean. That picks a context, and every context has adaptive counts of the codes seen in it. All of
-it is integer arithmetic on what the reader has read already, so it is the same on every machine.
+come from the column's mean. They select a context, and every context has adaptive counts of the codes seen in it. All
+of it is integer arithmetic on what the reader has already read, so it is the same on every machine.
 
 L matrices of one kind and shape side by side (the layers), R rows, C columns, K contexts, A symbols, P contexts in use,
 N symbols of a tile.
 
-Codes of the trellis grid (golf/quant/trellis.py) come from one of two halves, which follows from the codes before in
+Codes of the trellis grid (golf/quant/trellis.py) come from one of two halves, which follows from the earlier codes in
 their row: such a tile is coded column by column, with the half as part of the context.
 """
 
@@ -25,19 +25,19 @@ StackShape = tuple[int, int, int]
 Strengths = tuple[int, int, int]
 
 MEAN_LEVELS = 4
-"""Column means of 0, 1/4, 2/4 and 3/4 of the column's expected magnitude, either side of zero."""
+"""Levels of column means: 0, 1/4, 2/4 and 3/4 of the column's expected magnitude, either side of zero."""
 PER_OCTAVE = 4
 LOWEST_OCTAVE = -4
 """Contexts of magnitude: four to a doubling, from 1/16 of a step."""
 GUESS_WORTH, COUNT_UNIT, COUNT_LIMIT = 128, 64, 2**21
 """Symbols that a context's first guess is worth; what a symbol adds; the sum at which a context's counts are halved."""
 TILES_DOWN, TILES_ACROSS, LARGEST_SIDE, GROWTH = 12, 24, 64, 4
-"""Tiles are at most 1/12 of the rows high, 1/24 of the columns wide and 64 either way, and small at the edges: eight of
-1, then a quarter of what lies behind."""
+"""Limits of a tile: at most 1/12 of the rows high, 1/24 of the columns wide and 64 either way, and small at the edges:
+eight of 1, then a quarter of the length before it."""
 
 
 class StepCoder(Protocol):
-    """A RansWriter or RansReader."""
+    """Codes steps of symbols: a RansWriter or RansReader."""
 
     def step(
         self, starts_PA: np.ndarray, frequencies_PA: np.ndarray, context_N: np.ndarray, symbol_N: np.ndarray | None
@@ -45,20 +45,20 @@ class StepCoder(Protocol):
 
 
 class AdaptiveTables:
-    """Counts of symbols in each of K contexts, which follow what is coded."""
+    """Counts symbols in each of K contexts, and adapts to what is coded."""
 
     def __init__(self, counts_KA: np.ndarray) -> None:
         self.counts_KA = counts_KA.copy()
 
     def open(self, context_N: np.ndarray) -> None:
-        """Turn the counts of these contexts into frequencies, for the steps until `close`."""
+        """Turns the counts of these contexts into frequencies, for the steps until `close`."""
         contexts, symbols = self.counts_KA.shape
         self.present_P = np.flatnonzero(np.bincount(context_N, minlength=contexts))
         self.rank_K = np.zeros(contexts, np.int64)
         self.rank_K[self.present_P] = np.arange(len(self.present_P))
         sums_PA = self.counts_KA[self.present_P].cumsum(axis=1)
         self.full_P = sums_PA[:, -1] > COUNT_LIMIT
-        room = 2**FREQUENCY_BITS - symbols  # every symbol keeps a frequency of 1 at least
+        room = 2**FREQUENCY_BITS - symbols  # every symbol keeps a frequency of at least 1
         ends_PA = sums_PA * room // sums_PA[:, -1:] + np.arange(1, symbols + 1)
         self.frequencies_PA = ends_PA.copy()
         self.frequencies_PA[:, 1:] -= ends_PA[:, :-1]
@@ -66,14 +66,14 @@ class AdaptiveTables:
         self.seen: list[np.ndarray] = []
 
     def code(self, coder: StepCoder, context_N: np.ndarray, symbol_N: np.ndarray | None) -> np.ndarray:
-        """The symbols: `symbol_N` itself to a writer, what was read from a reader."""
+        """Returns the symbols: `symbol_N` itself for a writer, those read for a reader."""
         rank_N = self.rank_K[context_N]
         index_N = coder.step(self.starts_PA, self.frequencies_PA, rank_N, symbol_N)
         self.seen.append(index_N)
         return index_N - rank_N * self.counts_KA.shape[1]
 
     def close(self) -> None:
-        """Count what was coded since `open`."""
+        """Counts what was coded since `open`."""
         index_N = self.seen[0] if len(self.seen) == 1 else np.concatenate(self.seen)
         shape = self.starts_PA.shape
         counts_PA = self.counts_KA[self.present_P]
@@ -88,7 +88,7 @@ def context_count(largest: int) -> int:
 
 @cache
 def bell_counts(largest: int) -> np.ndarray:
-    """First guess of counts_KA for codes in -largest..largest: bells with the mean magnitude of each context.
+    """Returns the first guess of counts_KA for codes in -largest..largest: bells with each context's mean magnitude.
 
     A bell is (1 + x^2 / 16 sigma^2)^-8, near a Gaussian but with longer tails. It is tried at many widths, and a
     context takes the first whose mean magnitude reaches its own. Magnitudes are in 1/128 of a step, weights in 2^-20.
@@ -119,7 +119,7 @@ def weighted_mean(weight_WA: np.ndarray, value_A: np.ndarray) -> np.ndarray:
 
 
 def tile_edges(length: int, parts: int) -> list[int]:
-    """0, 1, 2, ... `length`: steps that grow with what lies behind, up to 1/parts of the whole."""
+    """Returns 0, 1, 2, ... `length`: edges whose steps grow with the length before them, up to 1/parts of the whole."""
     edges = [0]
     while edges[-1] < length:
         edges.append(min(length, edges[-1] + max(1, min(edges[-1] // GROWTH, -(-length // parts), LARGEST_SIDE))))
@@ -131,11 +131,11 @@ def bounded(values: np.ndarray, low: int, high: int) -> np.ndarray:
 
 
 class FactorModel:
-    """Running sums of a stack of matrices, and from them each tile's contexts.
+    """Keeps running sums of a stack of matrices, and derives each tile's contexts from them.
 
     Sums are of doubled codes, plus 1 for the odd half of a trellis grid. Fixed point: a row's factor has 8 fractional
-    bits, a column's (a magnitude) 12, their product 20. `strengths`: how many symbols' worth the first guess of a row's
-    factor, a column's and a column's mean has, as powers of 2.
+    bits, a column's (a magnitude) 12, their product 20. `strengths` are the numbers of symbols that the first guesses
+    of a row's factor, a column's and a column's mean are worth, as powers of 2.
     """
 
     def __init__(self, shape: StackShape, largest: int, strengths: Strengths, guess_LC: np.ndarray | None) -> None:
@@ -149,7 +149,7 @@ class FactorModel:
         self.levels, self.largest = context_count(largest) // MEAN_LEVELS // 2, largest
 
     def factors(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """row_LR, column_LC and signed mean_LC of a tile."""
+        """Returns row_LR, column_LC and signed mean_LC of a tile."""
         typical = (self.total << 20) // self.expected
         prior = self.row_prior * max(typical, 1)
         near_L1 = prior * self.near_L1
@@ -162,13 +162,13 @@ class FactorModel:
         return bounded(row_LR, 1, 2**16), bounded(column_LC, 1, 2**20), mean_LC
 
     def leave_rows(self, rows: slice) -> None:
-        """Where rows resemble their neighbours, take the next ones to be like those that are done."""
+        """Predicts the next rows from those that are done, where rows resemble their neighbours."""
         if self.local:
             row_LR, _, _ = self.factors(rows, slice(0, 0))
             self.near_L1 = bounded((self.near_L1 + row_LR.sum(axis=1, keepdims=True) // row_LR.shape[1]) >> 1, 1, 2**16)
 
     def contexts(self, row_LR: np.ndarray, column_LC: np.ndarray, mean_LC: np.ndarray) -> np.ndarray:
-        """Even numbers of contexts, context_LRC: those of the even half, or of a grid without halves."""
+        """Returns context_LRC, even numbers of contexts: those of the even half, or of a grid without halves."""
         # The bits of a float64 that holds a whole number are its logarithm, in quarters of an octave after the shift.
         octaves_LRC = (row_LR[:, :, None] * column_LC[:, None, :]).astype(np.float64).view(np.int64) >> 50
         level_LRC = bounded(octaves_LRC - PER_OCTAVE * (1023 + 21 + LOWEST_OCTAVE), 0, self.levels - 1)
@@ -193,9 +193,10 @@ def code_stack(
     coder: StepCoder, tables: AdaptiveTables, shape: StackShape, trellis: bool, strengths: Strengths,
     guess_LC: np.ndarray | None, given_LRC: np.ndarray | None,
 ) -> np.ndarray:  # fmt: skip
-    """int16 codes of a stack of matrices through `coder`: those given to a writer, those read from a reader.
+    """Codes a stack of matrices through `coder` and returns int16 codes: those given to a writer, those read by a
+    reader.
 
-    `guess_LC`: relative magnitudes that the columns are first taken to have, 256 for 1; None: all alike.
+    `guess_LC` holds the columns' first relative magnitudes, 256 for 1; None: all alike.
     """
     _, rows, columns = shape
     model = FactorModel(shape, tables.counts_KA.shape[1] // 2, strengths, guess_LC)
@@ -221,7 +222,7 @@ def code_tile(
     coder: StepCoder, tables: AdaptiveTables, context_LTC: np.ndarray, mirrored_LC: np.ndarray, along: slice,
     code_LTC: np.ndarray, half_LTC: np.ndarray | None, given_LTC: np.ndarray | None,
 ) -> None:  # fmt: skip
-    """Fill columns `along` of a band of T rows, code_LTC: in one step, or with halves column by column."""
+    """Fills columns `along` of a band of T rows, code_LTC: in one step, or with halves column by column."""
     largest, side_LC = tables.counts_KA.shape[1] // 2, np.where(mirrored_LC, -1, 1)
     tables.open(context_LTC.reshape(-1) if half_LTC is None else np.append(context_LTC, context_LTC + 1))
     for step in [along] if half_LTC is None else [slice(c, c + 1) for c in range(along.start, along.stop)]:
@@ -238,7 +239,7 @@ def code_tile(
 
 
 def next_halves(code_LRC: np.ndarray, half_LRC: np.ndarray, column: int) -> np.ndarray:
-    """half_LR1 of a column, from the codes and halves to its left: h0(D) half = h1(D) parity."""
+    """Returns half_LR1 of a column, from the codes and halves to its left: h0(D) half = h1(D) parity."""
     half_LR1 = np.zeros((*code_LRC.shape[:2], 1), np.int16)
     for delay in range(1, min(column, TRELLIS_STATES.bit_length() - 1) + 1):
         if PARITY_H0 >> delay & 1:

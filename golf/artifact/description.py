@@ -1,7 +1,7 @@
-"""What an artifact says of its model: the configuration, and which parts each stored tensor has.
+"""Reads and writes an artifact's description: the model's configuration, and the parts of each stored tensor.
 
-Values come out of a file that nobody vouches for, so kind, bounds and sense of each are checked. R rows, C columns,
-S rows of scales, G groups of columns, K rank of the correction.
+The file is untrusted, so the type, bounds and meaning of each value are checked. R rows, C columns, S rows of scales, G
+groups of columns, K rank of the correction.
 """
 
 import math
@@ -27,19 +27,21 @@ from golf.quant.tensor_classes import FP16_BITS
 STORED_FIRST = (
     "tok_emb", "bigram.embed", "bigram.proj", "bigram.scale", "head", "knowledge", "smear", "skip_weights",
 )  # fmt: skip
-"""Parts of a model in the order in which files have always had them; what is not named here follows as it was made."""
+"""Parts of a model that files store first, in this order since version 1; other parts follow in the model's order."""
 
 
 def stored_rank(name: str) -> int:
-    """Returns the place of a tensor's part in STORED_FIRST, or the one after it."""
+    """Returns the rank of a tensor's part in STORED_FIRST, or the one after the last."""
     ranks = (rank for rank, part in enumerate(STORED_FIRST) if name == part or name.startswith(f"{part}."))
     return next(ranks, len(STORED_FIRST))
 
 
 @lru_cache(maxsize=64)
 def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor of a GPT of this configuration, in the order in which they are stored: asked of
-    the model itself, on a device without memory."""
+    """Returns the shape of every tensor of a GPT of this configuration, in stored order.
+
+    The model itself gives the shapes, on a device without memory.
+    """
     with torch.device("meta"):
         state = GPT(model).state_dict()
     return {name: tuple(state[name].shape) for name in sorted(state, key=stored_rank)}
@@ -55,17 +57,17 @@ VERSION_1_FIELDS = {
     "train_seq_len", "bos_id",
     "qat_enabled", "qat_start", "mlp_bits", "attn_bits", "bigram_bits", "embed_bits", "prune_frac", "codec",
 }  # fmt: skip
-"""Knobs that every file has; later ones of a model are written where they differ from their default, which files
-without them mean."""
+"""Knobs that every file has. A model's later knobs are written only where they differ from their default, which a file
+without them means."""
 
 
 def model_to_json(model: ModelConfig) -> dict[str, Any]:
-    """What `model_from_json` reads."""
+    """Returns the values that `model_from_json` reads."""
     return {k: v for k, v in asdict(model).items() if k in VERSION_1_FIELDS or v != getattr(ModelConfig, k)}
 
 
 def model_from_json(values: object) -> ModelConfig:
-    """The model configuration that parsed JSON spells. Raises ArtifactError."""
+    """Returns the model configuration that parsed JSON spells. Raises ArtifactError."""
     if FROZEN:
         return frozen_model(values)
     model = ModelConfig(**checked_values(ModelConfig, values))
@@ -78,8 +80,10 @@ def model_from_json(values: object) -> ModelConfig:
 
 
 def frozen_model(values: object) -> ModelConfig:
-    """Returns the model that this script was made for, of the stored vocabulary where it leaves that open. Raises
-    ArtifactError where `values` spell another one."""
+    """Returns the model that this script was made for, with the stored vocabulary where it leaves that open.
+
+    Raises ArtifactError where `values` spell another model.
+    """
     model = preset_config("").model
     if isinstance(values, Mapping) and not model.vocab_size:
         model = replace(model, vocab_size=int(values.get("vocab_size", 0)))
@@ -89,7 +93,7 @@ def frozen_model(values: object) -> ModelConfig:
 
 
 def quant_from_json(values: object, model: ModelConfig) -> QuantConfig:
-    """The quantization of `model` that parsed JSON spells. Raises ArtifactError."""
+    """Returns the quantization of `model` that parsed JSON spells. Raises ArtifactError."""
     if FROZEN:
         return preset_config("").quant
     known = current_knobs(values) if isinstance(values, Mapping) else values
@@ -99,13 +103,14 @@ def quant_from_json(values: object, model: ModelConfig) -> QuantConfig:
 
 
 def config_of(model: ModelConfig, quant: QuantConfig) -> Config:
-    """The rest such that it fits to the model."""
+    """Returns a configuration of these two whose other sections fit the model."""
     row = TrainConfig(train_batch_tokens=model.train_seq_len, micro_batch_tokens=model.train_seq_len)
     return Config(model=model, quant=quant, train=row, score=ScoreConfig(eval_rope="none"))
 
 
 def checked_values(settings: type, values: object) -> dict[str, Any]:
-    """Values for the fields of a dataclass of knobs: all that version 1 has, no unknown ones, each of its kind."""
+    """Checks a knob section's values: all fields of version 1, no unknown ones, each of its type. Raises
+    ArtifactError."""
     names = {field.name for field in fields(settings)}
     if not isinstance(values, Mapping) or not names & VERSION_1_FIELDS <= set(values) <= names:
         raise ArtifactError(
@@ -116,7 +121,7 @@ def checked_values(settings: type, values: object) -> dict[str, Any]:
 
 
 def checked_value(name: str, kind: Any, value: object) -> Any:
-    """`value` if it is of the knob's kind and within bounds. Raises ArtifactError."""
+    """Returns `value` if it has the knob's type and is within bounds. Raises ArtifactError."""
     if get_origin(kind) is Literal:
         valid = isinstance(value, str) and value in get_args(kind)
     elif kind is int:
@@ -143,12 +148,12 @@ FACTOR_NAMES = ("left", "right")
 
 @dataclass(frozen=True)
 class Form:
-    """One tensor, or one factor of a correction (by the name `tensor:left` or `tensor:right`)."""
+    """Describes one tensor, or one factor of a correction (named `tensor:left` or `tensor:right`)."""
 
     shape: tuple[int, ...]
     bits: int
     row_scales: bool = True
-    """A row of scales for each row; else one for all."""
+    """Whether each row has its own row of scales; else one serves all."""
     groups: int = 1
     column_scales: bool = False
     zeros: bool = False
@@ -170,7 +175,8 @@ Forms = dict[str, Form]
 
 
 def forms_of_entry(name: str, entry: QuantizedTensor | Tensor) -> Forms:
-    """The form of a stored tensor, and of its factors. Raises ArtifactError where its parts don't fit together."""
+    """Returns the forms of a stored tensor and of its factors. Raises ArtifactError where its parts don't fit
+    together."""
     if isinstance(entry, Tensor):
         return {name: Form(tuple(entry.shape), FP16_BITS)}
     if stores_plain_rows():
@@ -208,7 +214,7 @@ def is_factor(name: str) -> bool:
 
 
 def all_entries(stored: QuantizedState) -> QuantizedState:
-    """Tensors and the factors of their corrections, by the names of `Forms`."""
+    """Returns tensors and the factors of their corrections, by the names of `Forms`."""
     if stores_plain_rows():
         return dict(stored)
     entries: QuantizedState = {}
@@ -220,8 +226,8 @@ def all_entries(stored: QuantizedState) -> QuantizedState:
 
 
 def form_to_json(name: str, forms: Forms) -> list:
-    """[row_scales, groups, column_scales, zeros, trellis]; with a correction also its rank, and both factors' bits and
-    forms."""
+    """Returns [row_scales, groups, column_scales, zeros, trellis]; with a correction also its rank, and both factors'
+    bits and forms."""
     form = forms[name]
     values: list = [int(form.row_scales), form.groups, int(form.column_scales), int(form.zeros), int(form.trellis)]
     if form.rank:
@@ -233,7 +239,7 @@ def form_to_json(name: str, forms: Forms) -> list:
 
 
 def forms_from_json(name: str, shape: tuple[int, ...], bits: object, values: object, factor: bool = False) -> Forms:
-    """Inverse of `form_to_json`, from untrusted values. Raises ArtifactError."""
+    """Inverts `form_to_json`, from untrusted values. Raises ArtifactError."""
     if type(bits) is not int or bits not in STORABLE_BITS or (bits != FP16_BITS and len(shape) != 2):
         raise ArtifactError(f"the artifact gives tensor {name!r} an impossible number of bits")
     if stores_plain_rows():
@@ -261,7 +267,7 @@ def forms_from_json(name: str, shape: tuple[int, ...], bits: object, values: obj
 
 
 def check_codes(name: str, codes_RC: Tensor, form: Form) -> None:
-    """Raise ArtifactError for codes outside their grid."""
+    """Raises ArtifactError for codes outside their grid."""
     low, high = form.code_range
     binary_zero = form.bits == 1 and not form.zeros and bool((codes_RC == 0).any())
     if codes_RC.numel() and (codes_RC.min() < low or codes_RC.max() > high or binary_zero):
@@ -269,7 +275,7 @@ def check_codes(name: str, codes_RC: Tensor, form: Form) -> None:
 
 
 def join_entry(name: str, forms: Forms, parts: Mapping[str, Mapping[str, Tensor]]) -> QuantizedTensor | Tensor:
-    """A stored tensor from the parts of all streams (role -> name -> tensor)."""
+    """Joins a stored tensor from the parts of all streams (role -> name -> tensor). Raises ArtifactError."""
     form = forms[name]
     if form.bits == FP16_BITS:
         return parts["fp16"][name]

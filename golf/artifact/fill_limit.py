@@ -1,9 +1,10 @@
-"""Artifacts that fit the byte limit: coarser weights where one would be over, or the water level that fills it.
+"""Fits artifacts to the byte limit: by coarser weights where one would be too large, or by the water level that fills
+it.
 
-Coarser: first pruning is raised, then matrices lose a bit each, the least sensitive first. Order and bytes follow from
-the weights alone. By the water level: one number decides the steps of all matrices (golf/quant/waterfill.py); its
-base-2 logarithm is bracketed and then found by the secant of the coded size, which falls by about half a bit a weight
-for each doubling. What is returned was packed.
+Coarser: pruning is raised first, then matrices lose a bit each, the least sensitive first. Order and bytes follow from
+the weights alone. Water level: one number decides the steps of all matrices (golf/quant/waterfill.py); its base-2
+logarithm is bracketed and then found by the secant of the coded size, which falls by about half a bit a weight for each
+doubling. Whatever is returned was packed.
 """
 
 import math
@@ -28,18 +29,19 @@ from golf.quant.tensor_classes import bits_of, tensor_class, weight_site
 from golf.quant.waterfill import PreparedMatrix, hidden_orders, permute_hidden_units, permute_statistics, prepare_matrix
 
 PRUNE_SHARES = (0.10, 0.15, 0.20, 0.25, 0.30)
-PRUNE_SAVES = 0.02  # share of the bytes, about, by each of PRUNE_SHARES: only says where to look first
+PRUNE_SAVES = 0.02  # share of the bytes, about, that each of PRUNE_SHARES saves: only decides where to look first
 FEWEST_BITS = 3
-GUIDED_PACKINGS = 5  # so many packings follow the expected savings, later ones halve what is left
+GUIDED_PACKINGS = 5  # this many packings follow the expected savings, later ones bisect
 
 
 class FitError(UserError):
-    """Weights that no allowed coarsening brings under the limit."""
+    """Reports weights that no allowed coarsening brings under the limit."""
 
 
 @dataclass(frozen=True)
 class FitAction:
-    """One step towards fewer bytes: `value` is the bits that `tensor` gets, or (no tensor) the share that is pruned."""
+    """Describes one step towards fewer bytes: `value` is the bits of `tensor`, or (no tensor) the share that is
+    pruned."""
 
     tensor: str
     value: float
@@ -55,17 +57,20 @@ class FittedArtifact:
     prune_reports: list[PruneReport]
     actions: list[str]  # in order; empty where it fitted as configured
     pruned: dict[str, Tensor] | None = None
-    """The weights that `stored` was rounded to nearest from; None where codes were chosen otherwise."""
+    """Weights that `stored` was rounded to nearest from; None where codes were chosen otherwise."""
     codes_not_nearest: int = 0
-    """Codes that error feedback or their price has moved from the nearest."""
+    """Codes that error feedback or their price moved away from the nearest."""
 
 
 def fit_to_limit(
     state: Mapping[str, Tensor], quant: QuantConfig, model: ModelConfig, tokenizer_sha256: str,
     limit_bytes_model: int, reserve_bytes: int, log: Callable[[str], None],
 ) -> FittedArtifact:  # fmt: skip
-    """The artifact of `state` as configured, where that is within the limit; else by the fewest actions of the order
-    that leave `reserve_bytes` free. Raises FitError when all of them together do not."""
+    """Packs `state` as configured, where that is within the limit; else coarsened by the fewest actions that suffice.
+
+    Actions are taken in order until `reserve_bytes` stay free. Raises FitError when all of them together are not
+    enough.
+    """
     packed = partial(pack_coarsened, state, quant, model, tokenizer_sha256)
     fitted = packed([])
     size, goal = len(fitted.data), limit_bytes_model - reserve_bytes
@@ -77,7 +82,7 @@ def fit_to_limit(
     actions += coarsening_actions(state, quant)
     saved = [0.0, *accumulate(action.saves for action in actions)]
     best, smallest, packings, tried = None, size, 1, 0
-    low, high = 0, len(saved)  # `low` actions are too few, `high` are enough (or more than there are)
+    low, high = 0, len(saved)  # `low` actions are too few, `high` are enough (or more than exist)
     while high - low > 1:
         guess = bisect_left(saved, saved[tried] + size - goal) if packings <= GUIDED_PACKINGS else (low + high) // 2
         tried = min(max(guess, low + 1), high - 1)
@@ -97,24 +102,25 @@ def fit_to_limit(
 
 
 def coarsening_actions(state: Mapping[str, Tensor], quant: QuantConfig) -> list[FitAction]:
-    """Every bit that a matrix can lose, by the relative squared error added per code bit saved, smallest first."""
+    """Returns every bit that a matrix can lose, by the relative squared error added per code bit saved, smallest
+    first."""
     ranked = []
     for name, tensor in state.items():
         if tensor_class(name, tensor.shape) == "small" or weight_site(name, quant):
-            continue  # what has a quantizer of its own trained for that one
+            continue  # a tensor with its own quantizer trained for that one
         widths = [bits_of(name, tensor.shape, quant)]
         widths += range(min(widths[0] - 1, 8), FEWEST_BITS - 1, -1)
         errors, cost = [rounding_error(name, tensor, bits, quant) for bits in widths], 0.0
         for (before, error), (after, larger_error) in pairwise(zip(widths, errors, strict=True)):
             saved_bits = (before - after) * tensor.numel()
-            cost = max(cost, (larger_error - error) / saved_bits)  # a tensor loses one bit after the other
+            cost = max(cost, (larger_error - error) / saved_bits)  # a tensor loses one bit after another
             action = FitAction(name, after, f"{name} {before} -> {after} bits", saved_bits / 8)
             ranked.append((cost, len(ranked), action))
     return [action for _, _, action in sorted(ranked)]
 
 
 def rounding_error(name: str, tensor: Tensor, bits: int, quant: QuantConfig) -> float:
-    """Squared difference between a tensor and what `bits` bits store of it, over the tensor's own square."""
+    """Returns the squared error of a tensor stored in `bits` bits, relative to the tensor's own square."""
     exact = tensor.detach().cpu().double()
     restored = dequantize_state(quantize_state({name: tensor}, quant, {name: bits}))[name]
     return ((restored - exact).square().sum() / exact.square().sum().clamp_min(1e-300)).item()
@@ -123,7 +129,7 @@ def rounding_error(name: str, tensor: Tensor, bits: int, quant: QuantConfig) -> 
 def pack_coarsened(
     state: Mapping[str, Tensor], quant: QuantConfig, model: ModelConfig, tokenizer_sha256: str, actions: list[FitAction]
 ) -> FittedArtifact:
-    """`state` pruned, quantized and packed, as configured but for `actions`."""
+    """Prunes, quantizes and packs `state`, as configured but for `actions`."""
     bits = {action.tensor: int(action.value) for action in actions if action.tensor}
     shares = [quant.prune_frac, *(action.value for action in actions if not action.tensor)]
     pruned, reports = prune_state(state, replace(quant, prune_frac=shares[-1]), bits)
@@ -133,7 +139,8 @@ def pack_coarsened(
 
 
 FINEST, COARSEST = -36.0, 0.0
-"""Base-2 logarithms of the levels that are tried: codes fill int8 at the one, nearly all are zero at the other."""
+"""Base-2 logarithms of the levels that bound the search: codes fill int8 at the first, nearly all are zero at the
+second."""
 CPU = torch.device("cpu")
 FIRST_GUESS = -21.0
 NEAR_ENOUGH = 500
@@ -143,19 +150,19 @@ MOST_PACKINGS = 16
 
 @dataclass(frozen=True, eq=False)
 class LevelArtifact:
-    """The model at one water level."""
+    """Holds the model at one water level."""
 
     log_level: float
     data: bytes
     sizes: SizeReport
     stored: QuantizedState
     loss_added: float
-    """Predicted, nats per token."""
+    """Predicted added loss, nats per token."""
 
 
 @dataclass(eq=False)
 class LevelSearch:
-    """Weights that are ready for any level."""
+    """Searches the water level whose artifact fills a goal, for prepared weights."""
 
     state: Mapping[str, Tensor]
     statistics: Mapping[str, LayerStatistics]
@@ -170,7 +177,8 @@ class LevelSearch:
     tried: dict[float, LevelArtifact] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Hidden units come in the order that suits the coder: 0.2 to 0.4 % of the bytes for nothing."""
+        """Prepares the matrices, with hidden units in the order that suits the coder: this saves 0.2 to 0.4 % of the
+        bytes."""
         orders = hidden_orders(self.state)
         self.state = permute_hidden_units(self.state, orders)
         self.statistics = permute_statistics(self.statistics, orders)
@@ -179,13 +187,13 @@ class LevelSearch:
         }
 
     def quantize(self, log_level: float) -> QuantizedState:
-        """All tensors at a level, those that are no matrices as fp16."""
+        """Returns all tensors quantized at a level; those that are no matrices as fp16."""
         level, rd_lambda, trellis = 2.0**log_level, self.quant.rd_lambda, self.trellis
         codes = {name: matrix.quantize(level, rd_lambda, trellis) for name, matrix in self.matrices.items()}
         return {name: codes[name] if name in codes else part.detach().cpu().half() for name, part in self.state.items()}
 
     def at(self, log_level: float) -> LevelArtifact:
-        """Quantized and packed at a level."""
+        """Returns the artifact at a level, quantized and packed once."""
         if log_level not in self.tried:
             stored = self.quantize(log_level)
             data, sizes = pack_artifact(stored, self.model, self.tokenizer_sha256, self.quant.codec, verify=False)
@@ -195,11 +203,12 @@ class LevelSearch:
         return self.tried[log_level]
 
     def fill(self, goal: int) -> LevelArtifact:
-        """The largest artifact within `goal` bytes, up to `near_enough`; less only where no finer step is of use.
+        """Returns the largest artifact within `goal` bytes, up to `near_enough`; a smaller one where no finer step
+        helps.
 
         Raises FitError where the coarsest is larger.
         """
-        over = within = None  # the nearest levels of either kind
+        over = within = None  # the nearest level that is too large, and that fits
         guess = self.first_guess
         for packing in range(MOST_PACKINGS):
             size = len(self.at(guess).data)
@@ -216,8 +225,11 @@ class LevelSearch:
         return self.at(within)
 
     def next_guess(self, goal: int, over: float | None, within: float | None, halve: bool) -> float:
-        """Between levels of both kinds where the line through their sizes meets the goal, or in their middle; else as
-        far on as half a bit a weight for each octave says, and a bit."""
+        """Returns the next level to try.
+
+        Between a level that is too large and one that fits: where the line through their sizes meets the goal, or with
+        `halve` their middle. Else: as far on as half a bit a weight for each octave predicts, and a little further.
+        """
         if over is None or within is None:
             known = over if within is None else within
             octaves = 16 * (len(self.tried[known].data) - goal) / self.tried[known].sizes.weights
@@ -234,8 +246,10 @@ def fill_limit(
     tokenizer_sha256: str, limit_bytes_model: int, reserve_bytes: int, log: Callable[[str], None],
     device: torch.device = CPU,
 ) -> FittedArtifact:  # fmt: skip
-    """The artifact that fills the limit, less a reserve: the level is sought with plain grids, which are quick, and
-    from there on with trellises. Deterministic. Raises FitError, QuantError."""
+    """Returns the artifact that fills the limit, less a reserve. Deterministic. Raises FitError, QuantError.
+
+    The level is first searched with plain grids, which are quick, and from there on with trellises.
+    """
     goal = limit_bytes_model - reserve_bytes
     roughly = max(NEAR_ENOUGH, goal // 50)
     search = LevelSearch(state, statistics, quant, model, tokenizer_sha256, log, near_enough=roughly, device=device)
@@ -251,6 +265,6 @@ def fill_limit(
     )
     log(f"fit: {len(found.data):,} bytes in {packings} packings: {action}")
     moved = sum(matrix.codes_not_nearest(found.stored[name]) for name, matrix in search.matrices.items())
-    data, sizes = pack_artifact(found.stored, model, tokenizer_sha256, quant.codec)  # read back and compared
+    data, sizes = pack_artifact(found.stored, model, tokenizer_sha256, quant.codec)  # reads back and compares
     assert data == found.data
     return FittedArtifact(data, sizes, found.stored, [], [action], codes_not_nearest=moved)

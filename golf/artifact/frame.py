@@ -1,6 +1,7 @@
-"""The outer form of an artifact: magic, version, checksum, codec, fields; and files that are put in place at once.
+"""Frames an artifact: magic, version, checksum, codec, fields.
 
-b"GOLF" | version, 1 byte | SHA-256, 32 bytes | codec, 1 byte | (LEB128 length, bytes) ...
+    b"GOLF" | version, 1 byte | SHA-256, 32 bytes | codec, 1 byte | (LEB128 length, bytes) ...
+
 The SHA-256 is of the version byte and all that follows the SHA-256; in version 1 of the latter alone.
 """
 
@@ -13,17 +14,17 @@ from golf.artifact.codecs import ArtifactError
 ARTIFACT_MAGIC = b"GOLF"
 ARTIFACT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""Version 1 knows neither brotli nor rans, and only tensors with a scale for each row."""
+"""Versions that this code reads; 1 has neither brotli nor rans, and only tensors with a scale for each row."""
 DIGEST_START = len(ARTIFACT_MAGIC) + 1
 DIGEST_END = DIGEST_START + 32
 LARGEST_FILE = 2**30
 LONGEST_NUMBER = 5
-"""Bytes of a LEB128 number; enough for 2**35."""
+"""Most bytes of a LEB128 number; enough for 2**35."""
 CODEC_IDS = {"none": 0, "zlib": 1, "lzma": 2, "zstd": 3, "brotli": 4, "rans": 5}
 
 
 def encode_number(value: int) -> bytes:
-    """LEB128: seven bits a byte, lowest first, the top bit set while more follow."""
+    """Encodes LEB128: seven bits a byte, lowest first, the top bit set while more follow."""
     digits = []
     while value > 127:
         digits.append(value & 127 | 128)
@@ -32,7 +33,7 @@ def encode_number(value: int) -> bytes:
 
 
 def decode_number(data: bytes, start: int) -> tuple[int, int]:
-    """(value, position after it). Raises ArtifactError."""
+    """Returns (value, position after it). Raises ArtifactError."""
     value = 0
     for index, digit in enumerate(data[start : start + LONGEST_NUMBER]):
         value |= (digit & 127) << (7 * index)
@@ -51,7 +52,7 @@ def frame_artifact(codec: str, fields: Iterable[bytes]) -> bytes:
 
 
 def unframe_artifact(data: bytes) -> tuple[str, list[bytes]]:
-    """(codec, fields) of an artifact whose checksum holds. Raises ArtifactError."""
+    """Returns (codec, fields) of an artifact whose checksum holds. Raises ArtifactError."""
     if data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise ArtifactError("not an artifact: it does not begin with GOLF")
     if len(data) <= DIGEST_END:
@@ -75,7 +76,7 @@ def unframe_artifact(data: bytes) -> tuple[str, list[bytes]]:
 
 
 def read_file_bounded(path: Path) -> bytes:
-    """All of a file that is no larger than LARGEST_FILE. Raises ArtifactError."""
+    """Reads a whole file that is no larger than LARGEST_FILE. Raises ArtifactError."""
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)

@@ -1,10 +1,10 @@
-"""Which numbers lie next to which: stored tensors <-> streams in which a coder sees like with like.
+"""Arranges stored tensors in streams, so that a coder sees like values together.
 
 Part of the format: a change here is a new version. Measured on trained codes (docs/LOG.md). Byte codecs: one symbol per
-byte; kinds of matrix together, layers one after the other; zigzag (0, -1, 1, -2, ...) symbols; the MLP's output
-matrix column by column (its columns, the hidden units, differ more than its rows: 1.7 % of its bytes); fp16 split
-into high and low bytes. Codec rans: the matrices of one kind and shape side by side, with their zero points taken off.
-R rows, C columns, L layers, S rows of scales, G groups, N numbers.
+byte; kinds of matrix together, layers one after the other; zigzag (0, -1, 1, -2, ...) symbols; the MLP's output matrix
+column by column (its columns, the hidden units, differ more than its rows: 1.7 % of its bytes); fp16 split into high
+and low bytes. Codec rans: the matrices of one kind and shape side by side, with their zero points subtracted. R rows, C
+columns, L layers, S rows of scales, G groups, N numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ Parts = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """One stream: what it holds (codes, scales, columns, zeros or fp16), of which tensors."""
+    """Plans one stream: its role (codes, scales, columns, zeros or fp16) and its tensors."""
 
     role: str
     label: str
@@ -42,17 +42,18 @@ class StreamPlan:
     elements: int
 
     def fields(self, codec: str) -> int:
-        """Pieces, each compressed on its own: byte codecs have two of an fp16 stream, its high and low bytes."""
+        """Returns the number of separately compressed fields: byte codecs split fp16 streams into high and low
+        bytes."""
         return 2 if codec != "rans" and self.role in HALF_ROLES else 1
 
     @property
     def raw_bytes(self) -> int:
-        """One byte a code, two an fp16 value."""
+        """Returns the bytes before compression: one for a code, two for an fp16 value."""
         return self.elements * (2 if self.role in HALF_ROLES else 1)
 
 
 def stream_label(name: str, bits: int) -> str:
-    """Tensors of one label share a stream: by name for matrices on a grid; fp16 ones are the embedding or small."""
+    """Returns the label whose tensors share a stream: by name for matrices on a grid; fp16 ones are embed or small."""
     parts = name.split(".")
     if is_factor(name):
         return "low rank"
@@ -75,7 +76,7 @@ def part_shape(role: str, form: Form) -> tuple[int, ...]:
 
 
 def plan_streams(forms: Forms) -> list[StreamPlan]:
-    """The streams of an artifact, in the order in which they are stored."""
+    """Returns the streams of an artifact, in stored order."""
     groups: dict[tuple[str, int, str], list[str]] = {}
     for name in sorted(forms, key=kind_and_layer):
         bits = forms[name].bits
@@ -103,7 +104,7 @@ def part_of(role: str, entry: QuantizedTensor | Tensor) -> Tensor:
 
 
 def encode_stream(codec: str, plan: StreamPlan, entries: QuantizedState, forms: Forms) -> list[bytes]:
-    """The fields of a stream."""
+    """Encodes the fields of a stream."""
     parts = {name: part_of(plan.role, entries[name]) for name in plan.names}
     if plan.role == "codes":
         if codec == "rans":
@@ -128,7 +129,7 @@ def encode_stream(codec: str, plan: StreamPlan, entries: QuantizedState, forms: 
 def decode_stream(
     codec: str, plan: StreamPlan, fields: Sequence[bytes], forms: Forms, parts: Parts
 ) -> dict[str, Tensor]:
-    """The parts in a stream by tensor name; codes need the zero points, found in `parts`. Raises ArtifactError."""
+    """Decodes a stream's parts by tensor name; codes need the zero points in `parts`. Raises ArtifactError."""
     if plan.role == "codes":
         return decode_code_stream(codec, plan, fields[0], forms, parts)
     if not stores_plain_rows() and plan.role == "zeros":
@@ -147,7 +148,7 @@ def decode_stream(
 
 
 def decode_half_stream(codec: str, plan: StreamPlan, fields: Sequence[bytes]) -> Tensor:
-    """fp16 values. Raises ArtifactError for values that are not finite and scales that are too small."""
+    """Decodes fp16 values. Raises ArtifactError for values that are not finite and scales that are too small."""
     if codec == "rans":
         pattern_N = decode_halves(fields[0], plan.elements)
     else:
@@ -167,7 +168,7 @@ def split_parts(plan: StreamPlan, values_N: Tensor, forms: Forms) -> dict[str, T
 
 
 def decode_code_stream(codec: str, plan: StreamPlan, field: bytes, forms: Forms, parts: Parts) -> dict[str, Tensor]:
-    """int16 codes_RC by tensor name, not checked against their grids."""
+    """Decodes int16 codes_RC by tensor name, not checked against their grids."""
     if codec != "rans":
         symbols_N = np.frombuffer(decompress_stream(codec, field, plan.elements), np.uint8).astype(np.int16)
         flat = split_parts(plan, torch.from_numpy((symbols_N >> 1) ^ -(symbols_N & 1)), forms)
@@ -182,8 +183,11 @@ def decode_code_stream(codec: str, plan: StreamPlan, field: bytes, forms: Forms,
 
 
 def specs_of(stacks: list[list[str]], forms: Forms, steps: Mapping[str, Tensor]) -> list[StackSpec]:
-    """What the coder is told of each stack. The MLP's input matrix, where it is in the same stream, guides its output
-    matrix: a hidden unit that is large in one is large in the other."""
+    """Returns what the coder knows of each stack in advance.
+
+    The MLP's input matrix, where it is in the same stream, guides its output matrix: a hidden unit that is large in one
+    is large in the other.
+    """
     specs: list[StackSpec] = []
     for names in stacks:
         form, guide = forms[names[0]], None
@@ -195,18 +199,18 @@ def specs_of(stacks: list[list[str]], forms: Forms, steps: Mapping[str, Tensor])
 
 
 def symbols_of(name: str, codes_RC: Tensor) -> bytes:
-    """Codes as unsigned bytes, small magnitudes first: 0, -1, 1, -2, ..."""
+    """Returns codes as unsigned bytes, small magnitudes first: 0, -1, 1, -2, ..."""
     codes_N = (codes_RC.T if name.endswith(COLUMN_MAJOR_ENDING) else codes_RC).numpy().reshape(-1).astype(np.int16)
     return ((codes_N << 1) ^ (codes_N >> 15)).astype(np.uint8).tobytes()
 
 
 def by_rows(name: str, part_RC: Tensor) -> Tensor:
-    """A matrix from its symbols, which may lie column by column."""
+    """Restores a matrix from its symbols, which may lie column by column."""
     return part_RC.view(part_RC.shape[::-1]).T.contiguous() if name.endswith(COLUMN_MAJOR_ENDING) else part_RC
 
 
 def stacks_of(plan: StreamPlan, forms: Forms) -> list[list[str]]:
-    """Names of a stream of codes, those of one kind, shape and grid together."""
+    """Groups a codes stream's names by kind, shape and grid."""
     stacks: dict[tuple, list[str]] = {}
     for name in plan.names:
         stacks.setdefault((*kind_and_layer(name)[0], forms[name].shape, forms[name].trellis), []).append(name)
@@ -214,7 +218,7 @@ def stacks_of(plan: StreamPlan, forms: Forms) -> list[list[str]]:
 
 
 def stack_of(names: list[str], entries: QuantizedState) -> np.ndarray:
-    """int16 codes_LRC of matrices of one shape, less their zero points."""
+    """Returns int16 codes_LRC of matrices of one shape, less their zero points."""
     matrices = []
     for name in names:
         entry = entries[name]

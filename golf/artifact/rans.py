@@ -1,9 +1,9 @@
-"""Interleaved range asymmetric numeral systems (Duda 2013, arXiv 1311.2540) in numpy: integers only, many lanes.
+"""Implements interleaved range asymmetric numeral systems (Duda 2013, arXiv 1311.2540) in numpy integers, many lanes.
 
-A symbol of frequency f out of 2^16 takes 16 - log2(f) bits. Each lane's state stays in [2^24, 2^40); what does not fit
-leaves it as 16-bit words. The writer goes through the symbols backwards, so that the reader can go forwards and adapt
-its frequencies to what it has read. Model code talks to both through `step` and need not know which one it has.
-N symbols of a step, K contexts, A symbols of the alphabet.
+A symbol of frequency f out of 2^16 takes 16 - log2(f) bits. Each lane's state stays in [2^24, 2^40); excess bits leave
+it as 16-bit words. The writer processes the symbols backwards, so that the reader can go forwards and adapt its
+frequencies to what it has read. Model code calls both through `step` and need not know which one it has. N symbols of a
+step, K contexts, A symbols of the alphabet.
 """
 
 import numpy as np
@@ -15,17 +15,17 @@ LOWEST_STATE = 2**24
 STATE_BYTES = 5
 FEWEST_LANES, MOST_LANES = 4, 256
 SYMBOLS_PER_LANE = 2**14
-"""A lane costs 5 bytes, few lanes cost time: so many symbols each, within the limits."""
+"""Symbols for each lane, within the limits: a lane costs 5 bytes, few lanes cost time."""
 
 
 def lane_count(symbols: int) -> int:
-    """Lanes of a stream of so many symbols: a power of 2."""
+    """Returns the number of lanes, a power of 2, for a stream of this many symbols."""
     wanted = max(FEWEST_LANES, min(MOST_LANES, symbols // SYMBOLS_PER_LANE))
     return 1 << (wanted.bit_length() - 1)
 
 
 class RansWriter:
-    """Takes steps in the reader's order; `finish` gives the bytes."""
+    """Collects steps in the reader's order; `finish` returns the bytes."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []
@@ -33,7 +33,7 @@ class RansWriter:
     def step(
         self, starts_KA: np.ndarray, frequencies_KA: np.ndarray, context_N: np.ndarray, symbol_N: np.ndarray
     ) -> np.ndarray:
-        """Add symbols. starts_KA: context * 2^16 + the sum of the frequencies before; context_N: row of the tables."""
+        """Adds symbols. starts_KA: context * 2^16 + the sum of the frequencies before; context_N: row of the tables."""
         index_N = context_N * starts_KA.shape[1] + symbol_N
         starts_N = starts_KA.reshape(-1)[index_N] & (2**FREQUENCY_BITS - 1)
         self.steps.append((starts_N.astype(np.uint16), (frequencies_KA.reshape(-1)[index_N] - 1).astype(np.uint16)))
@@ -58,7 +58,7 @@ class RansWriter:
 
 
 class RansReader:
-    """Gives back what a RansWriter was given. Raises ArtifactError for bytes that no writer made."""
+    """Reads back the symbols that a RansWriter wrote. Raises ArtifactError for bytes that no writer made."""
 
     def __init__(self, data: bytes, symbols: int) -> None:
         lanes = lane_count(symbols)
@@ -73,7 +73,7 @@ class RansReader:
     def step(
         self, starts_KA: np.ndarray, frequencies_KA: np.ndarray, context_N: np.ndarray, _: object = None
     ) -> np.ndarray:
-        """Positions context * A + symbol in the flattened tables."""
+        """Returns positions context * A + symbol in the flattened tables. Raises ArtifactError."""
         starts, frequencies = starts_KA.reshape(-1), frequencies_KA.reshape(-1)
         lanes, base_N, words, position = len(self.state_L), context_N << FREQUENCY_BITS, self.words, self.position
         index_N = np.empty(len(context_N), np.int64)
@@ -96,6 +96,6 @@ class RansReader:
         return index_N
 
     def finish(self) -> None:
-        """Raise ArtifactError unless all of the stream was used, and the lanes ended as they began in the writer."""
+        """Raises ArtifactError unless the whole stream was used and the lanes ended as they began in the writer."""
         if self.position != len(self.words) or (self.state_L != LOWEST_STATE).any():
             raise ArtifactError("a rans stream is damaged: it does not end where its symbols do")

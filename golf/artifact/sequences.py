@@ -1,9 +1,9 @@
-"""Sequences of 16-bit numbers (scales, zero points, small fp16 tensors) through the coder of matrices.
+"""Codes sequences of 16-bit numbers (scales, zero points, small fp16 tensors) through the coder of matrices.
 
-fp16 of one sign are ordered like their bit patterns, 1,024 to an octave, so neighbouring rows of like scales have near
-patterns. Each number is told as its difference from a prediction, whose upper part is modelled and whose lowest bits,
-which are noise, are packed as they are. Numbers of which few distinct ones occur are first replaced by their rank.
-N numbers, D distinct ones.
+fp16 numbers of one sign are ordered like their bit patterns, 1,024 to an octave, so neighbouring rows of like scales
+have near patterns. Each number is coded as its difference from a prediction, whose upper part is modelled and whose
+lowest bits, which are noise, are packed uncompressed. Sequences of few distinct numbers are first replaced by their
+ranks. N numbers, D distinct ones.
 """
 
 import numpy as np
@@ -15,10 +15,10 @@ from golf.artifact.stacks import LARGEST_CODE, StackSpec, decode_stacks, encode_
 LARGEST_VALUE = 2**16 - 1
 CENTRED = 7
 PREDICTORS = (CENTRED, 0, 1, 2, 3)
-"""Shifts of a running mean: 0 predicts the number before; CENTRED predicts the median for all."""
+"""Shifts of a running mean: 0 predicts the previous number; CENTRED predicts the median for all."""
 MOST_DISTINCT = 256
 MODELLED_MAGNITUDE = 8
-"""Low bits are packed while the median magnitude of what is left to model is above this."""
+"""Median magnitude of the modelled part above which low bits are packed instead."""
 LIST_STRENGTHS = (15, 4, 15)
 RANKED = 8
 PLANES = 2
@@ -26,7 +26,7 @@ PLANES = 2
 
 
 def predict(shift: int, centre: int, given_N: list[int], restore: bool) -> list[int]:
-    """Differences of numbers from their predictions, or (restore) numbers from those differences."""
+    """Returns differences of numbers from their predictions, or (restore) numbers from those differences."""
     if shift == CENTRED:
         return [value + centre if restore else value - centre for value in given_N]
     result, running = [], centre << 8
@@ -38,17 +38,17 @@ def predict(shift: int, centre: int, given_N: list[int], restore: bool) -> list[
 
 
 def encode_list(value_N: np.ndarray) -> bytes:
-    """Small whole numbers of either sign, each by the counts of those before."""
+    """Encodes small whole numbers of either sign, each by the counts of those before."""
     return encode_stacks([StackSpec((1, len(value_N), 1))], [value_N.reshape(1, -1, 1)], LIST_STRENGTHS)
 
 
 def decode_list(data: bytes, count: int) -> np.ndarray:
-    """int64. Raises ArtifactError."""
+    """Inverts encode_list; returns int64. Raises ArtifactError."""
     return decode_stacks(data, [StackSpec((1, count, 1))])[0].reshape(-1).astype(np.int64)
 
 
 def encode_ranked(value_N: np.ndarray, ranked: bool) -> bytes:
-    """flags, lowest bits a number, first prediction, distinct numbers where ranked, low bits, modelled rest."""
+    """Encodes flags, lowest bits a number, first prediction, distinct numbers where ranked, low bits, modelled rest."""
     header = b""
     if ranked:
         distinct_D, value_N = np.unique(value_N, return_inverse=True)
@@ -67,7 +67,7 @@ def encode_ranked(value_N: np.ndarray, ranked: bool) -> bytes:
 
 
 def encode_sequence(value_N: np.ndarray) -> bytes:
-    """Whole numbers in 0..LARGEST_VALUE as the shorter of two ways."""
+    """Encodes whole numbers in 0..LARGEST_VALUE, ranked or not, whichever is shorter."""
     if not len(value_N):
         return b""
     value_N = value_N.astype(np.int64)
@@ -78,7 +78,7 @@ def encode_sequence(value_N: np.ndarray) -> bytes:
 
 
 def decode_sequence(data: bytes, count: int) -> np.ndarray:
-    """`count` numbers as int64. Raises ArtifactError."""
+    """Returns `count` numbers as int64. Raises ArtifactError."""
     if not count:
         return np.zeros(0, np.int64)
     flags, low = data[:2] if len(data) > 1 else (LARGEST_VALUE, 0)
@@ -112,7 +112,8 @@ def decode_sequence(data: bytes, count: int) -> np.ndarray:
 
 
 def encode_halves(pattern_N: np.ndarray) -> bytes:
-    """fp16 bit patterns: magnitudes as a sequence, with the signs before them where any is negative; or lzma."""
+    """Encodes fp16 bit patterns: magnitudes as a sequence, with the signs before them where any is negative; or by
+    lzma."""
     negative_N = pattern_N > 0x7FFF
     signs = np.packbits(negative_N).tobytes() if negative_N.any() else b""
     high, low = (encode_smallest(LZMA, plane.astype(np.uint8).tobytes()) for plane in (pattern_N >> 8, pattern_N & 255))
@@ -121,7 +122,7 @@ def encode_halves(pattern_N: np.ndarray) -> bytes:
 
 
 def decode_halves(data: bytes, count: int) -> np.ndarray:
-    """uint16 bit patterns. Raises ArtifactError."""
+    """Returns uint16 bit patterns. Raises ArtifactError."""
     if data[:1] == bytes([PLANES]):
         size, start = decode_number(data, 1)
         planes = [decode_exactly(LZMA, part, count) for part in (data[start : start + size], data[start + size :])]

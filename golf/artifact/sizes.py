@@ -1,4 +1,4 @@
-"""What an artifact's bytes are spent on, and how near they come to the codes' order-0 entropy."""
+"""Reports what an artifact's bytes are spent on, and how near they come to the codes' order-0 entropy."""
 
 from dataclasses import asdict, dataclass
 
@@ -11,17 +11,18 @@ from golf.quant.grid import QuantizedState, QuantizedTensor
 
 @dataclass(frozen=True)
 class StreamSize:
-    """One stream: codes of a class, all scales, all column scales, all zero points, or fp16 tensors."""
+    """Measures one stream: codes of a class, all scales, all column scales, all zero points, or fp16 tensors."""
 
     role: str
     label: str
     bits: int
     elements: int
     raw_bytes: int
-    """Before compression: one byte a code, two an fp16 value."""
+    """Bytes before compression: one for a code, two for an fp16 value."""
     compressed_bytes: int
     entropy_bytes: float
-    """Of codes: the order-0 entropy of the whole stream, the least that a coder without context can reach; else 0."""
+    """Order-0 entropy of a whole stream of codes, the least that a coder without context can reach; 0 for other
+    streams."""
     encode_seconds: float
     decode_seconds: float = 0.0
 
@@ -31,13 +32,13 @@ class StreamSize:
 
     @property
     def entropy_ratio(self) -> float | None:
-        """Compressed bytes over the order-0 entropy; None where that is 0."""
+        """Returns compressed bytes over the order-0 entropy; None where that is 0."""
         return self.compressed_bytes / self.entropy_bytes if self.entropy_bytes else None
 
 
 @dataclass(frozen=True)
 class SizeReport:
-    """All streams, and the rest (header, description, lengths)."""
+    """Lists all streams; the rest of `total_bytes` is header, description and lengths."""
 
     codec: str
     streams: tuple[StreamSize, ...]
@@ -45,7 +46,7 @@ class SizeReport:
 
     @property
     def weights(self) -> int:
-        """Parameters of the model: scales and corrections stand for none."""
+        """Returns the model's parameters, without scales and corrections."""
         return sum(s.elements for s in self.streams if s.role in ("codes", "fp16") and s.label != "low rank")
 
     @property
@@ -58,14 +59,14 @@ class SizeReport:
 
     @property
     def codes(self) -> StreamSize:
-        """All streams of codes together; their entropies are added, each with its own frequencies."""
+        """Returns the sum of all streams of codes; their entropies are added, each with its own frequencies."""
         parts = [stream for stream in self.streams if stream.role == "codes"]
         names = ("elements", "raw_bytes", "compressed_bytes", "entropy_bytes", "encode_seconds", "decode_seconds")
         return StreamSize("codes", "all", 0, **{name: sum(getattr(part, name) for part in parts) for name in names})
 
 
 def measure_stream(plan: StreamPlan, entries: QuantizedState, compressed_bytes: int, seconds: float) -> StreamSize:
-    """Sizes of a stream that became so many bytes in so many seconds."""
+    """Measures a stream that was encoded in `seconds` to `compressed_bytes`."""
     codes = [entry.codes_RC for name in plan.names if isinstance(entry := entries[name], QuantizedTensor)]
     entropy = code_entropy_bytes(codes) if plan.role == "codes" else 0.0
     return StreamSize(
@@ -74,14 +75,14 @@ def measure_stream(plan: StreamPlan, entries: QuantizedState, compressed_bytes: 
 
 
 def code_entropy_bytes(codes: list[torch.Tensor]) -> float:
-    """Order-0 entropy of int8 codes of any shapes, all together."""
+    """Returns the order-0 entropy of int8 codes of any shapes, all together."""
     counts = sum(np.bincount(part.numpy().reshape(-1).view(np.uint8), minlength=256) for part in codes)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum() * counts.sum() / 8)
 
 
 def size_report_dict(report: SizeReport) -> dict:
-    """For JSON: the streams and the sums."""
+    """Returns the streams and the sums, for JSON."""
     streams = [stream_dict(stream) for stream in report.streams]
     return {
         "codec": report.codec,

@@ -1,4 +1,4 @@
-"""Stacks of code matrices <-> one modelled byte stream; rows told as a share of an earlier row and what is left.
+"""Codes stacks of matrices as one modelled byte stream; a row may be a share of an earlier row and a residual.
 
 Token embeddings resemble each other: rows that training never touched are nearly equal, and those of related tokens
 correlate. L layers, R rows, C columns, B rows of a block.
@@ -24,9 +24,9 @@ from golf.artifact.frame import decode_number, encode_number
 from golf.artifact.rans import RansReader, RansWriter
 
 LOCAL_ROWS = 16
-"""Added to the first strength: rows are taken to be like those above them, not like all."""
+"""Flag added to the first strength: rows are predicted from those above them, not from all."""
 LARGEST_CODE = 511
-"""Codes less their zero point reach 255, residuals this."""
+"""Largest residual code; codes less their zero point reach 255."""
 
 Guide = tuple[int, np.ndarray]
 """Number of an earlier stack whose rows are this one's columns, and the step sizes of its rows as fp16's bits."""
@@ -34,7 +34,7 @@ Guide = tuple[int, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class StackSpec:
-    """What is known of a stack before its codes are."""
+    """Describes what reader and writer know of a stack before its codes."""
 
     shape: StackShape
     trellis: bool = False
@@ -47,7 +47,8 @@ class StackSpec:
 
 
 def guess_columns(code_LRC: np.ndarray, pattern_LR: np.ndarray) -> np.ndarray:
-    """Expected relative magnitudes of columns, 256 for the typical one, from rows of codes and their fp16 steps."""
+    """Returns the columns' expected relative magnitudes, 256 for the typical one, from rows of codes and their fp16
+    steps."""
     step_LR = ((pattern_LR & 0x3FF | 0x400).astype(np.int64)) << (pattern_LR >> 10 & 31).astype(np.int64)
     size_LR = (16 * np.abs(code_LRC.astype(np.int64)).sum(axis=2) // code_LRC.shape[2] + 1) * step_LR
     size_LR >>= max(0, int(size_LR.max()).bit_length() - 30)
@@ -55,9 +56,10 @@ def guess_columns(code_LRC: np.ndarray, pattern_LR: np.ndarray) -> np.ndarray:
 
 
 def stack_strengths(code_LRC: np.ndarray, guess_LC: np.ndarray | None = None) -> Strengths:
-    """Priors of a stack's row factors, column factors and column means, by how much those differ beyond chance.
+    """Returns the priors of a stack's row factors, column factors and column means, by how much those differ beyond
+    chance.
 
-    Only a choice of the writer's: the reader is told, so it may use floating point.
+    The writer chooses them and stores them for the reader, so it may use floating point.
     """
     magnitude_LRC = np.abs(code_LRC).astype(np.float32)
     size_LRC = magnitude_LRC / np.maximum(magnitude_LRC.mean(axis=(1, 2), keepdims=True), 1e-9)
@@ -75,7 +77,7 @@ def stack_strengths(code_LRC: np.ndarray, guess_LC: np.ndarray | None = None) ->
 
 
 def near_rows(row_LR: np.ndarray) -> np.ndarray:
-    """What FactorModel.leave_rows would take rows to be, about."""
+    """Approximates the row factors that FactorModel.leave_rows would predict."""
     near_LR, near_L = np.ones_like(row_LR), np.ones(len(row_LR), np.float32)
     for top, bottom in pairwise(tile_edges(row_LR.shape[1], TILES_DOWN)):
         near_LR[:, top:bottom] = near_L[:, None]
@@ -84,14 +86,15 @@ def near_rows(row_LR: np.ndarray) -> np.ndarray:
 
 
 def prior_strength(noise: float, spread: float) -> int:
-    """log2 of how many observations of variance `noise` tell as much as knowing the variance of what they observe."""
+    """Returns log2 of noise / spread, 0 to 15: the number of observations of variance `noise` that inform as much as
+    knowing the variance `spread` of what they observe."""
     return int(np.clip(np.rint(np.log2(max(noise, 1e-9) / max(spread, 1e-9))), 0, 15))
 
 
 def encode_stacks(
     specs: Sequence[StackSpec], stacks: Sequence[np.ndarray], strengths: Strengths | None = None
 ) -> bytes:
-    """Largest magnitude, each stack's strengths (given, or chosen for it), and the symbols of all."""
+    """Encodes the largest magnitude, each stack's strengths (given, or chosen for it), and the symbols of all."""
     largest = max(int(np.abs(stack).max()) + spec.trellis for spec, stack in zip(specs, stacks, strict=True))
     header, writer, tables = encode_number(largest), RansWriter(), AdaptiveTables(bell_counts(largest))
     for spec, code_LRC in zip(specs, stacks, strict=True):
@@ -103,7 +106,7 @@ def encode_stacks(
 
 
 def decode_stacks(data: bytes, specs: Sequence[StackSpec]) -> list[np.ndarray]:
-    """int16 stacks. Raises ArtifactError."""
+    """Returns int16 stacks. Raises ArtifactError."""
     largest, position = decode_number(data, 0)
     if largest > LARGEST_CODE:
         raise ArtifactError("a rans stream is damaged: its codes are too large")
@@ -125,8 +128,8 @@ SHARE_BITS = 3
 LARGEST_SHARE = 2 << SHARE_BITS
 FEWEST_ROWS, MOST_ROWS = 256, 2**16
 SHARE_COST, LEARNING_COST = 5, 256
-"""Bits, about, that a row's share takes beside its reference's number; and LEARNING_COST / columns more that it takes
-until the row is known for smaller."""
+"""Bits, about, that a row's share takes beside its reference's number; and LEARNING_COST / columns more until the model
+has learnt that the row is smaller."""
 SEARCH_BLOCK = 512
 
 
@@ -135,9 +138,10 @@ def shared_part(code_RC: np.ndarray, share_R: np.ndarray) -> np.ndarray:
 
 
 def refer_rows(code_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Residual codes, shares and reference rows: for each row the earlier row that explains most, where that pays.
+    """Returns residual codes, shares and reference rows: for each row the earlier row that explains most, where that
+    pays.
 
-    Only a choice of the writer's, so it may use floating point.
+    The writer alone chooses them, so it may use floating point.
     """
     rows, columns = code_RC.shape
     exact_RC, residual_RC = code_RC.astype(np.float32), code_RC.astype(np.int16)
@@ -160,12 +164,13 @@ def refer_rows(code_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def spread(code_BC: np.ndarray) -> np.ndarray:
-    """Mean square of each row, with what rounding adds."""
+    """Returns the mean square of each row, with what rounding adds."""
     return np.square(code_BC.astype(np.float32)).mean(axis=1) + 1 / 6
 
 
 def restore_rows(residual_RC: np.ndarray, share_R: np.ndarray, reference_R: np.ndarray) -> np.ndarray:
-    """Inverse of `refer_rows`. Raises ArtifactError where a row refers to itself, a later one, or past all codes."""
+    """Inverts `refer_rows`. Raises ArtifactError where a row refers to itself, a later one, or exceeds the largest
+    code."""
     code_RC = residual_RC.copy()
     for row in np.flatnonzero(share_R):
         if reference_R[row] >= row:

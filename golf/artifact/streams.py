@@ -1,6 +1,6 @@
-"""A stream of codes as the shortest of several ways, for codec rans.
+"""Encodes a stream of codes for codec rans, in the shortest of several ways.
 
-The first byte says which way was taken. R rows, N codes, B bytes.
+The stream's first byte names the way. R rows, N codes, B bytes.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,16 @@ RAW, MODELLED, TRITS, BINARY = range(4)
 
 
 def may_refer(spec: StackSpec) -> bool:
-    """Whether rows of such a stack are told by earlier ones: those of tables of many rows."""
+    """Returns whether earlier rows may predict rows of such a stack: in tables of many rows."""
     return spec.shape[0] == 1 and FEWEST_ROWS <= spec.shape[1] <= MOST_ROWS and not spec.trellis
 
 
 def encode_modelled(specs: Sequence[StackSpec], stacks: Sequence[np.ndarray]) -> bytes:
-    """Of each stack that may have any: bytes of its rows' shares (0: no row has a reference), shares, references; then
-    all codes."""
+    """Encodes stacks by the context model, with references between rows where `may_refer` allows them.
+
+    Each such stack has the size of its rows' shares in bytes (0: no row has a reference), the shares, the size of the
+    references and the references; the codes of all stacks follow.
+    """
     sides, residuals = [], []
     for spec, stack in zip(specs, stacks, strict=True):
         residuals.append(stack)
@@ -50,7 +53,7 @@ def encode_modelled(specs: Sequence[StackSpec], stacks: Sequence[np.ndarray]) ->
 
 
 def decode_modelled(data: bytes, specs: Sequence[StackSpec]) -> list[np.ndarray]:
-    """Inverse of `encode_modelled`. Raises ArtifactError."""
+    """Inverts `encode_modelled`. Raises ArtifactError."""
     position, links = 0, {}
     for number, spec in enumerate(specs):
         size, position = decode_number(data, position) if may_refer(spec) else (0, position)
@@ -67,7 +70,7 @@ def decode_modelled(data: bytes, specs: Sequence[StackSpec]) -> list[np.ndarray]
 
 
 def encode_codes(specs: Sequence[StackSpec], stacks: Sequence[np.ndarray]) -> bytes:
-    """The shortest of the ways to store these stacks of codes (int16)."""
+    """Encodes stacks of codes (int16) in the shortest way."""
     code_N = np.concatenate([stack.reshape(-1) for stack in stacks])
     ways = [bytes([MODELLED]) + encode_modelled(specs, stacks)]
     largest = int(np.abs(code_N).max(initial=0))
@@ -81,7 +84,7 @@ def encode_codes(specs: Sequence[StackSpec], stacks: Sequence[np.ndarray]) -> by
 
 
 def decode_codes(data: bytes, specs: Sequence[StackSpec]) -> list[np.ndarray]:
-    """int16 stacks of these shapes. Raises ArtifactError."""
+    """Returns int16 stacks of these shapes. Raises ArtifactError."""
     if data[:1] == bytes([MODELLED]):
         return decode_modelled(data[1:], specs)
     sizes = [spec.size for spec in specs]
@@ -95,7 +98,7 @@ def decode_codes(data: bytes, specs: Sequence[StackSpec]) -> list[np.ndarray]:
 
 
 def pack_trits(code_N: np.ndarray) -> bytes:
-    """Five codes of -1..1 a byte, in base 3: 1.6 bits each."""
+    """Packs five codes of -1..1 into a byte, in base 3: 1.6 bits each."""
     digits_B5 = np.resize(np.append(code_N + 1, np.zeros(-len(code_N) % 5)), (-(-len(code_N) // 5), 5))
     return (digits_B5.astype(np.int64) @ 3 ** np.arange(5)).astype(np.uint8).tobytes()
 

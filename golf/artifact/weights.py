@@ -1,4 +1,4 @@
-"""weights.safetensors: fp32 weights as training leaves them, with what packing needs to know as metadata."""
+"""Saves and loads weights.safetensors: fp32 weights as training leaves them, with metadata that packing needs."""
 
 import json
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class SavedWeights:
 def save_weights(
     path: Path, state: Mapping[str, Tensor], model: ModelConfig, quant: QuantConfig, tokenizer_sha256: str
 ) -> None:
-    """Write weights with their metadata, the file put in place at once. Raises ArtifactError, OSError."""
+    """Writes weights with their metadata; the file appears at once. Raises ArtifactError, OSError."""
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected_shapes(model))
     check_sha256(tokenizer_sha256)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
@@ -41,7 +41,7 @@ def save_weights(
 
 
 def load_weights(path: Path) -> SavedWeights:
-    """Weights and metadata, checked against the model that they name. Raises ArtifactError."""
+    """Loads weights and metadata, checked against the model that they name. Raises ArtifactError."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -63,7 +63,7 @@ def load_weights(path: Path) -> SavedWeights:
 
 
 def save_quantized(path: Path, stored: QuantizedState) -> None:
-    """Write codes, scales and fp16 tensors as they are, the file put in place at once."""
+    """Writes codes, scales and fp16 tensors in their stored form; the file appears at once."""
     tensors, grids = {}, {}
     for name, entry in all_entries(stored).items():
         if isinstance(entry, QuantizedTensor):
@@ -76,7 +76,7 @@ def save_quantized(path: Path, stored: QuantizedState) -> None:
 
 
 def load_quantized(path: Path) -> QuantizedState:
-    """Inverse of save_quantized. Raises ArtifactError."""
+    """Inverts save_quantized. Raises ArtifactError."""
     try:
         with safe_open(path, framework="pt") as file:
             grids, names = (json.loads(file.metadata()[key]) for key in ("grids", "names"))
@@ -87,7 +87,7 @@ def load_quantized(path: Path) -> QuantizedState:
 
 
 def load_entry(name: str, tensors: Mapping[str, Tensor], grids: Mapping[str, list]) -> QuantizedTensor | Tensor:
-    """A stored weight with the factors of its correction. Raises KeyError."""
+    """Returns a stored weight with the factors of its correction. Raises KeyError."""
     if name not in grids:
         return tensors[name]
     bits, trellis = grids[name]

@@ -1,4 +1,4 @@
-"""A state dict as it is stored: codes and scales for the matrices, fp16 for the rest; pruned first where that can act.
+"""Exports a state dict: codes and scales for the matrices, fp16 for the rest; prunes it first where that can act.
 
 Magnitude pruning (Han et al. 2015, arXiv 1506.02626) acts on weights that go to a coarse grid. On a 5- or 6-bit grid
 most of a matrix's smallest weights round to zero anyway; the report says how many codes the pruning really changed, and
@@ -23,18 +23,18 @@ from golf.quant.tensor_classes import FP16_BITS, QuantError, bits_of, shared_wei
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning did to one tensor."""
+    """Reports what pruning did to one tensor."""
 
     name: str
     weights: int
     zeroed: int
-    """Weights that were not zero and now are; 0 where pruning was left off because no code would change."""
+    """Weights that were not zero and now are; 0 where pruning was skipped because no code would change."""
     codes_changed: int
     """Integer codes of the exported tensor that differ from those without pruning."""
 
 
 def zero_smallest(weight_RC: Tensor, share: float) -> Tensor:
-    """A copy in which the floor(share * elements) weights of smallest magnitude are zero.
+    """Returns a copy in which the floor(share * elements) weights of smallest magnitude are zero.
 
     Weights that are zero already count among them; of equal magnitudes the first in row order go first.
     """
@@ -46,7 +46,7 @@ def zero_smallest(weight_RC: Tensor, share: float) -> Tensor:
 
 
 def prune_tensor(name: str, weight_RC: Tensor, bits: int, share: float) -> tuple[Tensor, PruneReport]:
-    """The pruned matrix, or the matrix as it is where pruning would change none of its codes."""
+    """Returns the pruned matrix, or the matrix as it is where pruning would change none of its codes, and a report."""
     pruned_RC = zero_smallest(weight_RC, share)
     codes_changed = int((quantize_rows(weight_RC, bits)[0] != quantize_rows(pruned_RC, bits)[0]).sum())
     if codes_changed == 0:
@@ -58,7 +58,7 @@ def prune_tensor(name: str, weight_RC: Tensor, bits: int, share: float) -> tuple
 def prune_state(
     state: Mapping[str, Tensor], quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
 ) -> tuple[dict[str, Tensor], list[PruneReport]]:
-    """`state` with prune_frac of each quantized matrix set to zero where that changes codes, and a report of each.
+    """Zeroes prune_frac of each quantized matrix where that changes codes, and reports on each matrix.
 
     Tensors in `tensor_bits` get those bits instead of their class's.
     """
@@ -72,7 +72,7 @@ def prune_state(
 
 
 def check_storable(name: str, tensor: Tensor, bits: int) -> None:
-    """Raise QuantError where fp16 weights or scales could not hold what is in `tensor`."""
+    """Raises QuantError where fp16 weights or scales could not hold the values of `tensor`."""
     if not torch.isfinite(tensor).all():
         raise QuantError(f"tensor {name!r} has NaN or infinite values: the weights are broken, nothing to export")
     limit = FP16_MAX if bits == FP16_BITS else FP16_MAX * grid_clip(bits)
@@ -83,10 +83,10 @@ def check_storable(name: str, tensor: Tensor, bits: int) -> None:
 def quantize_state(
     state: Mapping[str, Tensor], quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
 ) -> QuantizedState:
-    """Each tensor in the form that its class gets under `quant`, on the CPU; those in `tensor_bits` with those bits;
-    those that the configuration names a quantizer for on its grid.
+    """Quantizes each tensor to the form of its class under `quant`, on the CPU.
 
-    Raises QuantError.
+    Tensors in `tensor_bits` get those bits; those for which the configuration names a quantizer go on its grid. Raises
+    QuantError.
     """
     for name in (tensor_bits or {}).keys() - state.keys():
         raise QuantError(f"tensor_bits names {name!r}, which is no tensor of the model")
@@ -108,14 +108,14 @@ def quantize_state(
 
 
 def quantized_parameters(shapes: Mapping[str, Sequence[int]], quant: QuantConfig) -> int:
-    """How many parameters `quant` puts on a grid; the rest is exported as fp16."""
+    """Counts the parameters that `quant` puts on a grid; the rest is exported as fp16."""
     if quant.quantizer == "waterfill":
         return sum(prod(shape) for name, shape in shapes.items() if tensor_class(name, shape) != "small")
     return sum(prod(shape) for name, shape in shapes.items() if bits_of(name, shape, quant) < FP16_BITS)
 
 
 def pruning_acts(files: Mapping[str, Any]) -> tuple[int, bool, str]:
-    """Codes that pruning changed."""
+    """Returns (codes that pruning changed, whether there are any, the effect)."""
     changed, codes = files["pruning"]["pruned_codes"], files["pruning"]["codes"]
     return changed, changed > 0, f"changed {changed} of {codes} codes"
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training: puts grids between matrices or activations and their use, or takes them away again."""
+"""Installs and removes the grids of quantization-aware training on weights and activations."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from golf.runtime import Runtime
 
 
 def quantized_gpt(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> GPT:
-    """A GPT without weights yet, with its activation quantizers."""
+    """Returns a GPT with its activation quantizers, before its weights are loaded."""
     return install_activation_quantizers(GPT(config, compute_dtype))
 
 
@@ -33,7 +33,7 @@ def load_gpt(config: ModelConfig, state: Mapping[str, Tensor], runtime: Runtime)
 
 
 def install_activation_quantizers(model: GPT) -> GPT:
-    """Puts its quantizer into every activation site that the model's configuration names; returns the model."""
+    """Installs a quantizer in every activation site that the model's configuration names; returns the model."""
     if activation_sites(model.config):
         for module in model.modules():
             if isinstance(module, ActivationSite) and (site := parse_site(module.quantizer, activation=True)):
@@ -42,13 +42,15 @@ def install_activation_quantizers(model: GPT) -> GPT:
 
 
 def count_activation_quantizers(model: GPT) -> int:
-    """How many there are in a forward pass."""
+    """Counts the activation quantizers of a forward pass."""
     return sum(isinstance(module, ActivationSite) and module.quantize is not None for module in model.modules())
 
 
 def verify_activation_quantizers(forward: Callable, model: GPT, batch: tuple) -> Verdict:
-    """The compiled step calls each of them once; what 8 bits change is less than what bf16 rounds, so the loss only has
-    to change."""
+    """Verifies that the compiled step calls each activation quantizer once and that they change the loss.
+
+    Any change is enough: 8 bits change less than what bf16 rounds.
+    """
     before, sites = activation_calls(), count_activation_quantizers(model)
     forward(*batch).item()
     calls = activation_calls() - before
@@ -62,7 +64,7 @@ def verify_activation_quantizers(forward: Callable, model: GPT, batch: tuple) ->
 
 @contextmanager
 def without_activation_quantizers(model: GPT) -> Iterator[None]:
-    """Within it, activations are used as they are: to measure what their quantizers change."""
+    """Uses activations unquantized within the context, to measure what their quantizers change."""
     modules = [module for module in model.modules() if isinstance(module, ActivationSite) and module.quantize]
     held = [(module, module.quantizer, module.quantize) for module in modules]
     for module in modules:
@@ -75,7 +77,7 @@ def without_activation_quantizers(model: GPT) -> Iterator[None]:
 
 
 class FakeQuantizable(Protocol):
-    """A module that uses `weight` through `fake_quantize` when that is set."""
+    """Uses `weight` through `fake_quantize` when that is set."""
 
     weight: nn.Parameter
     fake_quantize: Callable[[Tensor], Tensor] | None
@@ -90,10 +92,10 @@ def fake_quantizable_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuanti
 def install_fake_quantization(
     model: nn.Module, quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
 ) -> list[str]:
-    """Train through the grid that export will use. Returns the names of the weights it acts on.
+    """Makes training use the grid of export; returns the names of the weights that it acts on.
 
-    Weights that are exported as fp16 are left alone; those in `tensor_bits` get those bits, but for weights that the
-    configuration names a quantizer for.
+    Weights that are exported as fp16 are left alone; those in `tensor_bits` get those bits, except weights for which
+    the configuration names a quantizer.
     """
     names, modules = [], dict(fake_quantizable_modules(model))
     for path, module in modules.items():
@@ -111,14 +113,14 @@ def install_fake_quantization(
 
 
 def remove_fake_quantization(model: nn.Module) -> None:
-    """Use the weights as they are."""
+    """Removes fake quantization: weights are used as they are."""
     for _, module in fake_quantizable_modules(model):
         module.fake_quantize = None
 
 
 @contextmanager
 def without_fake_quantization(model: nn.Module) -> Iterator[None]:
-    """Within it, weights are used as they are."""
+    """Uses weights without fake quantization within the context."""
     held = [(module, module.fake_quantize) for _, module in fake_quantizable_modules(model)]
     remove_fake_quantization(model)
     yield

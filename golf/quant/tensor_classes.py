@@ -1,4 +1,4 @@
-"""How many bits a tensor gets: decided by its class, and its class by its name."""
+"""Decides how many bits a tensor gets by its class, and its class by its name."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -11,7 +11,8 @@ from golf.config.site_quantizers import SiteQuantizer, weight_sites
 
 FP16_BITS = 16
 SMALL_ELEMENTS = 256
-"""Matrices with fewer elements are stored as fp16: scales and rounding would cost more than they save."""
+"""Fewest elements of a quantized matrix: smaller ones are fp16, since scales and rounding would cost more than they
+save."""
 SITE_PATHS = {
     "attn.c_q": "q", "attn.c_k": "k", "attn.c_v": "v", "attn.proj": "o", "mlp.fc": "up", "mlp.proj": "down",
     "tok_emb": "embed", "head": "head",
@@ -20,7 +21,7 @@ SITE_PATHS = {
 
 
 class QuantError(UserError):
-    """A tensor that cannot be put on a grid."""
+    """Reports a tensor that can't be put on a grid."""
 
 
 def tensor_class(name: str, shape: Sequence[int]) -> str:
@@ -40,14 +41,14 @@ def tensor_class(name: str, shape: Sequence[int]) -> str:
 
 
 def weight_site(name: str, quant: QuantConfig) -> SiteQuantizer | None:
-    """The quantizer that the configuration names for this very weight."""
+    """Returns the quantizer that the configuration names for this weight's site, if any."""
     path = name.removesuffix(".weight")
     site = SITE_PATHS.get(path if "." not in path else ".".join(path.split(".")[-2:]))
     return weight_sites(quant).get(site or "")
 
 
 def bits_of(name: str, shape: Sequence[int], quant: QuantConfig) -> int:
-    """Bits per weight of a tensor's codes; 16 is fp16 as it is, without a grid."""
+    """Returns the bits per weight of a tensor's codes; 16 means fp16 without a grid."""
     if site := weight_site(name, quant):
         return site.bits
     return {
@@ -60,7 +61,7 @@ def bits_of(name: str, shape: Sequence[int], quant: QuantConfig) -> int:
 
 
 def shared_weights(name: str, site: SiteQuantizer, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """The matrices of the attention of `name` where they share a step."""
+    """Yields the matrices of the attention of `name` where they share a step."""
     if site.granularity == "qkvo":
         path = name.rsplit(".", 2)[0]
         for part in ("c_q", "c_k", "c_v", "proj"):

@@ -1,4 +1,4 @@
-"""Codes of the trellis grid (trellis.py) by Viterbi's search inside GPTQ's error feedback.
+"""Finds codes of the trellis grid (trellis.py) by Viterbi's search inside GPTQ's error feedback.
 
 Every row keeps one survivor for each state, and each survivor feeds the errors of its own past to the columns ahead.
 
@@ -16,11 +16,12 @@ TRELLIS_BLOCK = 128
 """Columns over which survivors compete; the winner's error goes to the later columns. The next block starts in its
 state: that costs 0.005 bit a weight against survivors that live on."""
 HALF_CODES = 63
-"""Codes stay in -126..125."""
+"""Bound of half a code: codes stay in -126..125."""
 
 
 def trellis_steps(device: torch.device) -> tuple[Tensor, Tensor]:
-    """next_SZ, the state after each state and parity; from_SA, the two (state * 2 + parity) that lead to a state."""
+    """Returns next_SZ, the state after each state and parity; from_SA, the two (state * 2 + parity) that lead to a
+    state."""
     state_S, parity_Z = torch.arange(TRELLIS_STATES, device=device), torch.arange(2, device=device)
     next_SZ = (state_S >> 1 ^ (state_S & 1) * (PARITY_H0 >> 1))[:, None] ^ parity_Z * (PARITY_H1 >> 1)
     return next_SZ, next_SZ.flatten().argsort(stable=True).view(TRELLIS_STATES, 2)
@@ -29,7 +30,8 @@ def trellis_steps(device: torch.device) -> tuple[Tensor, Tensor]:
 def search_block(
     weight_RB: Tensor, factor_BB: Tensor, scale_RB: Tensor, state_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """codes_RB, errors_RB over the factor's diagonal, and state_R after them, of each row's best walk from `state_R`.
+    """Returns codes_RB, errors_RB over the factor's diagonal, and the end state_R, of each row's best walk from
+    `state_R`.
 
     The cost of a walk is the sum of (error / factor_jj)^2, GPTQ's.
     """
@@ -58,9 +60,11 @@ def search_block(
 
 
 def quantize_trellis(weight_RC: Tensor, factor_CC: Tensor, scales: StepSizes) -> QuantizedTensor:
-    """Codes whose points are near `weight_RC` in the metric of H, with factor_CC the upper U of H^-1 = U^T U in the
-    columns' natural order. `scales` are steps of the coarse grid, halved here. Runs in fp32: survivors are compared,
-    and what is stored is whole numbers."""
+    """Finds codes whose points are near `weight_RC` in the metric of H, with factor_CC the upper U of H^-1 = U^T U.
+
+    Columns are in their natural order. `scales` are steps of the coarse grid, halved here. Runs in fp32: it only
+    compares survivors, and stores whole numbers.
+    """
     scale_S1 = scales.scale_SG * 0.5
     column_C = scales.column_scale_C if scales.column_scale_C is not None else torch.ones_like(weight_RC[0]).half()
     scale_RC = (scale_S1.float() * column_C.float()).expand_as(weight_RC)

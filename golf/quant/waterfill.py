@@ -1,10 +1,10 @@
-"""Step sizes for the least loss at a given size: every code's error costs the same.
+"""Chooses step sizes for the least loss at a given size, where every code's error costs the same.
 
 With an entropy coder behind it a weight w on a grid of step s costs about log2(|w| / s) bits and s^2 / 12 of squared
 error, which GPTQ turns into row_weight_r * s^2 / (12 U_cc^2) nats (golf/quant/calibration.py for the row weights,
-golf/quant/gptq.py for U). The least sum of both over all weights of all matrices is reached where every weight has
-the same cost per squared step (reverse water-filling, Cover and Thomas, Elements of Information Theory, section
-13.3.3): one water level for the whole model gives all steps,
+golf/quant/gptq.py for U). The least sum of both over all weights of all matrices is reached where every weight has the
+same cost per squared step (reverse water-filling, Cover and Thomas, Elements of Information Theory, section 13.3.3):
+one water level for the whole model gives all steps,
 
     step_rc = sqrt(level / row_weight_r) * U_cc,
 
@@ -38,13 +38,13 @@ UP_SUFFIX, DOWN_SUFFIX = ".mlp.fc.weight", ".mlp.proj.weight"
 
 
 def hidden_order(up_HD: Tensor, down_DH: Tensor) -> Tensor:
-    """order_H: units by falling product of the L2 norms of their two vectors; ties by their old place."""
+    """Returns order_H: units by falling product of the L2 norms of their two vectors; ties by their old place."""
     strength_H = up_HD.double().norm(dim=1) * down_DH.double().norm(dim=0)
     return strength_H.argsort(descending=True, stable=True)
 
 
 def mlp_blocks(state: Mapping[str, Tensor]) -> list[str]:
-    """Prefixes of the MLPs in `state`. Raises QuantError where one lacks a matrix, or theirs do not fit."""
+    """Returns the prefixes of the MLPs in `state`. Raises QuantError where one lacks a matrix, or theirs do not fit."""
     prefixes = [name.removesuffix(UP_SUFFIX) for name in state if name.endswith(UP_SUFFIX)]
     for prefix in prefixes:
         up, down = state[prefix + UP_SUFFIX], state.get(prefix + DOWN_SUFFIX)
@@ -54,14 +54,14 @@ def mlp_blocks(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def hidden_orders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """hidden_order of every MLP by its prefix. Raises QuantError."""
+    """Returns hidden_order of every MLP by its prefix. Raises QuantError."""
     return {block: hidden_order(state[block + UP_SUFFIX], state[block + DOWN_SUFFIX]) for block in mlp_blocks(state)}
 
 
 def permute_statistics(
     statistics: Mapping[str, LayerStatistics], orders: Mapping[str, Tensor]
 ) -> dict[str, LayerStatistics]:
-    """What calibration says of the weights once their hidden units are in `orders` (by prefix)."""
+    """Returns the statistics of weights whose hidden units are in `orders` (by prefix)."""
     permuted = dict(statistics)
     for prefix, order_H in orders.items():
         up, down = statistics[prefix + UP_SUFFIX], statistics[prefix + DOWN_SUFFIX]
@@ -71,7 +71,10 @@ def permute_statistics(
 
 
 def permute_hidden_units(state: Mapping[str, Tensor], orders: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A state of the same function with each MLP's units in `orders` (by prefix, "blocks.0"), or by hidden_order."""
+    """Reorders each MLP's units by `orders` (by prefix, "blocks.0"), or by hidden_order; the function stays the same.
+
+    Raises QuantError for an order that is no permutation.
+    """
     permuted = dict(state)
     orders = hidden_orders(state) if orders is None else orders
     for prefix in mlp_blocks(state):
@@ -85,16 +88,17 @@ def permute_hidden_units(state: Mapping[str, Tensor], orders: Mapping[str, Tenso
 
 STEPS_PER_OCTAVE = 16
 CODE_ROOM = 0.9
-"""Share of the largest code that the weights as they were may reach: error feedback moves them."""
+"""Share of the largest code that the original weights may reach: error feedback moves them."""
 RD_LAMBDA = 0.15
-"""What a code's bits count beside its error. In theory 1; but codes that are all moved towards zero have errors that
-add up, and the divergence from the unquantized model is least near this (docs/LOG.md)."""
+"""Weight of a code's bits against its error. In theory 1; but codes that are all moved towards zero have errors that
+add up, and the divergence from the unquantized model is least near this value (docs/LOG.md)."""
 LEAST_ROW_WEIGHT = 1e-4
-"""In units of the mean row's: a row that calibration never saw act may act after all."""
+"""Smallest row weight, as a share of the mean row's: a row that calibration never saw act may act after all."""
 
 
 def nearest_on_log_grid(scale: Tensor) -> Tensor:
-    """fp16 values m / 1024 * 2^e nearest to `scale` in ratio, m one of STEPS_PER_OCTAVE whole numbers an octave."""
+    """Returns the fp16 values m / 1024 * 2^e nearest to `scale` in ratio, m one of STEPS_PER_OCTAVE whole numbers an
+    octave."""
     k = (scale.double().clamp(FP16_TINY, FP16_MAX / 2).log2() * STEPS_PER_OCTAVE).round()
     octave = (k / STEPS_PER_OCTAVE).floor()
     mantissa = (1024 * torch.exp2(k / STEPS_PER_OCTAVE - octave)).round()
@@ -103,7 +107,7 @@ def nearest_on_log_grid(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PreparedMatrix:
-    """A matrix with all that does not depend on the water level."""
+    """Holds a matrix with all that does not depend on the water level."""
 
     weight_RC: Tensor
     problem: GptqProblem
@@ -111,7 +115,8 @@ class PreparedMatrix:
     hessian_CC: Tensor
 
     def step_sizes(self, level: float) -> StepSizes:
-        """Scales of rows and columns at a water level, coarse enough for the weights to stay within int8 codes."""
+        """Returns scales of rows and columns at a water level, coarse enough for the weights to stay within int8
+        codes."""
         column_C = self.problem.factor_CC.diagonal()
         center = column_C.log().mean().exp()
         column_C = nearest_on_log_grid(column_C / center)
@@ -121,8 +126,11 @@ class PreparedMatrix:
         return StepSizes(nearest_on_log_grid(row_R).unsqueeze(1), column_C)
 
     def quantize(self, level: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True) -> QuantizedTensor:
-        """GPTQ with the steps of `level`, each code chosen by its error and its bits at the price that the level stands
-        for; or, where that costs less, the codes of a trellis (its search takes ten times as long)."""
+        """Quantizes by GPTQ with the steps of `level`, choosing each code by its error and its bits at the level's
+        price.
+
+        Where they cost less, returns the codes of a trellis (its search takes ten times as long).
+        """
         scales = self.step_sizes(level)
         plain = self.quantize_plain(scales, level, rd_lambda)
         if not trellis:
@@ -141,13 +149,15 @@ class PreparedMatrix:
         return QuantizedTensor(codes_RC, scales.scale_SG.cpu(), CODE_BITS, column_scale_C)
 
     def cost(self, entry: QuantizedTensor, level: float) -> float:
-        """Nats per token: the loss that is predicted, and the codes' bits at the price that the level stands for."""
+        """Returns nats per token: the predicted loss, and the codes' bits at the level's price."""
         bits = class_entropy(entry.codes_RC.float()) * entry.codes_RC.numel()
         return self.loss_added(dequantize_tensor(entry)) + 0.5 * HIGH_RATE_SLOPE * level * bits
 
     def codes_not_nearest(self, entry: QuantizedTensor) -> int:
-        """Codes that rounding each weight by itself, with the steps of `entry`, would have chosen otherwise; all those
-        of a trellis, which has no nearest."""
+        """Counts the codes that differ from rounding each weight alone with the steps of `entry`.
+
+        Counts all codes of a trellis, which has no nearest code.
+        """
         if entry.trellis:
             return entry.codes_RC.numel()
         step_RC = (entry.scale_SG.float() * entry.column_scale_C.float()).to(self.weight_RC.device)
@@ -155,14 +165,18 @@ class PreparedMatrix:
         return int((nearest_RC.to(torch.int8).cpu() != entry.codes_RC).sum())
 
     def loss_added(self, restored_RC: Tensor) -> float:
-        """Predicted nats per token."""
+        """Returns the predicted added loss, nats per token."""
         error_RC = restored_RC.to(self.weight_RC.device).double() - self.weight_RC.double()
         return 0.5 * float(((error_RC @ self.hessian_CC) * error_RC).sum(1) @ self.row_weight_R)
 
 
 def prepare_matrix(weight_RC: Tensor, statistics: LayerStatistics, damping: float = 0.01) -> PreparedMatrix:
-    """Columns keep their natural order: with steps of their own, act-order changes nothing (docs/LOG.md), and a trellis
-    runs from left to right. Raises QuantError for weights or statistics that are not finite or don't fit together."""
+    """Prepares a matrix for any water level. Raises QuantError for weights or statistics that are not finite or don't
+    fit.
+
+    Columns keep their natural order: with steps of their own, act-order changes nothing (docs/LOG.md), and a trellis
+    runs from left to right.
+    """
     weight_RC = weight_RC.detach().float()
     statistics = LayerStatistics(
         *(part.to(weight_RC.device) for part in (statistics.hessian_CC, statistics.row_weight_R))

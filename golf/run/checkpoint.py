@@ -91,9 +91,7 @@ class CheckpointWriter:
     def put(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         with replacing(path) as temporary:
             try:
-                save_file(
-                    tensors, temporary, metadata
-                )  # unlike save, it releases Python's lock, so that training goes on meanwhile
+                save_file(tensors, temporary, metadata)  # unlike save, it releases Python's lock to the training
             except SafetensorError as error:
                 raise OSError(f"{path}: {error}") from None
         whole = newest_checkpoint(self.folder)  # another rank may be behind: keep what its checkpoint needs to be whole

@@ -50,7 +50,7 @@ class ScoreError(UserError):
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How a stream is cut into windows and what positions mean in them."""
+    """Sets how a stream is cut into windows, and the RoPE base in them."""
 
     seq_len: int
     stride: int
@@ -249,7 +249,7 @@ def count_target_bytes(tokens_N1: Tensor, byte_table: ByteTable | StreamBytes, p
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own mode restored after.
+    """Sets eval mode and disables gradients within the context, then restores every module's own mode.
 
     Not inference_mode: its tensors, once cached by a module, can't take part in a later training step.
     """
