@@ -137,12 +137,17 @@ TECHNIQUES = {
 """Heading in docs/ADDING.md: how its names are known, and its test."""
 
 
+def living_text(path: Path) -> str:
+    """A file without the list of what files of version 1 hold, which no technique is added to."""
+    return re.sub(r"^VERSION_1_FIELDS = \{.*?^\}", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 @pytest.mark.parametrize("heading", TECHNIQUES)
 def test_a_technique_is_in_few_files_and_adding_names_them(heading):
     pattern, test = TECHNIQUES[heading]
     paths = [path for folder in ("golf", "configs") for path in (REPOSITORY / folder).rglob("*.*")]
     texts = {path.relative_to(REPOSITORY).as_posix(): path for path in paths if path.suffix in (".py", ".toml")}
-    files = {name for name, path in texts.items() if re.search(pattern, path.read_text(encoding="utf-8"))}
+    files = {name for name, path in texts.items() if re.search(pattern, living_text(path))}
     assert len(files) <= MOST_FILES_OF_TECHNIQUE, sorted(files)
     assert re.search(pattern, (REPOSITORY / test).read_text(encoding="utf-8"))
     page = (REPOSITORY / "docs/ADDING.md").read_text(encoding="utf-8")
