@@ -123,8 +123,8 @@ def test_spread_batches_come_from_all_over_the_text():
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_spread_batches_are_equal_for_every_world_size(stream, world_size):
-    whole = global_batch(stream, 3, 128, 16, order="spread")
-    parts = [global_batch(stream, 3, 128, 16, rank, world_size, order="spread") for rank in range(world_size)]
+    whole = global_batch(stream, 3, 128, 16, row_order="spread")
+    parts = [global_batch(stream, 3, 128, 16, rank, world_size, row_order="spread") for rank in range(world_size)]
     for i in range(2):
         assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
     assert torch.equal(whole[0][:, 1:], whole[1][:, :-1])
@@ -133,7 +133,7 @@ def test_spread_batches_are_equal_for_every_world_size(stream, world_size):
 def test_spread_order_needs_one_row(tmp_path):
     write_shard(tmp_path / "a_train_000000.bin", range(16))
     with pytest.raises(DataError, match="do not fill one row"):
-        global_batch(TokenStream([tmp_path / "a_train_000000.bin"]), 0, 16, 16, order="spread")
+        global_batch(TokenStream([tmp_path / "a_train_000000.bin"]), 0, 16, 16, row_order="spread")
 
 
 def test_a_step_that_was_read_is_not_read_again(stream, monkeypatch):
