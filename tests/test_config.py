@@ -1,6 +1,7 @@
 """Knobs: presets, environment, command line, and what is refused."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
@@ -14,9 +15,10 @@ from golf.config.config import (
     config_hash,
     iter_knobs,
 )
-from golf.config.knobs import ConfigError
-from golf.config.presets import PRESETS, RETIRED_KNOBS
+from golf.config.knobs import ConfigError, knob_docs
+from golf.config.presets import PRESETS, RENAMED_KNOBS, RENAMED_VALUES, RETIRED_KNOBS
 from golf.config.quantization import GRID_KNOBS
+from golf.run.command import list_knobs
 
 
 def test_every_knob_has_one_name():
@@ -111,3 +113,30 @@ def test_knobs_of_the_grid_are_refused_where_a_fit_chooses_all_steps(knob):
         build_config("local", {knob.upper(): "0" if knob == "qat_start" else "4"}, {})
     grid = {"quantizer": "rtn", knob: "0" if knob == "qat_start" else "4"}
     assert build_config("local", {}, grid).quant.quantizer == "rtn"
+
+
+def test_every_knob_has_one_line_of_docs_and_help_shows_it(capsys):
+    docs = {knob: line for section in fields(Config()) for knob, line in knob_docs(section.type).items()}
+    assert docs.keys() == KNOBS.keys()
+    assert all(line and "\n" not in line for line in docs.values()), [knob for knob in docs if not docs[knob]]
+    shown = list_knobs()
+    assert all(f"  {knob}=" in shown and line in shown for knob, line in docs.items())
+
+
+@pytest.mark.parametrize("old", RENAMED_KNOBS)
+def test_a_knob_that_was_renamed_is_read_in_old_runs_and_refused_on_the_command_line(old):
+    (new, *_) = RENAMED_KNOBS[old]
+    section, value = KNOBS[new][0], getattr(getattr(Config(), KNOBS[new][0]), new) * 2
+    renamed = config_from_dict({section: {old: value}})
+    assert all(getattr(getattr(renamed, section), name) == value for name in RENAMED_KNOBS[old])
+    with pytest.raises(ConfigError, match=new):
+        build_config("local", {}, {old: "3"})
+    with pytest.raises(ConfigError, match=new):
+        build_config("local", {old.upper(): "3"}, {})
+
+
+def test_quantizers_of_old_runs_are_read_by_their_names_of_today():
+    for (knob, old), new in RENAMED_VALUES.items():
+        assert getattr(config_from_dict({"quant": {knob: old}}).quant, knob) == new
+        with pytest.raises(ConfigError, match=new):
+            build_config("local", {}, {knob: old})
