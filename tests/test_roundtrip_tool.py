@@ -18,7 +18,7 @@ from golf.artifact.container import read_artifact, restore_model, write_artifact
 from golf.config.config import Config, with_knobs
 from golf.config.scoring import ScoreConfig
 from golf.data.shards import write_shard
-from golf.data.tokenizer import ByteTable, load_tokenizer
+from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
@@ -26,6 +26,7 @@ from golf.quant.grid import dequantize_state
 from golf.runtime import Runtime
 from golf.score.scorer import score_stream, sliding_settings
 from lab.cli import run_command
+from lab.prepare.text_tokenizer import load_text_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "roundtrip_eval.py"
@@ -54,7 +55,7 @@ def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     train_tokenizer(folder / "tokens", SENTENCES, 400)
     (folder / "tokens.vocab").unlink()
-    tokenizer = load_tokenizer(folder / "tokens.model")
+    tokenizer = load_text_tokenizer(folder / "tokens.model")
     ids = [token for text in SENTENCES[:40] for token in (tokenizer.bos_id, *tokenizer.encode(text))]
     for number, part in enumerate(np.array_split(np.array(ids), 2)):
         write_shard(folder / f"text_val_{number:06d}.bin", part)
@@ -82,7 +83,7 @@ def expected_score(folder: Path, score: ScoreConfig):
     model = GPT(artifact.model)
     model.load_state_dict(dequantize_state(stored))
     tokens = np.concatenate([np.fromfile(path, "<u2")[512:] for path in sorted(folder.glob("*_val_*.bin"))])
-    table = ByteTable(load_tokenizer(folder / "tokens.model"))
+    table = ByteTable(load_text_tokenizer(folder / "tokens.model"))
     return score_stream(model, tokens, table, sliding_settings(score, artifact.model), CPU, announce=False)
 
 

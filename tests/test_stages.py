@@ -18,7 +18,17 @@ from golf.data.shards import DataError
 from golf.run.folder import RunFolder
 from golf.run.frozen_code import Program
 from golf.run.guard import AccessGuard, GuardError
-from golf.run.session import STAGES, Interrupted, Interruption, Session, StageBook, StageError, explain_error, take_lock
+from golf.run.session import (
+    STAGES,
+    Interrupted,
+    Interruption,
+    Session,
+    StageBook,
+    StageError,
+    StageResult,
+    explain_error,
+    take_lock,
+)
 from golf.runtime import Log, Runtime
 
 # ---- the book ----
@@ -107,12 +117,12 @@ def open_session(tmp_path, monkeypatch) -> Callable[[int], Session]:
     return build
 
 
-def work_of(session: Session, stage: str, calls: list[tuple[str, str, str]]) -> Callable[[], list[Path]]:
-    def work() -> list[Path]:
+def work_of(session: Session, stage: str, calls: list[tuple[str, str, str]]) -> Callable[[], StageResult]:
+    def work() -> StageResult:
         calls.append((stage, session.guard.stage, session.ledger.phase_name))
         path = session.folder.path / f"{stage}.out"
         path.write_text(stage)
-        return [path]
+        return StageResult([path], stage)
 
     return work
 
@@ -172,7 +182,7 @@ def test_a_changed_output_stops_the_next_stage(open_session):
 def test_a_stage_that_fails_is_not_finished_and_its_time_is_in_the_ledger(open_session):
     session = open_session()
 
-    def fail() -> list[Path]:
+    def fail() -> StageResult:
         time.sleep(0.01)
         raise DataError("no")
 
@@ -193,7 +203,7 @@ def test_a_stop_that_was_asked_for_comes_before_the_next_stage(open_session):
 def test_scoring_a_run_that_is_not_packed_is_one_clear_line(open_session):
     session = open_session()
     with pytest.raises(StageError, match="stage pack is not finished"):
-        session.do("reload", lambda: [])
+        session.do("reload", lambda: StageResult([]))
 
 
 # ---- errors ----
