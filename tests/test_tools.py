@@ -34,6 +34,7 @@ BAD_INPUT = {
     "tools/demo.py": [NOWHERE],
     "tools/doctor.py": ["nonsense"],
     "tools/evals.py": ["--task", "boolq", "--data", NOWHERE, "--run", NOWHERE],
+    "tools/fingerprint.py": [NOWHERE],
     "tools/footprint.py": [NOWHERE],
     "tools/inspect_data.py": [NOWHERE],
     "tools/make_submission.py": [NOWHERE, "--name", "n", "--author", "a", "--github-id", "g", "--blurb", "b"],
