@@ -23,10 +23,10 @@ SMALL = {
     "eval_stride": "32", "eval_batch_seqs": "32", "holdout_every": "0", "limit_bytes": "400000",
 }  # fmt: skip
 TOYS = {
-    "local": "vocab_size=300 bigram_vocab_size=64 bigram_dim=8 calibration_tokens=512 eval_seq_len=64",
-    "baseline": "vocab_size=300 device=cpu eval_seq_len=32",
-    "baseline-local": "vocab_size=300 eval_seq_len=32",
-    "leaderboard": "vocab_size=300 device=cpu bigram_vocab_size=64 bigram_dim=8 eval_seq_len=64 swa_start=0.5",
+    "local": "vocab_size=400 bigram_vocab_size=64 bigram_dim=8 calibration_tokens=512 eval_seq_len=64",
+    "baseline": "vocab_size=400 device=cpu eval_seq_len=32",
+    "baseline-local": "vocab_size=400 eval_seq_len=32",
+    "leaderboard": "vocab_size=400 device=cpu bigram_vocab_size=64 bigram_dim=8 eval_seq_len=64 swa_start=0.5",
     "stories": "eval_seq_len=32",
     "stories low-bit": (
         "eval_seq_len=32 qat_enabled=1 attn_bits=16 mlp_bits=16 weight_q=ternary-qkvo weight_k=ternary-qkvo "
