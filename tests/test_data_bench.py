@@ -30,6 +30,7 @@ def test_a_short_text_is_repeated_in_other_words(corpus, tmp_path):
     assert written == sum(map(len, lines)) and 5000 <= written < 5000 + max(map(len, lines))
 
 
+@pytest.mark.slow
 def test_figures_of_a_preparation(corpus, tmp_path, repository):
     model = tmp_path / "some.model"
     model.write_bytes(train_competition_tokenizer(TEXTS, 300))

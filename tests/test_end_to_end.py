@@ -156,7 +156,9 @@ def test_run_sh_end_to_end_with_a_short_cap(repository, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
     clock = [row["elapsed"] for row in rows if "train_loss" in row]
     # The loop stops by the time of recent steps; on a busy machine the last step may take longer than those.
-    assert clock[-2] <= 14 and clock[-1] == result["train_seconds"] > 0 and result["steps"] == len(losses)
+    longest = max(after - before for before, after in zip(clock, clock[1:], strict=False))
+    assert clock[-2] <= 14 and 0 < clock[-1] <= result["train_seconds"] <= 14 + 2 * longest
+    assert result["steps"] == len(losses)
     assert result["valid"] and result["preset"] == "local" and result["val_bpb"] < 8
     assert result["bytes_model"] == len(artifact)
     assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"] <= result["limit_bytes"] == 500_000

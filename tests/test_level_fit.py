@@ -47,7 +47,10 @@ def fit(trained, limit, reserve=0, log=lambda line: None, quant=QUANT):
     return fill_limit(statistics, state, quant, MODEL, TOKENIZER, limit, reserve, log)
 
 
-@pytest.mark.parametrize(("limit", "reserve", "codec"), [(11_000, 0, "zlib"), (12_000, 1_000, "rans")])
+@pytest.mark.parametrize(
+    ("limit", "reserve", "codec"),
+    [(11_000, 0, "zlib"), pytest.param(12_000, 1_000, "rans", marks=pytest.mark.slow)],
+)
 def test_lands_just_under_the_limit(trained, limit, reserve, codec):
     lines = []
     fitted = fit(trained, limit, reserve, lines.append, replace(QUANT, codec=codec))
@@ -67,11 +70,13 @@ def divergence(trained, fitted) -> float:
     return (predictions[0].exp() * (predictions[0] - predictions[1])).sum(-1).mean().item()
 
 
+@pytest.mark.slow
 def test_more_bytes_are_nearer_to_the_model(trained):
     divergences = [divergence(trained, fit(trained, limit)) for limit in (6_000, 9_000, 13_000)]
     assert divergences[0] > 2 * divergences[1] > 4 * divergences[2] > 0
 
 
+@pytest.mark.slow
 def test_same_bytes_every_time(trained):
     assert fit(trained, 9_000).data == fit(trained, 9_000).data
 
@@ -87,6 +92,7 @@ def test_a_limit_that_does_not_bind_is_left_unfilled(trained):
     assert divergence(trained, fitted) < 2e-3
 
 
+@pytest.mark.slow
 def test_the_smallest_artifact_that_keeps_a_score(trained):
     state, statistics = trained
     search = LevelSearch(state, statistics, QUANT, MODEL, TOKENIZER, lambda line: None)
