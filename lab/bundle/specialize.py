@@ -62,7 +62,7 @@ class Folder(ast.NodeTransformer):
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
-            return True if node.id in TRUE_MARKERS else frozen.values[node.id] if node.id in frozen.choices else UNKNOWN
+            return True if node.id in TRUE_MARKERS else UNKNOWN
         if isinstance(node, ast.Attribute):
             owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
             return frozen.values.get(node.attr, UNKNOWN) if owner in SECTION_NAMES else UNKNOWN
@@ -85,8 +85,13 @@ class Folder(ast.NodeTransformer):
             return frozen.calls.get(node.func.id, UNKNOWN)
         return UNKNOWN
 
+    def operand(self, node: ast.expr) -> Any:
+        """Returns what a side of a comparison is: there alone a bare name may be that of a knob with choices."""
+        known = isinstance(node, ast.Name) and node.id in self.frozen.choices
+        return self.frozen.values[node.id] if known else self.value(node)
+
     def comparison(self, node: ast.Compare) -> Any:
-        operands = [self.value(part) for part in (node.left, *node.comparators)]
+        operands = [self.operand(part) for part in (node.left, *node.comparators)]
         if any(operand is UNKNOWN for operand in operands) or any(type(op) not in COMPARISONS for op in node.ops):
             return UNKNOWN
         pairs = zip(node.ops, operands, operands[1:], strict=False)
