@@ -172,7 +172,7 @@ def specialize(source: str, frozen: Frozen) -> str:
     functions in which tests were folded. Raises BundleError where a name would be missing."""
     tree = ast.parse(source)
     folder = Folder(frozen)
-    folded = [folder.visit(copy.deepcopy(node)) for node in tree.body]
+    folded = [folder.visit(node) for node in ast.parse(source).body]  # no deep copy: nodes of Python's are shared
     changed = [ast.dump(new) != ast.dump(old) for new, old in zip(folded, tree.body, strict=True)]
     reached = reach(folded, frozen.features)
     lines: list[str | None] = list(source.split("\n"))
