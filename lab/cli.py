@@ -5,6 +5,7 @@ them where it is imported or in the midst of its work.
 """
 
 import json
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+import golf
 from golf.config.config import Config, check_config
 from golf.config.knobs import EXIT_BAD_INPUT, UserError
 from golf.config.run import RunConfig
@@ -130,3 +132,9 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]], t
     """Returns a Markdown table whose first `texts` columns hold words and the others figures, aligned right."""
     marks = ["---" if column < texts else "--:" for column in range(len(header))]
     return "".join("| " + " | ".join(map(markdown_cell, line)) + " |\n" for line in [header, marks, *rows])
+
+
+def import_rooms() -> None:
+    """Imports every module of golf/, so that all rooms have registered their features."""
+    for module in pkgutil.walk_packages(golf.__path__, "golf."):
+        import_module(module.name)

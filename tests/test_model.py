@@ -153,3 +153,23 @@ def test_the_same_seed_gives_the_same_weights(preset):
     first, second, other = (build_model(config, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["tok_emb.weight"], other["tok_emb.weight"])
+
+
+def test_a_compiled_step_takes_kept_rotary_tables_as_inputs():
+    """No power, sine or cosine is in its graph; without kept tables there are some, so the test can see them."""
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        names = {str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes}
+        found.append(names & {"pow", "rpow", "__rpow__", "cos", "sin", "outer"})
+        return graph
+
+    model = build_model(SMALL, seed=0)
+    ids_BT = torch.randint(0, SMALL.vocab_size, (2, SMALL.train_seq_len))
+    plain = model(ids_BT, ids_BT)
+    torch.compile(model, backend=backend, fullgraph=True)(ids_BT, ids_BT)
+    model.keep_rotary(SMALL.train_seq_len)
+    torch.compiler.reset()
+    kept = torch.compile(model, backend=backend, fullgraph=True)(ids_BT, ids_BT)
+    assert found[0] and not found[1] and torch.equal(plain, kept)
+    assert "rotary" not in " ".join(model.state_dict())

@@ -179,8 +179,9 @@ class LevelSearch:
     def __post_init__(self) -> None:
         """Prepares the matrices, with hidden units in the order that suits the coder: this saves 0.2 to 0.4 % of the
         bytes."""
-        orders = hidden_orders(self.state)
-        self.state = permute_hidden_units(self.state, orders)
+        state = {name: part.detach().cpu() for name, part in self.state.items()}  # as the statistics are
+        orders = hidden_orders(state)
+        self.state = permute_hidden_units(state, orders)
         self.statistics = permute_statistics(self.statistics, orders)
         self.matrices: dict[str, PreparedMatrix] = {
             name: prepare_matrix(self.state[name].to(self.device), one) for name, one in self.statistics.items()

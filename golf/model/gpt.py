@@ -47,6 +47,8 @@ class GPT(nn.Module):
             else None
         )
         self.smear = SmearGate(config.model_dim) if config.smear_gate else None
+        self.rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+        """Tables by row length and base, made by `keep_rotary`."""
         self.encoder_layers = config.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, config.model_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -63,11 +65,25 @@ class GPT(nn.Module):
         e_BTD = rms_norm(e_BTD)
         return (e_BTD if self.smear is None else self.smear(e_BTD, has_previous_BT))[:, known:]
 
+    def keep_rotary(self, length: int, rope_base: float | None = None) -> None:
+        """Makes the rotary tables of rows of `length` tokens once: a compiled graph takes them as inputs and does not
+        compute powers, sines and cosines in every kernel that turns queries or keys."""
+        base, device = rope_base or self.config.rope_base, self.skip_weights.device
+        head_dim = self.config.model_dim // self.config.num_heads
+        self.rotary[length, base] = rotary_tables(length, head_dim, base, device)
+
+    def rotary_of(self, length: int, base: float, device: torch.device, start: int) -> tuple[Tensor, Tensor]:
+        """Returns cos_TP and sin_TP of positions start .. length-1: the kept tables where there are some."""
+        kept = None if start else self.rotary.get((length, base))
+        if kept is not None and kept[0].device == device:
+            return kept
+        return rotary_tables(length, self.config.model_dim // self.config.num_heads, base, device, start)
+
     def positions(self, ids_BT: Tensor, rope_base: float, cache: KeyValueCache | None = None) -> Positions:
         """Returns rotary tables and the mask of the new positions; knowledge tokens come first and are not rotated."""
         config, past, device = self.config, 0 if cache is None else cache.length, ids_BT.device
         head_dim, new = config.model_dim // config.num_heads, 0 if past else config.knowledge_tokens
-        tables = rotary_tables(past + ids_BT.size(1), head_dim, rope_base, device, start=past)
+        tables = self.rotary_of(past + ids_BT.size(1), rope_base, device, past)
         if new:
             unturned = torch.ones, torch.zeros
             tables = tuple(

@@ -103,7 +103,7 @@ class Muon(torch.optim.Optimizer):
         padded_MRC = own_MRC.new_zeros(share, *own_MRC.shape[1:])
         padded_MRC[: own_MRC.size(0)] = own_MRC
         everyone_MRC = own_MRC.new_empty(self.world_size * share, *own_MRC.shape[1:])
-        dist.all_gather_single(everyone_MRC, padded_MRC)
+        dist.all_gather_into_tensor(everyone_MRC, padded_MRC)  # torch 2.9 to 2.13 have this one
         return [everyone_MRC[i % self.world_size * share + i // self.world_size].float() for i in range(count)]
 
 
@@ -205,8 +205,8 @@ def average_gradients(parameters: list[Tensor], world_size: int) -> None:
     gradients = [parameter.grad for parameter in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world_size)
     dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
 
 
 def momentum_acts(config: Any, facts: StepFacts) -> tuple[bool, str]:

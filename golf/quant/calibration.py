@@ -148,7 +148,7 @@ def add_pass(recorder: MomentRecorder, ids_BT: Tensor, generator: torch.Generato
             raise QuantError("the model's predictions are NaN or infinite: the weights are broken")
         with torch.no_grad():
             recorder.add_head(logits_BTV.detach())
-            drawn_P = torch.multinomial(torch.softmax(logits_BTV.flatten(0, 1), -1).cpu(), 1, generator=generator)
+            drawn_P = torch.multinomial(torch.softmax(logits_BTV.flatten(0, 1), -1), 1, generator=generator)
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), drawn_P.flatten().to(ids_BT.device), reduction="sum")
         loss.backward()
     recorder.model.zero_grad(set_to_none=True)
@@ -169,7 +169,7 @@ def calibrate_within(
 ) -> tuple[dict[str, LayerStatistics], int]:
     """`calibrate` on as many of the rows as there is time for on each rank, one batch at least; and their tokens."""
     check_rows(rows_NT, model)
-    recorder, generator = MomentRecorder(model), torch.Generator().manual_seed(seed + runtime.rank)
+    recorder, generator = MomentRecorder(model), torch.Generator(runtime.device).manual_seed(seed + runtime.rank)
     mine_NT = rows_NT[runtime.rank :: runtime.world_size].to(runtime.device)
     started, tokens = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=runtime.device)
     for done, batch_NT in enumerate(mine_NT.split(batch_rows)):

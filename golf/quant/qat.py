@@ -15,7 +15,7 @@ from golf.config.site_quantizers import activation_sites, parse_site
 from golf.model.gpt import GPT, acts_always
 from golf.model.layers import ActivationSite
 from golf.quant.grid import fake_quantize_rows
-from golf.quant.site_grid import activation_calls, quantize_activation, quantize_weight
+from golf.quant.site_grid import activation_calls, quantize_activation, quantize_weight, weight_calls
 from golf.quant.tensor_classes import FP16_BITS, bits_of, shared_weights, weight_site
 from golf.runtime import Runtime
 
@@ -118,20 +118,26 @@ def remove_fake_quantization(model: nn.Module) -> None:
         module.fake_quantize = None
 
 
-@contextmanager
-def without_fake_quantization(model: nn.Module) -> Iterator[None]:
-    """Uses weights without fake quantization within the context."""
-    held = [(module, module.fake_quantize) for _, module in fake_quantizable_modules(model)]
-    remove_fake_quantization(model)
-    yield
-    for module, fake_quantize in held:
-        module.fake_quantize = fake_quantize
+def verify_fake_quantization(forward: Callable, model: GPT, batch: tuple) -> Verdict:
+    """Verifies that the compiled step puts every matrix that is to train on a grid through it once, and that the grid
+    moves weights.
+
+    Losses of an untrained model can't show it: in bf16 they change by as much as rounding does (docs/LOG.md).
+    """
+    modules = [module for _, module in fake_quantizable_modules(model) if module.fake_quantize]
+    with torch.no_grad():
+        moved = sum(int((module.effective_weight() != module.weight).sum()) for module in modules)
+    before = weight_calls()
+    forward(*batch).item()
+    calls, total = weight_calls() - before, sum(module.weight.numel() for module in modules)
+    effect = f"{calls} calls of {len(modules)} grids in a compiled step, which move {moved:,} of {total:,} weights"
+    return calls == len(modules) > 0 and moved > 0, effect
 
 
 register_feature(
     Feature(
         "qat", lambda config: config.quant.qat_enabled, "train longer, or lower qat_start",
-        lambda config, facts: (facts.fake_quantized, ""), without=without_fake_quantization, verified_at_start=True,
+        lambda config, facts: (facts.fake_quantized, ""), verify_step=verify_fake_quantization, verified_at_start=True,
     )
 )  # fmt: skip
 register_feature(

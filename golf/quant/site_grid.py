@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from golf.config.site_quantizers import SiteQuantizer, parse_site
-from golf.quant.grid import FP16_MAX, FP16_TINY, group_width, spread_groups
+from golf.quant.grid import FP16_MAX, FP16_TINY, GRID_CALLS, group_width, spread_groups
 
 SMALLEST_STEP = 1e-5
 """Floor of an activation's step, as in BitNet (arXiv 2310.11453)."""
@@ -126,21 +126,26 @@ def surrogate_slope(u: Tensor, site: SiteQuantizer) -> Tensor:
     return torch.where(inside, slope, 0.0)
 
 
-CALLS = {False: 0, True: 0}
+SITE_CALLS = {False: 0, True: 0}
 """Calls of the operator in this process, for weights (False) and activations (True)."""
+
+
+def weight_calls() -> int:
+    """Returns how often weights went through either operator, in this process."""
+    return SITE_CALLS[False] + GRID_CALLS[0]
 
 
 def activation_calls() -> int:
     """Returns the calls for activations so far; a compiled graph calls the operator too, so they show what it really
     does."""
-    return CALLS[True]
+    return SITE_CALLS[True]
 
 
 # Custom operators, which torch.compile calls but does not rewrite: see golf/quant/grid.py.
 @torch.library.custom_op("golf::site_value", mutates_args=())
 def site_value(x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None) -> Tensor:
     """Returns fp32 values on the grid, with the gradient that `text` names."""
-    CALLS[activation] += 1
+    SITE_CALLS[activation] += 1
     grid = site_grid(x_RC.float(), parse_site(text, activation), activation, gamma)
     return grid.codes_RC * grid.spread(grid.scale)
 

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from golf.config.config import Config, config_dict, config_from_dict, config_hash
 from golf.config.knobs import ConfigError
@@ -21,6 +21,7 @@ class RunFolder:
         self.config = path / "config.json"
         self.log = path / "train.log"
         self.metrics = path / "metrics.jsonl"
+        self.metrics_file: TextIO | None = None
         self.checkpoints = path / "checkpoints"
         self.weights = path / "weights.safetensors"
         self.training = path / "training.json"
@@ -82,6 +83,9 @@ class RunFolder:
 
     def trim_metrics(self, step: int) -> float:
         """Removes rows after `step`, whose steps will be repeated; returns the last clock reading of all rows."""
+        if self.metrics_file is not None:
+            self.metrics_file.close()
+            self.metrics_file = None
         rows = self.metrics_rows()
         latest = max((row["elapsed"] for row in rows), default=0.0)
         kept = [row for row in rows if row["step"] <= step]
@@ -91,8 +95,10 @@ class RunFolder:
         return latest
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
+        if self.metrics_file is None:  # kept open: on a network volume opening takes longer than a step may
+            self.metrics_file = self.metrics.open("a", encoding="utf-8")
+        self.metrics_file.write(json.dumps(values, allow_nan=False) + "\n")
+        self.metrics_file.flush()
 
     def create(self, config: Config) -> None:
         """Makes the folder. Raises ConfigError where it exists: a run never writes into another's."""

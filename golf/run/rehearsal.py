@@ -32,7 +32,9 @@ def quantize_once(trainer: Trainer) -> QuantizedState:
         return quantize_state(prune_state(state, config.quant)[0], config.quant)
     alone = replace(trainer.runtime, rank=0, world_size=1)
     calibration = calibrate_run(state, config, trainer.batches.stream, alone, rows=REHEARSED_ROWS)
-    search = LevelSearch(state, calibration.statistics, config.quant, config.model, log=lambda line: None)
+    search = LevelSearch(
+        state, calibration.statistics, config.quant, config.model, log=lambda line: None, device=trainer.runtime.device
+    )
     return search.quantize(FIRST_GUESS)
 
 

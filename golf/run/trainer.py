@@ -69,6 +69,8 @@ class Trainer:
             ordered, config.train.train_batch_tokens, config.model.train_seq_len, runtime.rank, runtime.world_size,
             runtime.device, config.data.row_order,
         )  # fmt: skip
+        for length in filter(None, (config.model.train_seq_len, config.train.short_seq_len)):
+            model.keep_rotary(length)
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if runtime.compiles else model
         self.optimizers = self.new_optimizers()
         self.average = WeightAverage(config.average)

@@ -89,9 +89,9 @@ def score_artifact(
     """
     started = time.perf_counter()
     tokens, byte_table = load_validation(artifact.tokenizer_sha256, tokenizer_path, val_paths)
-    model = restore_model(artifact, runtime)
+    model, settings = restore_model(artifact, runtime), sliding_settings(score, artifact.model)
+    model.keep_rotary(settings.seq_len, settings.rope_base)
     forward = compiled_losses(model) if compiled else model.token_losses
-    settings = sliding_settings(score, artifact.model)
     subject = {
         "artifact": artifact.sha256, "data": stream_identity(tokens), "asked": asdict(settings),
         "rank": runtime.rank, "world_size": runtime.world_size,

@@ -1,14 +1,12 @@
 """What a script is specialised for: a configuration, as the bundler wants to know it."""
 
-import importlib
-import pkgutil
 from typing import Any, Literal, get_origin
 
-import golf
 from golf.config.config import FREE_KNOBS, KNOBS, Config, config_from_dict, iter_knobs, preset_config
 from golf.config.features import features_on
 from golf.config.site_quantizers import activation_sites, weight_sites
 from lab.bundle.specialize import Frozen
+from lab.cli import import_rooms
 
 OWN_KNOBS = {
     "run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse", "data_path", "tokenizer_path",
@@ -18,8 +16,7 @@ OWN_KNOBS = {
 
 def freeze_config(config: Config) -> Frozen:
     """Returns what a script that is made for this configuration may take for granted."""
-    for module in pkgutil.walk_packages(golf.__path__, "golf."):  # every room registers its features
-        importlib.import_module(module.name)
+    import_rooms()
     all_knobs = {knob: value for _, knob, _, value in iter_knobs(config)}
     choices = {knob for knob, (_, kind) in KNOBS.items() if get_origin(kind) is Literal} - FREE_KNOBS
     values = {knob: value for knob, value in all_knobs.items() if knob in choices or not (value or knob in FREE_KNOBS)}

@@ -28,6 +28,7 @@ from golf.quant.export import quantize_state
 from golf.quant.tensor_classes import FP16_BITS, bits_of
 from golf.run.trainer import STEP_MARGIN, count_micro_steps
 from golf.score.windows import plan_windows
+from lab.cli import import_rooms
 
 EXPECTED_STEP_SECONDS = {
     "leaderboard": (0.0908, "8xH100, log of pull request #326"),
@@ -172,6 +173,7 @@ def forecast_scoring_seconds(config: Config, tokens: int, step_seconds: float) -
 
 def plan_problems(plan: RunPlan) -> list[str]:
     """Returns what was asked for and would not happen, with what to do."""
+    import_rooms()
     config, acts, armed = plan.config, plan.acts, features_on(plan.config)
     missing = {name: "never acts" for name in ("warmdown", "qat", "holdout") if not acts[name]}
     if (snapshots := len({moment.step for moment in acts["swa"]})) < 2:
