@@ -36,6 +36,7 @@ BAD_INPUT = {
     "tools/evals.py": ["--task", "boolq", "--data", NOWHERE, "--run", NOWHERE],
     "tools/fingerprint.py": [NOWHERE],
     "tools/footprint.py": [NOWHERE],
+    "tools/gpu_check.py": ["--only", "nonsense"],
     "tools/inspect_data.py": [NOWHERE],
     "tools/make_submission.py": [NOWHERE, "--name", "n", "--author", "a", "--github-id", "g", "--blurb", "b"],
     "tools/pack_artifact.py": ["--weights", NOWHERE, "--out", "model.golf"],
