@@ -62,17 +62,18 @@ def parse_float(text: str) -> float:
     return number
 
 
+JSON_HOOKS = {"parse_constant": refuse_constant, "parse_int": parse_integer, "parse_float": parse_float}
+
+
 def parse_json(data: str | bytes, **hooks: Any) -> Any:
     """Parses JSON that people wrote, with or without a byte order mark; `hooks` are those of json.loads.
 
-    Raises ValueError, of one line, for anything else: not UTF-8, NaN, a number or a nesting that is too large for
-    Python, half of a surrogate pair.
+    Raises ValueError, of one line, for anything else: not UTF-8, NaN (read with parse_constant=float), a number or a
+    nesting that is too large for Python, half of a surrogate pair.
     """
     text = (data.decode() if isinstance(data, bytes) else data).removeprefix("\ufeff")
     try:
-        value = json.loads(
-            text, parse_constant=refuse_constant, parse_int=parse_integer, parse_float=parse_float, **hooks
-        )
+        value = json.loads(text, **(JSON_HOOKS | hooks))
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from golf.config.config import Config, config_dict, config_from_dict, config_hash
-from golf.config.knobs import ConfigError
+from golf.config.knobs import ConfigError, parse_json
 from golf.run.guard import AccessGuard
 from golf.runtime import Runtime, write_file_atomically
 
@@ -50,7 +50,7 @@ class RunFolder:
         if not self.config.exists():
             raise ConfigError(f"{self.config} is missing: {self.path} is not the folder of a run")
         try:
-            sections = self.load_json(self.config)
+            sections = parse_json(self.config.read_bytes())
         except ValueError:
             raise ConfigError(f"{self.config} is not JSON: it was changed; start a new run") from None
         del sections["config_hash"]

@@ -139,7 +139,7 @@ def preparation_folder(preparation: Preparation, root: str | Path = "data/cache"
     recipe = preparation.recipe()
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     name, _, identity = recipe["source"].rpartition("-")
-    name = os.fsencode(name)[:LONGEST_NAME].decode(errors="ignore")
+    name = name.encode(errors="surrogateescape")[:LONGEST_NAME].decode(errors="ignore")
     return Path(root) / f"{name}-{identity}-{preparation.label()}-{digest[:8]}"
 
 
@@ -206,8 +206,9 @@ def prepared_already(out: Path, recipe: dict) -> PreparedData:
 def preparation_remarks(prepared: PreparedData) -> list[str]:
     """Returns a line for each thing about prepared data that its reader should know."""
     splits = prepared.manifest["splits"]
-    val_bytes, text, counted = splits["val"]["text_bytes"], *(
-        sum(counts[kind] for counts in splits.values()) for kind in ("text_bytes", "bytes")
+    val_bytes, text, counted = (
+        splits["val"]["text_bytes"],
+        *(sum(counts[kind] for counts in splits.values()) for kind in ("text_bytes", "bytes")),
     )
     remarks = []
     if val_bytes < FEW_VAL_BYTES:

@@ -15,7 +15,6 @@ import hashlib
 import io
 import itertools
 import lzma
-import os
 import platform
 import re
 import sysconfig
@@ -88,7 +87,8 @@ def source_identity(source: str | Path) -> str:
         path = Path(source)
         listing = [(file.relative_to(path).as_posix(), file.stat()) for file in gpt2_shards(path) or source_files(path)]
         name, lines = path.resolve().stem, [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in listing]
-    return f"{name}-{hashlib.sha256(os.fsencode(chr(10).join(lines))).hexdigest()[:12]}"
+    listed = chr(10).join(lines).encode(errors="surrogateescape")
+    return f"{name}-{hashlib.sha256(listed).hexdigest()[:12]}"
 
 
 def source_files(source: Path) -> list[Path]:

@@ -85,7 +85,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
 
 
 def leave_to_bytes(sentences: list[str], most: int) -> Iterator[str]:
-    """Yields the sentences with boundaries in the place of all but `most` characters: the blank and the frequent ones."""
+    """Yields the sentences with boundaries in the place of all characters but the `most` frequent, and the blank."""
     counts = Counter(itertools.chain.from_iterable(sentences))
     del counts[MERGE_BOUNDARY], counts[" "]
     rare = {ord(character): MERGE_BOUNDARY for character, _ in counts.most_common()[max(1, most - 1) :]}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from golf.config.knobs import parse_json
 from golf.data.shards import SHARD_HEADER_BYTES, DataError, shard_header
 from golf.runtime import write_file_atomically
 
@@ -130,7 +131,7 @@ def build_spool(documents: Iterator[str], folder: Path, val_fraction: float, see
 def open_spool(folder: Path) -> DocumentSpool:
     """Opens the finished spool in `folder`. Raises DataError."""
     try:
-        return DocumentSpool(folder, json.loads((folder / SPOOL_INDEX).read_text())["duplicates"])
+        return DocumentSpool(folder, parse_json((folder / SPOOL_INDEX).read_bytes())["duplicates"])
     except (OSError, ValueError, KeyError):
         raise DataError(f"{folder}: the spooled documents are damaged; delete this folder and start again") from None
 
@@ -209,7 +210,7 @@ def write_state(folder: Path, state: dict) -> None:
 def read_state(folder: Path, recipe: dict) -> dict | None:
     """Returns what `write_state` noted in `folder`; None unless the same recipe is being prepared there."""
     try:
-        state = json.loads((folder / STATE_NAME).read_text())
+        state = parse_json((folder / STATE_NAME).read_bytes())
     except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) and state.get("recipe") == recipe else None
