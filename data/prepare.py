@@ -112,7 +112,7 @@ def print_table(prepared: PreparedData, seconds: float) -> None:
     for split, counts in prepared.manifest["splits"].items():
         numbers = [f"{counts[name]:,}" for name in ("documents", "tokens", "bytes")]
         table.add_row(split, *numbers, f"{counts['bytes'] / max(1, counts['tokens'] - counts['documents']):.3f}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def work(options: Options) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from golf.config.config import Config, check_config
-from golf.config.knobs import EXIT_BAD_INPUT, EXIT_MACHINE, UserError, parse_json
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_MACHINE, UserError, naming, parse_json
 from golf.config.run import RunConfig
 
 
@@ -110,11 +110,8 @@ def run_command(options_type: type[AnyOptions], description: str | None, work: C
 
 def flush_output() -> None:
     """Writes what waits for standard output. Raises OSError, which names it, where its disk is full."""
-    try:
+    with naming("standard output"):
         sys.stdout.flush()
-    except OSError as error:
-        error.filename = error.filename or "standard output"
-        raise
 
 
 def lab_library(module: str) -> ModuleType:

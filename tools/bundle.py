@@ -87,7 +87,7 @@ def print_bundle(report: dict[str, int | str]) -> None:
     for form in ("readable", "minified", "packed", "code"):
         if f"bytes_{form}" in report:
             table.add_row(form, f"{report[f'bytes_{form}']:,}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def work(options: Options) -> int:

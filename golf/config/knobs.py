@@ -1,10 +1,12 @@
 """Defines what every folder shares: errors, exit statuses, the type of a rule, the knobs' docs, people's JSON."""
 
 import ast
+import contextlib
 import inspect
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -21,6 +23,17 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """Reports an unknown knob, a value that does not parse, or values that do not fit together."""
+
+
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Adds `path` to an error of writing to it: a full disk does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 Rule = tuple[bool, str]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from golf.config.config import Config, config_dict, config_from_dict, config_hash
-from golf.config.knobs import ConfigError, parse_json
+from golf.config.knobs import ConfigError, naming, parse_json
 from golf.run.guard import AccessGuard
 from golf.runtime import Runtime, write_file_atomically
 
@@ -91,7 +91,7 @@ class RunFolder:
         return latest
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with naming(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")
 
     def create(self, config: Config) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from golf.config.knobs import naming
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, PreparedData, load_prepared
 from golf.data.shards import DataError
 from golf.data.tokenizer import CASE_OPERATORS
@@ -183,9 +184,10 @@ def make_folder(
     """Prepares data beside `out` and puts it there when it is whole. Raises DataError."""
     partial = out.with_name(f".{out.name}.partial")
     try:
-        work = PreparationWork(preparation, partial, recipe)
-        work.encode(workers, word_cache, advance)
-        work.finish()
+        with naming(partial):
+            work = PreparationWork(preparation, partial, recipe)
+            work.encode(workers, word_cache, advance)
+            work.finish()
     except WorkerLostError:
         raise
     except DataError:

@@ -361,7 +361,7 @@ def gpt2_shards(source: Path) -> list[Path]:
     """Lists token shards, those of validation first, as modded-nanogpt cuts them off the beginning."""
     if not source.is_dir():
         return []
-    shards = [path for path in source.iterdir() if SHARD_NAME.fullmatch(path.name)]
+    shards = [path for path in source.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name[0] != "."]
     return sorted(shards, key=lambda path: (SHARD_NAME.fullmatch(path.name)["split"] != "val", path.name))
 
 

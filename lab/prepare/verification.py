@@ -22,7 +22,7 @@ from golf.data.shards import SHARD_HEADER_BYTES, SHARD_NAME, DataError, ShardErr
 from golf.data.sidecar import sidecar_path
 
 DOWNLOADS_NAME = "downloads.json"
-TOKEN_FILE_NAME = re.compile(r"(?P<dataset>.+)_(?P<split>train|val|val_bytes)_(?P<index>\d{6})\.bin")
+TOKEN_FILE_NAME = re.compile(r"(?P<dataset>[^.].*)_(?P<split>train|val|val_bytes)_(?P<index>\d{6})\.bin")
 """A shard, or the sidecar of a validation shard: the bytes of text that each of its tokens stands for."""
 SCAN_BLOCK_BYTES = 1 << 22
 ENDS_BYTES = 4096

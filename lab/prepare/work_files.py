@@ -122,7 +122,7 @@ def build_spool(documents: Iterator[str], folder: Path, val_fraction: float, see
     train, val = split_digests(digests, val_fraction, seed)
     for split, numbers in (("train", train), ("val", val)):
         spans = array("q", (position for number in numbers for position in (ends[number], ends[number + 1])))
-        np.array(spans, dtype="<i8").tofile(folder / f"spool.{split}")
+        (folder / f"spool.{split}").write_bytes(np.array(spans, dtype="<i8").tobytes())
     duplicates = len(digests) - len(train) - len(val)
     write_file_atomically(folder / SPOOL_INDEX, json.dumps({"duplicates": duplicates}))
     return DocumentSpool(folder, duplicates)
