@@ -183,7 +183,7 @@ def work(options: Options) -> int:
     hub, plan = make_plan(options)
     download = Download(hub, plan, workers=options.workers, recheck=options.recheck)
     if options.dry_run:
-        print(json.dumps(plan_figures(download))) if options.json else print_plan(download, Console())
+        print(json.dumps(plan_figures(download))) if options.json else print_plan(download, Console(markup=False))
         return 0
     try:
         fetch(download)
@@ -192,7 +192,8 @@ def work(options: Options) -> int:
         return EXIT_INTERRUPTED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            print(f"download: {error.strerror}; what is complete stays", file=sys.stderr)
+            place = error.filename or options.root
+            print(f"download: {place}: {error.strerror}; what is complete stays", file=sys.stderr)
             return EXIT_MACHINE
         raise
     return report(download, time.perf_counter() - started, options)

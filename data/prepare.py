@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golf.config.knobs import EXIT_INTERRUPTED
 from golf.data.manifest import PreparedData
 from golf.data.shards import DataError
-from lab.cli import ToolOptions, run_command
+from lab.cli import ToolOptions, print_complaint, run_command
 from lab.prepare.prepare import (
     PLAIN_KINDS,
     SHARD_TOKENS,
@@ -31,6 +31,7 @@ from lab.prepare.prepare import (
     VAL_FRACTION,
     Preparation,
     preparation_folder,
+    preparation_remarks,
     prepare_data,
 )
 
@@ -111,7 +112,7 @@ def print_table(prepared: PreparedData, seconds: float) -> None:
     for split, counts in prepared.manifest["splits"].items():
         numbers = [f"{counts[name]:,}" for name in ("documents", "tokens", "bytes")]
         table.add_row(split, *numbers, f"{counts['bytes'] / max(1, counts['tokens'] - counts['documents']):.3f}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def work(options: Options) -> int:
@@ -121,6 +122,8 @@ def work(options: Options) -> int:
     except KeyboardInterrupt:
         print("prepare: stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
+    for remark in preparation_remarks(prepared):
+        print_complaint(remark)
     if options.json:
         paths = {"folder": str(prepared.folder), "tokenizer_path": str(prepared.tokenizer_path)}
         print(json.dumps(paths | prepared.manifest))

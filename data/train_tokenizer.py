@@ -90,7 +90,7 @@ def work(options: Options) -> int:
     if options.json:
         print(json.dumps({"documents": len(measured), "tokenizers": rows}))
         return 0
-    console = Console()
+    console = Console(markup=False)
     console.print(figures_table(results, len(measured)))
     for row in rows:
         if row["path"]:

@@ -78,7 +78,7 @@ def print_report(report: FolderReport) -> None:
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split, counts in sorted(report.splits.items()):
         table.add_row(split, *(f"{counts[key]:,}" for key in ("shards", "tokens")))
-    Console().print(table)
+    Console(markup=False).print(table)
     for problem in report.problems:
         print(f"{os.path.normpath(report.folder / problem.file)}: {problem.problem}")
     if report.unhashed and not report.problems:

@@ -23,15 +23,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from golf.config.knobs import ConfigError
+from golf.config.knobs import ConfigError, naming
 from golf.config.run import RunConfig
 
 
 class Log:
-    """Prints lines to the terminal and, once a file is attached, writes and flushes each to it."""
+    """Prints lines to the terminal, with marks for what its encoding lacks, and, once a file is attached, to it too."""
 
     def __init__(self, terminal: TextIO | None = None):
         self.terminal = terminal or sys.stdout
+        if hasattr(self.terminal, "reconfigure"):
+            self.terminal.reconfigure(errors="replace")
         self.file: TextIO | None = None
 
     def attach(self, path: Path) -> None:
@@ -45,9 +47,9 @@ class Log:
                 print(text, file=self.file, flush=True)
 
     def line(self, text: str) -> None:
-        print(text, file=self.terminal, flush=True)
-        if self.file:
-            print(text, file=self.file, flush=True)
+        for file in filter(None, (self.terminal, self.file)):
+            with naming(getattr(file, "name", "standard output")):
+                print(text, file=file, flush=True)
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a file to write beside `path`, and moves it to `path` once it is on the disk: readers never see a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        flush_to_disk(temporary)
+        with naming(path):
+            yield temporary
+            flush_to_disk(temporary)
         os.replace(temporary, path)
         flush_to_disk(path.parent)  # the new name
     finally:

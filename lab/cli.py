@@ -4,10 +4,13 @@ A tool that is started without the packages of its purpose says in one line whic
 them where it is imported or in the midst of its work.
 """
 
+import errno
 import json
 import pkgutil
+import re
 import sys
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +22,7 @@ import tyro
 
 import golf
 from golf.config.config import Config, check_config
-from golf.config.knobs import EXIT_BAD_INPUT, UserError
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_MACHINE, UserError, naming, parse_json
 from golf.config.run import RunConfig
 
 
@@ -54,6 +57,9 @@ OPTIONAL_PACKAGES = {
     "requirements-lab.txt": ("jinja2", "scipy"),
 }
 """Packages that are imported for some purposes only, by the file that installs them."""
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Of the disk: the command was right, and nothing of it needs to change."""
+LONE_SURROGATE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]")
 AnyOptions = TypeVar("AnyOptions", bound=ToolOptions)
 
 
@@ -84,10 +90,16 @@ def print_complaint(text: str) -> None:
 
 
 def run_command(options_type: type[AnyOptions], description: str | None, work: Callable[[AnyOptions], int]) -> int:
-    """Returns the exit status of `work` on the command line's options; 2 after one clear line for bad input."""
+    """Returns the exit status of `work` on the command line's options, or after one line 2 for bad input, 5 for a disk
+    that is full or fails. What a terminal's encoding lacks is replaced."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     options = tyro.cli(options_type, description=description, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        return work(options)
+        status = work(options)
+        flush_output()
+        return status
     except (UserError, OSError, ModuleNotFoundError) as error:
         hint = missing_package_hint(error)
         if isinstance(error, ModuleNotFoundError) and not hint:
@@ -95,7 +107,13 @@ def run_command(options_type: type[AnyOptions], description: str | None, work: C
         if options.debug:
             traceback.print_exc()
         print_complaint(hint or str(error))
-        return EXIT_BAD_INPUT
+        return EXIT_MACHINE if getattr(error, "errno", None) in MACHINE_ERRORS else EXIT_BAD_INPUT
+
+
+def flush_output() -> None:
+    """Writes what waits for standard output. Raises OSError, which names it, where its disk is full."""
+    with naming("standard output"):
+        sys.stdout.flush()
 
 
 def lab_library(module: str) -> ModuleType:
@@ -112,15 +130,35 @@ def lab_library(module: str) -> ModuleType:
 
 def read_json_object(path: Path, error_type: type[UserError]) -> dict[str, Any]:
     """Reads a JSON object from a file. Raises `error_type` where the file is missing, unreadable or of another kind."""
+    data = b""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        content = parse_json(data, parse_constant=float)  # a run that diverged says NaN of its loss
     except FileNotFoundError:
         raise error_type(f"{path} is missing") from None
     except (OSError, ValueError) as error:
-        raise error_type(f"{path} can't be read as JSON: {error}") from None
+        raise error_type(f"{path} can't be read as JSON: {locate(error, data)}") from None
     if not isinstance(content, dict):
         raise error_type(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def locate(error: Exception, data: bytes) -> str:
+    """Returns what an error of parse_json on `data` says, with the line where that is not told."""
+    lines = data.decode(errors="replace").splitlines(keepends=True)
+    if not isinstance(error, ValueError) or isinstance(error, json.JSONDecodeError) or len(lines) < 2:
+        return str(error)
+
+    def is_reached(end: int) -> bool:
+        """Says whether the first `end` lines have the error, and not only an end too early."""
+        head = "".join(lines[:end])
+        try:
+            parse_json(head, parse_constant=float)
+        except ValueError as found:
+            return not isinstance(found, json.JSONDecodeError) or LONE_SURROGATE.search(head) is not None
+        return True
+
+    return f"{error} (line {1 + bisect_left(range(1, len(lines) + 1), True, key=is_reached)})"
 
 
 def markdown_cell(value: object) -> str:

@@ -226,7 +226,7 @@ def test_characters_and_bytes(corpus, tmp_path):
 @pytest.fixture(scope="module")
 def capitals(tmp_path_factory):
     path = tmp_path_factory.mktemp("capitals") / "own.jsonl"
-    texts = [f"Number {n} SAYS: iPhone, \ue001 and École {WORDS[n % 9].title()}" for n in range(200)]
+    texts = [f"Number {n} SAYS: iPhone, \ue001 and École {WORDS[n % 9].title()}" for n in range(400)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 

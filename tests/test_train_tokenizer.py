@@ -62,6 +62,11 @@ def test_text_that_can_not_be_trained_on():
         train_competition_tokenizer(["\0", "  "], 400)
 
 
+def test_a_vocabulary_without_room_for_characters_is_refused_in_our_words():
+    with pytest.raises(DataError, match="256 byte pieces leave no room for its most frequent characters; ask for more"):
+        train_competition_tokenizer(TEXTS, 261)
+
+
 def test_limit_characters():
     assert limit_characters(["aab", "ac c"], 9) == (["aab", "ac c"], 0.999)
     assert limit_characters(["aab", "ac\t c"], 2) == (["aa ", "ac c"], 1.0)

@@ -19,13 +19,14 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.config.config import build_config
+from golf.config.knobs import ConfigError
 from golf.run.command import parse_overrides
 from golf.runtime import write_file_atomically
 from lab.bundle.bundler import bundle_source
 from lab.bundle.frozen import freeze_config, run_config
 from lab.bundle.packer import pack_source, unpack_source
 from lab.bundle.specialize import Frozen
-from lab.cli import ToolOptions, run_command
+from lab.cli import ToolOptions, read_json_object, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -53,7 +54,7 @@ class Options(ToolOptions):
 def chosen_config(options: Options) -> Frozen | None:
     """Returns the configuration to specialise for. Raises ConfigError."""
     if options.run_config:
-        return freeze_config(run_config(json.loads(options.run_config.read_text(encoding="utf-8"))))
+        return freeze_config(run_config(read_json_object(options.run_config, ConfigError)))
     if not options.preset:
         return None
     return freeze_config(build_config(options.preset, {}, parse_overrides(options.knobs)))
@@ -86,7 +87,7 @@ def print_bundle(report: dict[str, int | str]) -> None:
     for form in ("readable", "minified", "packed", "code"):
         if f"bytes_{form}" in report:
             table.add_row(form, f"{report[f'bytes_{form}']:,}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def work(options: Options) -> int:

@@ -89,7 +89,7 @@ def print_result(model: TextModel, result: ZeroShotResult) -> None:
     table.add_row("chance", f"{result.chance:.2%}")
     table.add_row("items", f"{result.items:,}")
     table.add_row("seconds", f"{result.seconds:.1f}")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     for line in (result.verdict, *zero_shot_remarks(result, model.context)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -74,7 +74,7 @@ def open_tokenizer(options: Options) -> TextTokenizer:
 
 
 def summary_table(content: DataContent, folder: Path) -> Table:
-    table = Table(title=str(folder), title_justify="left")
+    table = Table(title=escape(str(folder)), title_justify="left")
     table.add_column("")
     for split in content.splits:
         table.add_column(split.split, justify="right")
@@ -155,9 +155,9 @@ def print_content(
         if len(split.paths) < split.shards:
             console.print(f"{split.split}: {len(split.paths)} of {split.shards} shards were read; --full reads all")
     for finding in content.findings:
-        console.print(f"FINDING: {finding}")
+        console.print(f"FINDING: {finding}", markup=False)
     if options.picture:
-        console.print(f"lengths drawn in {options.picture}")
+        console.print(f"lengths drawn in {options.picture}", markup=False)
 
 
 def work(options: Options) -> int:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,7 +57,7 @@ def print_outcome(outcome: SubmissionOutcome) -> None:
     console = Console(highlight=False, soft_wrap=True)
     claims = outcome.claims
     if outcome.reasons:
-        console.print(f"[bold red]refused:[/] {outcome.folder} was not built")
+        console.print("[bold red]refused:[/]", escape(f"{outcome.folder} was not built"))
         for number, reason in enumerate(outcome.reasons, 1):
             console.print(f"{number:>3}. {reason.code}: {reason.text}", markup=False)
         return

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import matplotlib
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -83,7 +84,7 @@ def print_table(result: dict, console: Console) -> None:
         table.add_row(label, value)
     console.print(table)
     for finding in result["findings"]:
-        console.print(f"[red]INVALID:[/red] {finding}")
+        console.print(f"[red]INVALID:[/red] {escape(finding)}")
 
 
 def draw_loss(folder: RunFolder, steps: list[dict[str, float]], result: dict) -> Path:

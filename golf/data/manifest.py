@@ -1,10 +1,10 @@
 """Reads what a folder of shards says about itself, and gives its data the id that runs record."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from golf.config.knobs import parse_json
 from golf.data.shards import SHARD_HEADER_BYTES, DataError, find_shards, shard_token_count
 from golf.data.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def load_prepared(folder: str | Path) -> PreparedData:
     if not path.is_file():
         raise DataError(f"{folder}: no prepared data there (no {MANIFEST_NAME}); prepare it (data/README.md)")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_bytes())
         sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: not a manifest of prepared data; delete the folder and prepare it again") from None

@@ -80,13 +80,16 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
-    """Lists the shards of `split` ("train" or "val") in `folder`, sorted. Raises ShardError if there are none."""
+    """Lists the shards of `split` ("train" or "val") in `folder`, sorted, without names that begin with a dot.
+
+    Raises ShardError if there are none.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ShardError(
             f"{folder}: no such folder of shards; set data_path, or see data/README.md (bash run.sh download)"
         )
-    names = [SHARD_NAME.fullmatch(path.name) for path in folder.iterdir()]
+    names = [SHARD_NAME.fullmatch(path.name) for path in folder.iterdir() if path.name[0] != "."]
     matches = [match for match in names if match and match["split"] == split]
     datasets = sorted({match["dataset"] for match in matches})
     if not matches:
@@ -97,8 +100,12 @@ def find_shards(folder: str | Path, split: str) -> list[Path]:
 
 
 def expand_glob(pattern: str) -> list[Path]:
-    """Lists the files that match a shell pattern, sorted. Raises ShardError if there are none."""
-    paths = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern)))
+    """Lists the files that match a shell pattern, sorted; a path that exists is itself, whatever brackets it has.
+
+    Raises ShardError if there are none.
+    """
+    whole = os.path.expanduser(pattern)
+    paths = [Path(whole)] if os.path.exists(whole) else sorted(map(Path, glob.glob(whole)))
     if not paths:
         raise ShardError(f"no file matches {pattern!r}; check the path (and quote the pattern in the shell)")
     return paths

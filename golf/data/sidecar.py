@@ -7,7 +7,6 @@ its piece, so whoever prepares the shards writes it down: `<dataset>_val_bytes_%
 Shape letters: N tokens of the stream.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from golf.config.knobs import parse_json
 from golf.data.shards import DataError, find_shards, read_shard
 from golf.data.tokenizer import ByteTable
 
@@ -107,7 +107,7 @@ def manifest_total(folder: Path, val_paths: Sequence[str | Path]) -> int | None:
     if not path.is_file() or sorted(map(Path, val_paths)) != find_shards(folder, "val"):
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["splits"]["val"]["bytes"]
+        return parse_json(path.read_bytes())["splits"]["val"]["bytes"]
     except (KeyError, TypeError):  # someone else's manifest
         return None
     except ValueError:

@@ -10,7 +10,6 @@ Shape letters: N tokens, V vocabulary.
 """
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import sentencepiece
 import torch
 
+from golf.config.knobs import parse_json
 from golf.data.shards import DataError
 
 BLANK = "\u2581"
@@ -133,7 +133,7 @@ class UnitVocabulary(Tokenizer):
 def parse_tokenizer_file(description: bytes, name: str) -> dict:
     """Returns the object in a tokenizer's JSON file. Raises DataError."""
     try:
-        record = json.loads(description)
+        record = parse_json(description)
     except ValueError:
         record = None
     needed = {"bytes": (), "chars": ("characters",), "gpt2": ("merges",)}

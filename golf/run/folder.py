@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from golf.config.config import Config, config_dict, config_from_dict, config_hash
-from golf.config.knobs import ConfigError
+from golf.config.knobs import ConfigError, naming, parse_json
 from golf.run.guard import AccessGuard
 from golf.runtime import Runtime, write_file_atomically
 
@@ -51,7 +51,7 @@ class RunFolder:
         if not self.config.exists():
             raise ConfigError(f"{self.config} is missing: {self.path} is not the folder of a run")
         try:
-            sections = self.load_json(self.config)
+            sections = parse_json(self.config.read_bytes())
         except ValueError:
             raise ConfigError(f"{self.config} is not JSON: it was changed; start a new run") from None
         del sections["config_hash"]
@@ -95,10 +95,12 @@ class RunFolder:
         return latest
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        if self.metrics_file is None:  # kept open: on a network volume opening takes longer than a step may
-            self.metrics_file = self.metrics.open("a", encoding="utf-8")
-        self.metrics_file.write(json.dumps(values, allow_nan=False) + "\n")
-        self.metrics_file.flush()
+        with naming(self.metrics):
+            if self.metrics_file is None:  # kept open: on a network volume opening takes longer than a step may
+                self.metrics_file = self.metrics.open("a", encoding="utf-8")
+            self.metrics_file.write(json.dumps(values, allow_nan=False) + "
+")
+            self.metrics_file.flush()
 
     def create(self, config: Config) -> None:
         """Makes the folder. Raises ConfigError where it exists: a run never writes into another's."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from golf.config.knobs import naming
 from golf.runtime import write_file_atomically
 
 PHASES = {
@@ -63,7 +64,7 @@ class Ledger:
     def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:

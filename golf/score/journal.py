@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from golf.config.knobs import naming
 from golf.runtime import write_file_atomically
 
 
@@ -54,9 +55,10 @@ class ScoreJournal:
 
     def add(self, begin: int, end: int, sums: ScoreSums, seconds: float) -> None:
         self.chunks.append({"begin": begin, "end": end, **asdict(sums), "seconds": seconds})
-        self.file.write(json.dumps(self.chunks[-1]) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            self.file.write(json.dumps(self.chunks[-1]) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     @property
     def seconds(self) -> float:

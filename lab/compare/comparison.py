@@ -3,12 +3,12 @@
 Welch's test decides, always, so that nobody picks a test after seeing the figures; the paired test stands beside it.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from golf.config.knobs import parse_json
 from lab.compare.comparable import ComparedRun, ComparisonError, check_comparable, read_compared_run, result_files
 from lab.compare.statistics import (
     Equivalence,
@@ -156,7 +156,7 @@ def window_losses(run: ComparedRun, window: tuple[int, int]) -> dict[int, float]
     path, losses = run.path.with_name("metrics.jsonl"), {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line, parse_constant=float)
             if "train_loss" in row and window[0] <= row["step"] <= window[1]:
                 losses[row["step"]] = float(row["train_loss"])  # a resumed run writes a step again: the later counts
         except (ValueError, TypeError, KeyError) as error:

@@ -152,4 +152,5 @@ def find_pictures(artifacts: Sequence[Path], folders: Sequence[Path], repository
 
 
 def pictures_below(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

@@ -7,6 +7,7 @@ the library does without it.
 import importlib
 import logging
 import math
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -176,11 +177,20 @@ def add_controls(gradio: ModuleType, options: SamplingOptions) -> list[Any]:
     ]
 
 
+def go_past_proxies() -> None:
+    """Lets this process reach its own server itself: Gradio asks it whether it is up, by a proxy where one is set."""
+    variables = ("no_proxy", "NO_PROXY")
+    hosts = [host for variable in variables for host in os.environ.get(variable, "").split(",") if host]
+    for variable in variables:  # where both are set, only the first one counts
+        os.environ[variable] = ",".join(dict.fromkeys([*hosts, LOCALHOST, "localhost"]))
+
+
 def launch_page(gradio: ModuleType, page: Any, pictures: Sequence[Picture], port: int, opens: bool) -> str:
     """Serves the page to this machine alone, in threads of its own; returns its address."""
     theme = gradio.themes.Base(
         primary_hue="teal", neutral_hue="slate", radius_size="lg", font=FONT, font_mono=MONOSPACE
     )  # fmt: skip
+    go_past_proxies()
     _, address, _ = page.launch(
         server_name=LOCALHOST, server_port=port, share=False, inbrowser=opens, prevent_thread_lock=True, quiet=True,
         show_error=True, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,

@@ -5,7 +5,6 @@ without that division is told beside it. Texts are put together as the lm-eval h
 """
 
 import hashlib
-import json
 import math
 import re
 import time
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from golf.config.knobs import UserError
+from golf.config.knobs import UserError, parse_json
 from lab.generate.sampling import SamplingError
 from lab.prepare.text_tokenizer import TextTokenizer
 
@@ -168,7 +167,7 @@ def read_items(task: str, data: bytes, name: str, limit: int = 0) -> list[ZeroSh
 
 
 def checked_item(make: Callable[[Mapping[str, object]], ZeroShotItem], line: bytes) -> ZeroShotItem:
-    record = json.loads(line)
+    record = parse_json(line)
     if not isinstance(record, dict):
         raise ZeroShotError("it is no JSON object")
     item = make(record)

@@ -31,6 +31,10 @@ CHECKED_CHARACTERS = 1 << 14
 """Longest first document of a chunk that is encoded twice to compare."""
 
 
+class WorkerLostError(DataError):
+    """Says that a worker process was killed; what was prepared before is whole."""
+
+
 @dataclass(frozen=True)
 class DocumentChunk:
     """Holds documents of one split, in order."""
@@ -149,6 +153,6 @@ def encode_chunks(
                 if waiting and (chunk is None or len(waiting) >= 2 * workers):
                     yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError("a worker process was killed (too little memory?); the same command goes on") from None
+            raise WorkerLostError("a worker was killed (too little memory?); the same command goes on") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,6 @@ its verify_repo_checksums takes a hub that gives no hashes for one whose files a
 
 import contextlib
 import errno
-import json
 import re
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from huggingface_hub.hf_api import HfApi
 from huggingface_hub.utils import scan_cache_dir
 from tqdm import tqdm
 
+from golf.config.knobs import parse_json
 from lab.prepare.published import DownloadError, HubListing, manifest_path_of
 from lab.prepare.verification import FileFacts, facts_of_entry, scan_file, scan_problem
 
@@ -188,7 +188,7 @@ class Hub:
 
         source = self.ask(question, listing.revision)
         try:
-            manifest = json.loads(source.read_text(encoding="utf-8"))
+            manifest = parse_json(source.read_bytes())
         except ValueError:
             raise DownloadError(f"{self.repo_id}: {path} is not JSON; tell its publisher") from None
         return manifest if isinstance(manifest, dict) else None

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from golf.config.knobs import naming
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, PreparedData, load_prepared
 from golf.data.shards import DataError
 from golf.data.tokenizer import CASE_OPERATORS
 from golf.runtime import file_sha256, write_file_atomically
-from lab.prepare.encoding import EncodedChunk, chunk_documents, encode_chunks
+from lab.prepare.encoding import EncodedChunk, WorkerLostError, chunk_documents, encode_chunks
 from lab.prepare.readers import iter_documents, source_identity
 from lab.prepare.text_tokenizer import (
     TextTokenizer,
@@ -34,6 +35,7 @@ from lab.prepare.vocabulary import train_competition_tokenizer, train_tokenizer
 from lab.prepare.work_files import (
     GrowingShards,
     build_spool,
+    check_val_bytes,
     check_val_fraction,
     document_digest,
     is_held_out,
@@ -42,7 +44,7 @@ from lab.prepare.work_files import (
     write_state,
 )
 
-PREPARED_FORMAT = 1
+PREPARED_FORMAT = 2
 """Changes with anything that changes the prepared bytes."""
 PLAIN_KINDS = ("bytes", "chars", "gpt2")
 VAL_FRACTION = 0.05
@@ -52,6 +54,10 @@ PLAIN_TOKENIZER_NAME = "tokenizer.json"
 NOTED_CHUNKS = 64
 """Chunks between two notes of how far a preparation is (about 32 MB of text)."""
 TRAINED = re.compile(r"train:(\d+)")
+LONGEST_NAME = 120
+"""Bytes of a source's name that are taken into the name of its folder; names may have 255 in all."""
+FEW_VAL_BYTES = 10_000
+"""Validation text below which a score is told to be uncertain."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,9 @@ def preparation_folder(preparation: Preparation, root: str | Path = "data/cache"
     """Returns the folder in `root` named after what is prepared. Raises DataError."""
     recipe = preparation.recipe()
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    return Path(root) / f"{recipe['source']}-{preparation.label()}-{digest[:8]}"
+    name, _, identity = recipe["source"].rpartition("-")
+    name = name.encode(errors="surrogateescape")[:LONGEST_NAME].decode(errors="ignore")
+    return Path(root) / f"{name}-{identity}-{preparation.label()}-{digest[:8]}"
 
 
 def prepare_data(
@@ -146,20 +154,46 @@ def prepare_data(
     """Prepares data in the folder `out`, or returns what is there already from the same recipe.
 
     Processes that want the same folder wait for the first one. The bytes don't depend on `workers` and `word_cache`;
-    `advance` is told of bytes of text as they are done. Raises DataError, also when `out` holds anything else.
+    `advance` is told of bytes of text as they are done. Raises DataError, also when `out` holds anything else; then
+    nothing is left behind, unlike after a kill, from which the same call goes on.
     """
     out = Path(out)
     recipe = preparation.recipe()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with locked_file(out.with_name(f".{out.name}.lock")):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            return prepared_already(out, recipe)
-        partial = out.with_name(f".{out.name}.partial")
-        work = PreparationWork(preparation, partial, recipe)
-        work.encode(workers, word_cache, advance)
-        work.finish()
-        os.replace(partial, out)
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        with locked_file(out.with_name(f".{out.name}.lock")):
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                return prepared_already(out, recipe)
+            make_folder(preparation, out, recipe, workers, word_cache, advance)
+    except DataError:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # another process works there
+                folder.rmdir()
+        raise
     return load_prepared(out)
+
+
+def make_folder(
+    preparation: Preparation,
+    out: Path,
+    recipe: dict,
+    workers: int,
+    word_cache: bool,
+    advance: Callable[[int], None],
+) -> None:
+    """Prepares data beside `out` and puts it there when it is whole. Raises DataError."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with naming(partial):
+            work = PreparationWork(preparation, partial, recipe)
+            work.encode(workers, word_cache, advance)
+            work.finish()
+    except WorkerLostError:
+        raise
+    except DataError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    os.replace(partial, out)
 
 
 def prepared_already(out: Path, recipe: dict) -> PreparedData:
@@ -171,12 +205,39 @@ def prepared_already(out: Path, recipe: dict) -> PreparedData:
     return prepared
 
 
+def preparation_remarks(prepared: PreparedData) -> list[str]:
+    """Returns a line for each thing about prepared data that its reader should know."""
+    splits = prepared.manifest["splits"]
+    val_bytes, text, counted = (
+        splits["val"]["text_bytes"],
+        *(sum(counts[kind] for counts in splits.values()) for kind in ("text_bytes", "bytes")),
+    )
+    remarks = []
+    if val_bytes < FEW_VAL_BYTES:
+        remarks.append(f"the validation part has only {val_bytes:,} bytes of text: a score on it is uncertain")
+    if text != counted:
+        remarks.append(
+            f"this tokenizer changes text: {text:,} bytes of it are {counted:,} in its normal form "
+            f"({abs(text - counted):,} {'less' if counted < text else 'more'}), which scores count"
+        )
+    return remarks
+
+
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on `path`; the system lets go of it when the process ends, however it ends."""
-    with path.open("w") as file:
+    """Holds an exclusive lock on `path`, then removes it; the system lets go when the process ends, however it ends."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
         fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the one before removed it
+    try:
         yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 class PreparationWork:
@@ -191,7 +252,9 @@ class PreparationWork:
             folder.mkdir()
             if preparation.is_shuffled:
                 documents = iter_documents(preparation.source, preparation.merges)
-                build_spool(documents, folder, preparation.val_fraction, preparation.seed)
+                spool = build_spool(documents, folder, preparation.val_fraction, preparation.seed)
+                val_bytes, train_bytes = spool.text_bytes("val"), spool.text_bytes("train")
+                check_val_bytes(preparation.source, val_bytes, train_bytes, preparation.val_fraction)
             texts = (text for split, text in self.documents() if split == "train")
             path = make_tokenizer(preparation, texts, folder)
             counts = {"documents": 0, "tokens": 0, "bytes": 0, "text_bytes": 0}
@@ -265,13 +328,16 @@ class PreparationWork:
         write_state(self.folder, self.state)
 
     def finish(self) -> None:
-        """Closes the shards and writes the manifest. Raises DataError when a split is empty."""
+        """Closes the shards and writes the manifest. Raises DataError when a split is empty or not as was asked for."""
         for shards in self.shards.values():
             shards.close()
-        for split, counts in self.state["splits"].items():
+        splits = self.state["splits"]
+        for split, counts in splits.items():
             counts["shards"] = self.shards[split].shards
             if not counts["tokens"]:
                 raise DataError(f"{self.preparation.source}: no document is left for {split}; hold out another share")
+        wanted, (train_bytes, val_bytes) = self.preparation, (splits[s]["text_bytes"] for s in ("train", "val"))
+        check_val_bytes(wanted.source, val_bytes, train_bytes, 0 if wanted.val_docs else wanted.val_fraction)
         paths = [path for shards in self.shards.values() for path in map(shards.path, range(shards.shards))]
         paths = sorted([*paths, self.folder / self.state["tokenizer"]])
         files = {path.name: file_sha256(path) for path in paths}
@@ -282,7 +348,7 @@ class PreparationWork:
             "tokenizer": {**identity, "file": self.state["tokenizer"]},
             "transform": "caseops" if tokenizer.kind == "caseops" else "none",
             "duplicates": self.duplicates,
-            "splits": self.state["splits"],
+            "splits": splits,
             "files": {path.name: {"bytes": path.stat().st_size, "sha256": files[path.name]} for path in paths},
             "data_id": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
         }

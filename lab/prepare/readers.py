@@ -9,23 +9,24 @@ Python versions, so a score on it is comparable only under the same data id.
 """
 
 import ast
+import codecs
 import functools
 import hashlib
 import io
 import itertools
-import json
 import lzma
 import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import zstandard
 
+from golf.config.knobs import parse_json
 from golf.data.shards import SHARD_NAME, DataError
 from lab.prepare.text_tokenizer import PlainTokenizer, gpt2_tokenizer_file, optional_package
 from lab.probe.documents import shard_documents
@@ -36,7 +37,14 @@ EMBEDDED_TEXT_SUFFIXES = {".txt", ".rst", ".md"}
 SOURCE_SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".jsonl.zst", ".parquet")
 PASSAGE_CHARACTERS = 8192
 """Length of the documents that a single text is cut into."""
+LONGEST_LINE = 2 * PASSAGE_CHARACTERS
+"""Longer lines are cut too."""
+READ_BYTES, FED_BYTES = 1 << 16, 1 << 10
+"""Most bytes of a line that are read at once, and compressed ones that a decoder gets at once: they may become many."""
+LARGEST_WINDOW = 1 << 31
+"""Memory that a zstd frame may ask for: zstd's own largest, of --long=31."""
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(?::(?P<folder>[\w./-]+))?")
+LINE_CUTS = (re.compile(r"\r"), re.compile(r"\s"))
 GPT2_DOCUMENT_START = 50256
 PARQUET_BATCH_ROWS = 256
 
@@ -79,18 +87,28 @@ def source_identity(source: str | Path) -> str:
         path = Path(source)
         listing = [(file.relative_to(path).as_posix(), file.stat()) for file in gpt2_shards(path) or source_files(path)]
         name, lines = path.resolve().stem, [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in listing]
-    return f"{name}-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
+    listed = chr(10).join(lines).encode(errors="surrogateescape")
+    return f"{name}-{hashlib.sha256(listed).hexdigest()[:12]}"
 
 
 def source_files(source: Path) -> list[Path]:
-    """Lists the text files that `source` stands for, sorted by their path in it. Raises DataError."""
+    """Lists the text files that `source` stands for, sorted by their path in it, without names that begin with a dot.
+
+    Raises DataError.
+    """
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; `embedded` is the text that comes with Python")
     paths = sorted(source.rglob("*"), key=lambda path: path.relative_to(source).parts) if source.is_dir() else [source]
     paths = [path for path in paths if path.is_file() and path.name.endswith(SOURCE_SUFFIXES)]
+    paths = [path for path in paths if not is_hidden(path.relative_to(source))]
     if not paths:
         raise DataError(f"{source}: text must be in {', '.join(SOURCE_SUFFIXES)} files")
     return paths
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Says whether a name in a relative path begins with a dot: what systems and editors leave, not people's text."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 # ---- files ----
@@ -107,34 +125,79 @@ def json_line_documents(path: Path) -> Iterator[str]:
     """Yields the `text` of each line of a JSON-lines file, bare or in xz or zstd; empty lines are left out."""
     try:
         with open_lines(path) as lines:
-            for number, line in enumerate(lines, start=1):
+            parts = itertools.chain.from_iterable(map(bytes.splitlines, lines))  # some end lines in CR alone
+            for number, line in enumerate(parts, start=1):
                 if line.strip():
                     yield json_line_text(line, f"{path}, line {number}")
-    except (lzma.LZMAError, EOFError, zstandard.ZstdError) as error:
+    except (lzma.LZMAError, EOFError, MemoryError, zstandard.ZstdError) as error:
         kind = "zstd" if path.suffix == ".zst" else "xz"
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            found = f"its {kind} window is larger than this machine can hold, or than 2 GiB"
+            raise DataError(f"{path}: {found}; compress it again with a smaller one (zstd --long=27)") from None
         raise DataError(f"{path}: damaged {kind} data ({error}); make or fetch the file again") from None
 
 
 def open_lines(path: Path) -> Any:
-    if path.suffix == ".zst":  # parallel writers make several frames
-        frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        return io.BufferedReader(frames, 1 << 20)
-    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
+    if path.suffix == ".zst":
+        new_decoder = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj
+        return io.BufferedReader(ChunkStream(decompressed(path, new_decoder)), 1 << 20)
+    if path.suffix == ".xz":
+        return io.BufferedReader(ChunkStream(decompressed(path, lzma.LZMADecompressor, padding=b"\0")), 1 << 20)
+    return path.open("rb")
+
+
+def decompressed(path: Path, new_decoder: Callable[[], Any], padding: bytes = b"") -> Iterator[bytes]:
+    """Yields what the compressed streams of a file hold, one after the other (parallel writers make several).
+
+    Raises EOFError where the last one does not reach its end, and the decoder's error for anything else between them
+    than `padding`.
+    """
+    decoder, data = new_decoder(), b""
+    with path.open("rb") as file:
+        while data := data or file.read(FED_BYTES):
+            if decoder is None:
+                data = data.lstrip(padding) if padding else data
+                if not data:
+                    continue
+                decoder = new_decoder()
+            yield decoder.decompress(data)
+            data = decoder.unused_data if decoder.eof else b""
+            decoder = None if decoder.eof else decoder
+    if decoder is not None:
+        raise EOFError("it ends before its end-of-stream mark: a part is missing")
+
+
+class ChunkStream(io.RawIOBase):
+    """Lets chunks of bytes be read as a file is."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self.chunks, self.left = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.left:
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                return 0
+            self.left = memoryview(chunk)
+        count = min(len(buffer), len(self.left))
+        buffer[:count], self.left = self.left[:count], self.left[count:]
+        return count
 
 
 def json_line_text(line: bytes, place: str) -> str:
+    """Returns the field "text" of a line, empty for null. Raises DataError."""
+    content = decode_text(line, place)
     try:
-        record = json.loads(decode_text(line, place))
-    except json.JSONDecodeError as error:
+        record = parse_json(content)
+    except ValueError as error:
         raise DataError(f"{place}: not valid JSON ({error}); each line must be one JSON object") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
+    text = record.get("text", 0) if isinstance(record, dict) else 0
+    if not isinstance(text, str | None):
         raise DataError(f'{place}: no string field "text"; each line must look like {{"text": "..."}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{place}: the text holds half of a surrogate pair, which is no Unicode text") from None
-    return text
+    return text or ""
 
 
 def decode_text(data: bytes, place: str) -> str:
@@ -145,19 +208,26 @@ def decode_text(data: bytes, place: str) -> str:
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a .txt file. Raises DataError, which says where it is not UTF-8."""
-    position = 0
+    """Yields the lines of a .txt file, long ones in parts. Raises DataError, which says where it is not UTF-8."""
+    position, decoder = 0, codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
-        for line in file:
-            yield decode_text(line, f"{path}, line at byte {position}")
-            position += len(line)
+        for part in itertools.chain(iter(functools.partial(file.readline, READ_BYTES), b""), [b""]):
+            try:
+                yield decoder.decode(part, final=part[-1:] in (b"\n", b""))
+            except UnicodeDecodeError as error:
+                place = f"{path}, line at byte {position}"
+                raise DataError(f"{place}: not UTF-8 (byte {error.start}); convert the text to UTF-8") from None
+            position += len(part)
 
 
 def cut_passages(lines: Iterable[str]) -> Iterator[str]:
-    """Joins a text's lines to passages of PASSAGE_CHARACTERS or a little more; the last may be shorter."""
+    """Joins a text's lines to passages of PASSAGE_CHARACTERS or a little more; the last may be shorter.
+
+    Lines that are too long are cut. `lines` may come in parts; only the last of a line ends in a line feed.
+    """
     waiting: list[str] = []
     length = 0
-    for line in lines:
+    for line in cut_lines(lines):
         waiting.append(line)
         length += len(line)
         if length >= PASSAGE_CHARACTERS:
@@ -165,6 +235,26 @@ def cut_passages(lines: Iterable[str]) -> Iterator[str]:
             waiting, length = [], 0
     if waiting:
         yield "".join(waiting)
+
+
+def cut_lines(parts: Iterable[str]) -> Iterator[str]:
+    """Yields lines of at most LONGEST_LINE characters; longer ones are cut at CRs, else at blanks, else anywhere."""
+    rest = ""
+    for part in parts:
+        rest += part
+        begin = 0
+        while len(rest) - begin > LONGEST_LINE:
+            least = begin + PASSAGE_CHARACTERS
+            ends = (pattern.search(rest, least, begin + LONGEST_LINE) for pattern in LINE_CUTS)
+            end = next((match.end() for match in ends if match), least)
+            yield rest[begin:end]
+            begin = end
+        rest = rest[begin:]
+        if rest.endswith("\n"):
+            yield rest
+            rest = ""
+    if rest:
+        yield rest
 
 
 def parquet_documents(path: Path) -> Iterator[str]:
@@ -251,6 +341,7 @@ def hub_listing(source: str) -> tuple[str, list[str]]:
         raise DataError(f"{source}: no such file or folder here; {error}") from None
     folder = f"{match['folder'].strip('/')}/" if match["folder"] else ""
     names = [name for name in sorted(listing.files) if name.startswith(folder) and name.endswith(SOURCE_SUFFIXES)]
+    names = [name for name in names if not is_hidden(PurePath(name.removeprefix(folder)))]
     if not names:
         raise DataError(f"{source}: the data set holds no {', '.join(SOURCE_SUFFIXES)} files there")
     return listing.revision, names
@@ -270,7 +361,7 @@ def gpt2_shards(source: Path) -> list[Path]:
     """Lists token shards, those of validation first, as modded-nanogpt cuts them off the beginning."""
     if not source.is_dir():
         return []
-    shards = [path for path in source.iterdir() if SHARD_NAME.fullmatch(path.name)]
+    shards = [path for path in source.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name[0] != "."]
     return sorted(shards, key=lambda path: (SHARD_NAME.fullmatch(path.name)["split"] != "val", path.name))
 
 

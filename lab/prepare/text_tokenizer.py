@@ -38,6 +38,8 @@ OPERATOR_BYTES = np.array([list(operator.encode()) for operator in CASE_OPERATOR
 LITERAL_OPERATOR = re.compile(f"[{CASE_OPERATORS}]")
 MARKED_SPAN = re.compile("{3}[{0}-{3}]?|{1}[a-z]*|{0}[a-z]?|{2}[a-z]?".format(*CASE_OPERATORS))
 """What one operator acts on."""
+PLAIN = " \t\n  a\r\n \ufb01\u00c5\uff21A\u0301\0 "
+"""Text that no normalisation leaves as it is."""
 
 
 def optional_package(name: str) -> ModuleType:
@@ -83,6 +85,10 @@ class SentencePieceTokenizer(SentencePieceModel, TextTokenizer):
         blank_id = self.processor.piece_to_id(BLANK)
         self.blank_id: int | None = None if self.processor.is_unknown(blank_id) else blank_id
         self.swallows_blanks = self.blank_id is not None and self.processor.decode([self.blank_id] * 2) == ""
+        self.blank_bytes = [self.processor.piece_to_id(f"<0x{value:02X}>") for value in BLANK.encode()]
+        twice = self.processor.decode(2 * self.processor.encode(PLAIN))
+        self.keeps_text = all(map(self.processor.is_byte, self.blank_bytes)) and twice == 2 * PLAIN
+        """Whether any text comes back as it was; others normalise it, and read U+2581 as a blank."""
 
     def trim_start(self, ids: list[int]) -> list[int]:
         """Leaves out bare blanks in front, where decoding swallows all of them.
@@ -97,7 +103,16 @@ class SentencePieceTokenizer(SentencePieceModel, TextTokenizer):
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         written = [encode_caseops(text) for text in texts] if self.kind == "caseops" else list(texts)
-        return [self.trim_start(ids) for ids in self.processor.encode(written, num_threads=threads)]
+        marked = [number for number, text in enumerate(written) if self.keeps_text and BLANK in text]
+        encoded = self.processor.encode(written, num_threads=threads)
+        for number in marked:
+            encoded[number] = self.encode_marked(written[number])
+        return [self.trim_start(ids) for ids in encoded]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Encodes text with U+2581 in it, which is a blank to SentencePiece and is spelled in bytes here."""
+        first, *others = self.processor.encode(text.split(BLANK))
+        return first + [token for ids in others for token in (*self.blank_bytes, *ids)]
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.processor.decode([int(token) for token in ids])

@@ -6,7 +6,6 @@ the ends of files, `full` reads everything.
 """
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from golf.config.knobs import parse_json
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, data_identity
 from golf.data.shards import SHARD_HEADER_BYTES, SHARD_NAME, DataError, ShardError, shard_token_count
 from golf.data.sidecar import sidecar_path
 
 DOWNLOADS_NAME = "downloads.json"
-TOKEN_FILE_NAME = re.compile(r"(?P<dataset>.+)_(?P<split>train|val|val_bytes)_(?P<index>\d{6})\.bin")
+TOKEN_FILE_NAME = re.compile(r"(?P<dataset>[^.].*)_(?P<split>train|val|val_bytes)_(?P<index>\d{6})\.bin")
 """A shard, or the sidecar of a validation shard: the bytes of text that each of its tokens stands for."""
 SCAN_BLOCK_BYTES = 1 << 22
 ENDS_BYTES = 4096
@@ -173,7 +173,7 @@ def read_data_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_bytes())
         if not isinstance(record["files"], dict):
             raise ValueError
     except (ValueError, KeyError, TypeError):

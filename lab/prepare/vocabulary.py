@@ -1,7 +1,7 @@
 """Trains SentencePiece tokenizers (a lossless one for a text of one's own, one like the field's) and measures them.
 
 Unlike the competition's, the former keeps every character: no normalisation, no dummy prefix, runs of blanks kept,
-anything rare spelled in byte pieces. (One exception: a literal U+2581 is SentencePiece's blank.)
+anything rare spelled in byte pieces, and so is a literal U+2581, which is SentencePiece's blank.
 Blanks close a piece instead of opening it, and a piece may run over words and from the end of a line into
 the indent of the next (`):` newline and eight blanks are one piece): 2.71 bytes per token on held-out
 sources at 1,024 pieces, against 2.45 for pieces within words and 2.50 with newline-and-indent symbols
@@ -54,26 +54,42 @@ def training_sentences(documents: Iterable[str]) -> Iterator[str]:
             yield sentence.replace("\0", " ")
 
 
+class TooManyCharactersError(DataError):
+    """Says that the characters that are to be pieces leave no room in the vocabulary."""
+
+
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     """Trains a BPE model of `vocab_size` pieces in SentencePiece's format; ids 0 to 3 are pad, BOS, EOS, unknown.
 
-    The same documents give the same bytes. Small texts may give fewer pieces. Raises DataError.
+    The same documents give the same bytes. Small texts may give fewer pieces. Characters for which there is no room
+    (most of Chinese, in a small vocabulary) are left to the byte pieces. Raises DataError.
     """
-    return train_pieces(
-        training_sentences(documents),
-        vocab_size,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        treat_whitespace_as_suffix=True,
-        split_by_whitespace=False,
-        split_by_unicode_script=False,
-        pretokenization_delimiter=MERGE_BOUNDARY,
-        split_digits=True,
-        byte_fallback=True,
-        character_coverage=0.9995,
-    )
+    settings = {
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "treat_whitespace_as_suffix": True,
+        "split_by_whitespace": False,
+        "split_by_unicode_script": False,
+        "pretokenization_delimiter": MERGE_BOUNDARY,
+        "split_digits": True,
+        "byte_fallback": True,
+    }
+    sentences = list(training_sentences(documents))
+    try:
+        return train_pieces(iter(sentences), vocab_size, character_coverage=0.9995, **settings)
+    except TooManyCharactersError:
+        room = vocab_size - len(CONTROL_PIECES) - BYTE_PIECES
+        return train_pieces(leave_to_bytes(sentences, room // 2), vocab_size, character_coverage=1.0, **settings)
+
+
+def leave_to_bytes(sentences: list[str], most: int) -> Iterator[str]:
+    """Yields the sentences with boundaries in the place of all characters but the `most` frequent, and the blank."""
+    counts = Counter(itertools.chain.from_iterable(sentences))
+    del counts[MERGE_BOUNDARY], counts[" "]
+    rare = {ord(character): MERGE_BOUNDARY for character, _ in counts.most_common()[max(1, most - 1) :]}
+    return (sentence.translate(rare) for sentence in sentences)
 
 
 def train_competition_tokenizer(
@@ -147,6 +163,11 @@ def train_pieces(sentences: Iterator[str], vocab_size: int, **settings: object) 
             **settings,
         )
     except RuntimeError as error:
+        if "required_chars" in str(error):
+            raise TooManyCharactersError(
+                f"no tokenizer of {vocab_size} pieces could be trained on this text: 4 control and 256 byte pieces "
+                "leave no room for its most frequent characters; ask for more pieces"
+            ) from None
         reason = str(error).splitlines()[0].rpartition("] ")[2] or "too little text, or too few pieces for it"
         raise DataError(f"no tokenizer of {vocab_size} pieces could be trained on this text: {reason}") from None
     return model.getvalue()

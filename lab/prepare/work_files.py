@@ -16,9 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from golf.config.knobs import parse_json
 from golf.data.shards import SHARD_HEADER_BYTES, DataError, shard_header
 from golf.runtime import write_file_atomically
 
+LEAST_VAL_BYTES = 1000
+MOST_DEVIATION = 5
+"""How many times more or less text than was asked for may be held out."""
 SPOOL_TEXT, SPOOL_INDEX = "spool.text", "spool.json"
 STATE_NAME = "state.json"
 
@@ -33,6 +37,25 @@ def document_digest(text: str) -> bytes:
 def check_val_fraction(val_fraction: float) -> None:
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} must be between 0 and 1")
+
+
+def check_val_bytes(source: str, val_bytes: int, train_bytes: int, val_fraction: float) -> None:
+    """Raises DataError where the held-out text is too little to score on, or far from the share that was asked for.
+
+    `val_fraction` is 0 where no share was.
+    """
+    total = val_bytes + train_bytes
+    advice = "give more text, or prepare it with another --val-fraction"
+    if val_bytes < LEAST_VAL_BYTES:
+        raise DataError(
+            f"{source}: the validation part has {val_bytes:,} of {total:,} bytes of text, a score takes "
+            f"{LEAST_VAL_BYTES:,} at least: {advice}"
+        )
+    if val_fraction and not val_fraction / MOST_DEVIATION <= val_bytes / total <= val_fraction * MOST_DEVIATION:
+        raise DataError(
+            f"{source}: the validation part has {val_bytes:,} of {total:,} bytes of text ({val_bytes / total:.1%}), "
+            f"{val_fraction:.1%} were asked for: its documents are too few or too unequal to split; {advice}"
+        )
 
 
 def is_held_out(digest: bytes, val_fraction: float) -> bool:
@@ -71,9 +94,15 @@ class DocumentSpool:
     folder: Path
     duplicates: int
 
+    def spans_D2(self, split: str) -> np.ndarray:
+        return np.fromfile(self.folder / f"spool.{split}", dtype="<i8").reshape(-1, 2)
+
+    def text_bytes(self, split: str) -> int:
+        return int(np.diff(self.spans_D2(split)).sum())
+
     def documents(self, split: str) -> Iterator[str]:
         """Yields the documents of "train" or "val" in that split's order."""
-        spans_D2 = np.fromfile(self.folder / f"spool.{split}", dtype="<i8").reshape(-1, 2)
+        spans_D2 = self.spans_D2(split)
         with (self.folder / SPOOL_TEXT).open("rb") as file:  # not mapped: its pages would count as our memory
             for begin, end in spans_D2.tolist():
                 yield os.pread(file.fileno(), end - begin, begin).decode()
@@ -93,7 +122,7 @@ def build_spool(documents: Iterator[str], folder: Path, val_fraction: float, see
     train, val = split_digests(digests, val_fraction, seed)
     for split, numbers in (("train", train), ("val", val)):
         spans = array("q", (position for number in numbers for position in (ends[number], ends[number + 1])))
-        np.array(spans, dtype="<i8").tofile(folder / f"spool.{split}")
+        (folder / f"spool.{split}").write_bytes(np.array(spans, dtype="<i8").tobytes())
     duplicates = len(digests) - len(train) - len(val)
     write_file_atomically(folder / SPOOL_INDEX, json.dumps({"duplicates": duplicates}))
     return DocumentSpool(folder, duplicates)
@@ -102,7 +131,7 @@ def build_spool(documents: Iterator[str], folder: Path, val_fraction: float, see
 def open_spool(folder: Path) -> DocumentSpool:
     """Opens the finished spool in `folder`. Raises DataError."""
     try:
-        return DocumentSpool(folder, json.loads((folder / SPOOL_INDEX).read_text())["duplicates"])
+        return DocumentSpool(folder, parse_json((folder / SPOOL_INDEX).read_bytes())["duplicates"])
     except (OSError, ValueError, KeyError):
         raise DataError(f"{folder}: the spooled documents are damaged; delete this folder and start again") from None
 
@@ -181,7 +210,7 @@ def write_state(folder: Path, state: dict) -> None:
 def read_state(folder: Path, recipe: dict) -> dict | None:
     """Returns what `write_state` noted in `folder`; None unless the same recipe is being prepared there."""
     try:
-        state = json.loads((folder / STATE_NAME).read_text())
+        state = parse_json((folder / STATE_NAME).read_bytes())
     except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) and state.get("recipe") == recipe else None

@@ -1,6 +1,5 @@
 """Probes the legality of what surrounds the scorer: documents of both splits, bytes of text, files and network."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from golf.config.knobs import UserError
+from golf.config.knobs import UserError, parse_json
 from golf.data.shards import DataError, shard_token_count
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
@@ -112,7 +111,7 @@ def probe_access(path: Path) -> list[Probe]:
 def read_run_record(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Reads the JSON object in a file. Raises ProbeError where it is none, or one of `keys` is not in it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes(), parse_constant=float)
     except ValueError:
         raise ProbeError(f"{path}: damaged, it holds no JSON: run the stage that wrote it again") from None
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.config.config import Config
+from golf.config.knobs import parse_json
 from golf.config.model import ModelConfig
 from golf.config.quantization import CODECS
 from golf.config.scoring import ScoreConfig
@@ -136,7 +137,7 @@ class PointStore:
 def read_rate_point(path: Path) -> RatePoint:
     """Raises RateError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes(), parse_constant=float)
         if not isinstance(values, dict) or values.keys() != {field.name for field in fields(RatePoint)}:
             raise ValueError
         point = RatePoint(**values)

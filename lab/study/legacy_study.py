@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config.knobs import UserError
+from golf.config.knobs import UserError, parse_json
 
 ATTENTION_WEIGHTS = "ENABLE_ATTN_QUANTIZATION"
 SHARED_SCALE = "LEGACY_SHARED_QKVO_SCALE"
@@ -83,7 +83,7 @@ def read_study(name_or_path: str | Path) -> LegacyStudy:
     """Reads the study's name and flags. Raises FlagError, OSError."""
     path = study_path(name_or_path)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_entries)
+        entries = parse_json(path.read_bytes(), object_pairs_hook=unique_entries)
         if not isinstance(entries, dict):
             raise FlagError("must be one JSON object of flags")
         name = entries.pop("experiment_name", path.stem)

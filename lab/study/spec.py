@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from golf.config.config import Config, check_config, config_dict, config_from_dict
-from golf.config.knobs import ConfigError, UserError
+from golf.config.knobs import ConfigError, UserError, parse_json
 from golf.runtime import write_file_atomically
 from lab.bundle.parts import code_sha256
 
@@ -130,7 +130,7 @@ def spec_config(path: Path) -> Config:
 def read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises StudyError for a file that holds none, OSError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except ValueError:
         content = None
     require(isinstance(content, dict), f"{path}: damaged, it is no JSON object: remove it")

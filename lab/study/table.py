@@ -6,7 +6,6 @@ leaves out zero (with few seeds the second says more). A row of one seed that ro
 interval over blocks of text instead.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from golf.config.config import Config
+from golf.config.knobs import parse_json
 from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import WEIGHT_SITES
 from golf.quant.tensor_classes import FP16_BITS
@@ -67,7 +67,7 @@ def load_run_curve(folder: Path) -> RunCurve:
     if not path.is_file():
         return RunCurve()
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [parse_json(line, parse_constant=float) for line in path.read_bytes().splitlines()]
         val = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     except (ValueError, KeyError, TypeError):
         raise StudyError(f"{path}: damaged: remove its folder and run the study again with --resume") from None
