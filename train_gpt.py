@@ -34,7 +34,7 @@ from golf.run.session import Session, StageResult, explain_error
 from golf.run.stages import quantize_weights
 from golf.run.train_loop import take_steps, take_up_checkpoint
 from golf.run.trainer import new_trainer
-from golf.runtime import Runtime, start_runtime, write_file_atomically
+from golf.runtime import Runtime, leave, start_runtime, write_file_atomically
 from golf.score.journal import ScoreJournal
 from golf.score.roundtrip import load_artifact_tokenizer, score_artifact, score_weights
 
@@ -260,4 +260,4 @@ def run_program(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(sys.argv[1:]))
+    leave(run_program(sys.argv[1:]))

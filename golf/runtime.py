@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -166,6 +166,20 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
     yield Runtime(device, rank, world_size, log or Log(), compiles)
     if world_size > 1:  # not after an error: the others may be waiting for this rank, and torchrun ends them
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process with `status`.
+
+    One of several ends without Python's own tidying, in which a process that had done its work was seen to abort
+    ("terminate called without an active exception": a thread of the process group wants Python's lock and finds it
+    gone), and torchrun called the run failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -98,8 +98,7 @@ class RunFolder:
         with naming(self.metrics):
             if self.metrics_file is None:  # kept open: on a network volume opening takes longer than a step may
                 self.metrics_file = self.metrics.open("a", encoding="utf-8")
-            self.metrics_file.write(json.dumps(values, allow_nan=False) + "
-")
+            self.metrics_file.write(json.dumps(values, allow_nan=False) + "\n")
             self.metrics_file.flush()
 
     def create(self, config: Config) -> None:
