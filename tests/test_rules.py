@@ -30,6 +30,7 @@ MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 400, 60
 
 ENVIRONMENT_READERS = {
     "golf/runtime.py": {"RANK", "WORLD_SIZE", "LOCAL_RANK"},  # what torchrun tells each process; no knobs
+    "lab/demo/page.py": {"no_proxy", "NO_PROXY"},
 }
 """Files that may read the environment, and which variables; knobs reach golf/config/config.py as an argument."""
 ENVIRONMENT_TAKERS = {"build_config", "machine_fingerprint", "parse_command"}

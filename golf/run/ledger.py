@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from golf.config.knobs import naming
-from golf.runtime import write_file_atomically
+from golf.runtime import naming, write_file_atomically
 
 PHASES = {
     "setup": ("", "train"),

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from golf.config.knobs import naming
-from golf.runtime import write_file_atomically
+from golf.runtime import naming, write_file_atomically
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,8 @@ def add_controls(gradio: ModuleType, options: SamplingOptions) -> list[Any]:
 
 def go_past_proxies() -> None:
     """Lets this process reach its own server itself: Gradio asks it whether it is up, by a proxy where one is set."""
-    variables = ("no_proxy", "NO_PROXY")
-    hosts = [host for variable in variables for host in os.environ.get(variable, "").split(",") if host]
-    for variable in variables:  # where both are set, only the first one counts
-        os.environ[variable] = ",".join(dict.fromkeys([*hosts, LOCALHOST, "localhost"]))
+    named = (os.environ.get("no_proxy", ""), os.environ.get("NO_PROXY", ""), LOCALHOST, "localhost")
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, named))  # only one of them would count
 
 
 def launch_page(gradio: ModuleType, page: Any, pictures: Sequence[Picture], port: int, opens: bool) -> str:
