@@ -16,11 +16,12 @@ from golf.quant.grid import (
     QuantizedTensor,
     dequantize_state,
     dequantize_tensor,
-    fake_quantize_rows,
     grid_clip,
+    grid_values,
     quantize_rows,
 )
 from golf.quant.qat import install_fake_quantization, remove_fake_quantization
+from golf.quant.row_grids import RowGrids, through_grid
 from golf.quant.tensor_classes import QuantError, bits_of, tensor_class
 from lab.rates.grids import QuantSpec
 from lab.rates.quantizers import quantize_matrix
@@ -63,7 +64,7 @@ def matrices(draw: st.DrawFn) -> torch.Tensor:
 def test_fake_quantization_is_the_exported_grid_bit_for_bit(weight_RC, bits):
     codes_RC, scale_R = quantize_rows(weight_RC, bits)
     exported_RC = dequantize_tensor(QuantizedTensor(codes_RC, scale_R.unsqueeze(1), bits))
-    assert torch.equal(bit_pattern(fake_quantize_rows(weight_RC, bits)), bit_pattern(exported_RC))
+    assert torch.equal(bit_pattern(grid_values(weight_RC, bits)), bit_pattern(exported_RC))
     assert codes_RC.dtype == torch.int8 and scale_R.dtype == torch.float16 and scale_R.isfinite().all()
     assert codes_RC.abs().max() <= grid_clip(bits)
 
@@ -74,7 +75,7 @@ def test_rounding_to_nearest_by_absmax_is_the_training_grid(weight_RC, bits):
     entry = quantize_matrix(weight_RC, QuantSpec(bits))
     codes_RC, scale_R = quantize_rows(weight_RC, bits)
     assert torch.equal(entry.codes_RC, codes_RC) and torch.equal(entry.scale_SG[:, 0], scale_R)
-    assert torch.equal(bit_pattern(dequantize_tensor(entry)), bit_pattern(fake_quantize_rows(weight_RC, bits)))
+    assert torch.equal(bit_pattern(dequantize_tensor(entry)), bit_pattern(grid_values(weight_RC, bits)))
 
 
 @given(matrices(), st.integers(2, 8))
@@ -91,23 +92,47 @@ def test_grid_is_the_formula(weight_RC, bits):
 
 def test_quantizing_twice_changes_nothing():
     weight_RC = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) * 0.05
-    once_RC = fake_quantize_rows(weight_RC, 6)
+    once_RC = grid_values(weight_RC, 6)
     error_RC = (once_RC - weight_RC).abs()
     assert (error_RC <= weight_RC.abs().amax(1, keepdim=True) / 31 * 0.51).all()
     assert (quantize_rows(weight_RC, 6)[0] == quantize_rows(once_RC, 6)[0]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradient_is_the_identity(compiled):
-    def loss(weight_RC: torch.Tensor, probe_RC: torch.Tensor) -> torch.Tensor:
-        return (fake_quantize_rows(weight_RC, 5) * probe_RC).sum()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_on_the_grid_and_the_gradient_is_the_identity(compiled, dtype):
+    weight_RC, probe_RC, grids = torch.randn(8, 12, requires_grad=True), torch.randn(8, 12, dtype=dtype), RowGrids()
+    values_RC = grids.add(weight_RC, 5, dtype)
 
-    weight_RC, probe_RC = torch.randn(8, 12, requires_grad=True), torch.randn(8, 12)
+    def loss(weight_RC: torch.Tensor, probe_RC: torch.Tensor) -> torch.Tensor:
+        return (through_grid(weight_RC, values_RC, grids) * probe_RC).sum()
+
     function = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    grids.renew()
     value = function(weight_RC, probe_RC)
     value.backward()
-    assert torch.equal(weight_RC.grad, probe_RC)
-    assert torch.equal(value, loss(weight_RC, probe_RC))
+    assert torch.equal(weight_RC.grad, probe_RC.float())
+    assert torch.equal(value, (grid_values(weight_RC.detach(), 5).to(dtype) * probe_RC).sum())
+
+
+def test_a_changed_weight_is_put_on_the_grid_again_and_no_other(monkeypatch):
+    model = fp16_friendly_model(1)
+    _, grids = install_fake_quantization(model, QuantConfig())
+    ids_BT = torch.arange(30).view(2, 15)
+    before = model.logits(ids_BT)
+    weight_RC = model.blocks[0].mlp.fc.weight
+    with torch.no_grad():
+        weight_RC.neg_()
+    assert not torch.equal(model.logits(ids_BT), before)
+    renewed = []
+    monkeypatch.setattr("golf.quant.row_grids.grid_values", lambda *given: renewed.append(given))
+    grids.renew()
+    model.logits(ids_BT)
+    assert not renewed
+    with torch.no_grad():
+        weight_RC.neg_()
+    monkeypatch.undo()
+    assert torch.equal(model.logits(ids_BT), before)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +176,7 @@ def test_model_in_training_is_the_exported_model(embed_bits):
     exported.load_state_dict(dequantize_state(quantize_state(model.state_dict(), quant)))
     ids_BT = torch.arange(30).view(2, 15)
     raw = model.logits(ids_BT)
-    names = install_fake_quantization(model, quant)
+    names, _ = install_fake_quantization(model, quant)
     assert torch.equal(model.logits(ids_BT), exported.logits(ids_BT))
     assert not torch.equal(model.logits(ids_BT), raw)
     quantized = {

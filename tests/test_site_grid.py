@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf.config.site_quantizers import SiteQuantizer, parse_site
-from golf.quant.grid import QuantizedTensor, dequantize_tensor, fake_quantize_rows
+from golf.quant.grid import QuantizedTensor, dequantize_tensor, grid_values
 from golf.quant.site_grid import (
     quantize_activation,
     quantize_weight,
@@ -88,9 +88,7 @@ def test_a_threshold_is_where_it_says_and_least_squares_fits():
 @pytest.mark.parametrize("text", ["int8", "int4"])
 def test_integers_by_row_are_the_grid_of_the_recipe(text):
     weight_RC = weights(5, 8, 40)
-    assert torch.equal(
-        quantize_weight(weight_RC, parse_site(text, False)), fake_quantize_rows(weight_RC, int(text[-1]))
-    )
+    assert torch.equal(quantize_weight(weight_RC, parse_site(text, False)), grid_values(weight_RC, int(text[-1])))
 
 
 @pytest.mark.parametrize(

@@ -43,33 +43,10 @@ def quantize_rows(weight_RC: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes_RC.to(torch.int8), scale_R1.squeeze(1).half()
 
 
-GRID_CALLS = [0]
-"""How often a matrix went through the operator in this process: a compiled graph calls it too."""
-
-
-# A custom operator, which torch.compile calls but does not rewrite: inductor keeps the fp16 rounding of the
-# scale in fp32 and approximates the division, and then nearly every value differs from the exported one.
-@torch.library.custom_op("golf::fake_quantize_rows", mutates_args=())
-def fake_quantize_rows(weight_RC: Tensor, bits: int) -> Tensor:
-    """Returns the weights that the exported codes and scales give, bit for bit, with the gradient of the identity.
-
-    Straight-through estimator: Bengio et al. 2013, arXiv 1308.3432. Works eager and in torch.compile(fullgraph=True).
-    """
-    GRID_CALLS[0] += 1
+def grid_values(weight_RC: Tensor, bits: int) -> Tensor:
+    """Returns the fp32 weights that the exported codes and scales give, bit for bit."""
     codes_RC, scale_R1 = grid_codes_and_scale(weight_RC, bits)
     return codes_RC.add_(0.0).mul_(scale_R1)  # + 0.0 turns -0.0, which int8 cannot hold, into 0.0
-
-
-@fake_quantize_rows.register_fake
-def fake_quantize_rows_shape(weight_RC: Tensor, bits: int) -> Tensor:
-    return torch.empty_like(weight_RC, dtype=torch.float32)
-
-
-def straight_through(context: object, gradient_RC: Tensor) -> tuple[Tensor, None]:
-    return gradient_RC, None
-
-
-fake_quantize_rows.register_autograd(straight_through)
 
 
 PLAIN_PARTS = ("codes_RC", "scale_SG", "column_scale_C", "zero_SG")

@@ -1,5 +1,6 @@
 """Installs and removes the grids of quantization-aware training on weights and activations."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,8 +14,8 @@ from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import activation_sites, parse_site
 from golf.model.gpt import GPT, acts_always
-from golf.model.layers import ActivationSite
-from golf.quant.grid import fake_quantize_rows
+from golf.model.layers import ActivationSite, Linear
+from golf.quant.row_grids import RowGrids, through_grid
 from golf.quant.site_grid import activation_calls, quantize_activation, quantize_weight, weight_calls
 from golf.quant.tensor_classes import FP16_BITS, bits_of, shared_weights, weight_site
 from golf.runtime import Runtime
@@ -90,14 +91,15 @@ def fake_quantizable_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuanti
 
 
 def install_fake_quantization(
-    model: nn.Module, quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
-) -> list[str]:
-    """Makes training use the grid of export; returns the names of the weights that it acts on.
+    model: GPT, quant: QuantConfig, tensor_bits: Mapping[str, int] | None = None
+) -> tuple[list[str], RowGrids]:
+    """Makes training use the grid of export; returns the names of the weights that it acts on, and the grids that have
+    to be renewed before a compiled step.
 
     Weights that are exported as fp16 are left alone; those in `tensor_bits` get those bits, except weights for which
     the configuration names a quantizer.
     """
-    names, modules = [], dict(fake_quantizable_modules(model))
+    names, modules, grids = [], dict(fake_quantizable_modules(model)), RowGrids()
     for path, module in modules.items():
         name = f"{path}.weight"
         bits = (tensor_bits or {}).get(name) or bits_of(name, module.weight.shape, quant)
@@ -106,10 +108,12 @@ def install_fake_quantization(
             shared = tuple(shared_weights(name, site, weights))
             module.fake_quantize = partial(quantize_weight, site=site, shared=shared)
         elif bits < FP16_BITS:
-            module.fake_quantize = partial(fake_quantize_rows, bits=bits)
+            dtype = model.compute_dtype if isinstance(module, Linear) else torch.float32  # a table's gradient is a sum
+            values_RC = grids.add(module.weight, bits, dtype)
+            module.fake_quantize = partial(through_grid, values_RC=values_RC, grids=grids)
         if module.fake_quantize:
             names.append(name)
-    return names
+    return names, grids
 
 
 def remove_fake_quantization(model: nn.Module) -> None:
@@ -118,20 +122,36 @@ def remove_fake_quantization(model: nn.Module) -> None:
         module.fake_quantize = None
 
 
-def verify_fake_quantization(forward: Callable, model: GPT, batch: tuple) -> Verdict:
-    """Verifies that the compiled step puts every matrix that is to train on a grid through it once, and that the grid
-    moves weights.
+@contextmanager
+def spoilt(weights: list[Tensor]) -> Iterator[None]:
+    """Makes weights NaN within the context, by a tensor beside each, so that grids don't take them for changed."""
+    held = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.data.fill_(torch.nan)
+    try:
+        yield
+    finally:
+        for weight, before in zip(weights, held, strict=True):
+            weight.data.copy_(before)
 
-    Losses of an untrained model can't show it: in bf16 they change by as much as rounding does (docs/LOG.md).
+
+def verify_fake_quantization(forward: Callable, model: GPT, batch: tuple) -> Verdict:
+    """Verifies that the compiled step takes every matrix that is to train on a grid from there, and that the grid moves
+    weights.
+
+    Losses of an untrained model can't show it: in bf16 they change by as much as rounding does (docs/LOG.md). With the
+    weights themselves spoilt the loss is finite only if none of them is read; a site's operator counts its calls.
     """
     modules = [module for _, module in fake_quantizable_modules(model) if module.fake_quantize]
+    on_rows = [module.weight for module in modules if module.fake_quantize.func is through_grid]
     with torch.no_grad():
         moved = sum(int((module.effective_weight() != module.weight).sum()) for module in modules)
     before = weight_calls()
-    forward(*batch).item()
-    calls, total = weight_calls() - before, sum(module.weight.numel() for module in modules)
-    effect = f"{calls} calls of {len(modules)} grids in a compiled step, which move {moved:,} of {total:,} weights"
-    return calls == len(modules) > 0 and moved > 0, effect
+    with spoilt(on_rows):
+        loss = forward(*batch).item()
+    grids = len(on_rows) + weight_calls() - before
+    effect = f"loss {loss:.4f} from {grids} of {len(modules)} grids alone, which move {moved:,} weights"
+    return math.isfinite(loss) and moved > 0 and grids == len(modules) > 0, effect
 
 
 register_feature(

@@ -22,6 +22,7 @@ from golf.optim.average import WeightAverage
 from golf.optim.optimizers import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, training_budget
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization, remove_fake_quantization
+from golf.quant.row_grids import RowGrids
 from golf.run.checkpoint import TrainingState, features_of, generator_tensors, restore_generators
 from golf.run.feature_audit import FeatureAudit
 from golf.run.proofs import MOST_BATCHES, verify_features
@@ -79,7 +80,7 @@ class Trainer:
         self.clock = clock or Stopwatch()
         self.recent_seconds: deque[float] = deque([0.0], maxlen=100)
         self.audit = FeatureAudit(config)
-        self.fake_quantized, self.seq_len = False, config.model.train_seq_len
+        self.fake_quantized, self.row_grids, self.seq_len = False, RowGrids(), config.model.train_seq_len
         self.step = 0
         self.lost_seconds = 0.0
         """Training time that kills wasted: it is on the clock, its steps are not in the weights."""
@@ -132,13 +133,15 @@ class Trainer:
     def set_fake_quantization(self, wanted: bool) -> None:
         if self.config.quant.qat_enabled and wanted != self.fake_quantized:
             if wanted:
-                install_fake_quantization(self.model, self.config.quant)
+                _, self.row_grids = install_fake_quantization(self.model, self.config.quant)
             else:
                 remove_fake_quantization(self.model)
+                self.row_grids = RowGrids()
         self.fake_quantized = wanted
 
     def accumulate_gradients(self, step: int) -> Tensor:
         """Leaves the gradient of the global batch of `step` in .grad; returns its mean loss over all ranks."""
+        self.row_grids.renew()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for inputs_BT, targets_BT in self.micro_batches(step):
             loss = self.forward(inputs_BT, targets_BT)

@@ -169,7 +169,8 @@ class Stripper(ast.NodeTransformer):
         self.generic_visit(node)
         if not reads_annotations(node):
             for argument in arguments_of(node):
-                argument.annotation = None
+                if argument.annotation and ast.unparse(argument.annotation) != "constexpr":  # Triton reads it
+                    argument.annotation = None
             node.returns = None
         return node
 
