@@ -6,11 +6,8 @@ and under torchrun (NCCL on CUDA, gloo on CPU).
 
 import contextlib
 import hashlib
-import json
-import math
 import os
 import random
-import re
 import shutil
 import sys
 import sysconfig
@@ -19,26 +16,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from golf.config.knobs import ConfigError
+from golf.config.knobs import ConfigError, naming
 from golf.config.run import RunConfig
-
-
-@contextlib.contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Adds `path` to an error of writing to it: a full disk does not say where."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 class Log:
@@ -194,48 +180,6 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-MOST_DIGITS = 4300
-"""The longest integer that every Python parses (newer ones refuse longer ones)."""
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON, write null")
-
-
-def parse_integer(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits, at most {MOST_DIGITS} can be read")
-    return int(digits)
-
-
-def parse_float(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"the number {text[:20]} is too large")
-    return number
-
-
-JSON_HOOKS = {"parse_constant": refuse_constant, "parse_int": parse_integer, "parse_float": parse_float}
-
-
-def parse_json(data: str | bytes, **hooks: Any) -> Any:
-    """Parses JSON that people wrote, with or without a byte order mark; `hooks` are those of json.loads.
-
-    Raises ValueError, of one line, for anything else: not UTF-8, NaN (read with parse_constant=float), a number or a
-    nesting that is too large for Python, half of a surrogate pair.
-    """
-    text = (data.decode() if isinstance(data, bytes) else data).removeprefix("\ufeff")
-    try:
-        value = json.loads(text, **(JSON_HOOKS | hooks))
-        if SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair, which is no Unicode text") from None
-    return value
 
 
 def flush_to_disk(path: Path) -> None:

@@ -22,9 +22,8 @@ import tyro
 
 import golf
 from golf.config.config import Config, check_config
-from golf.config.knobs import EXIT_BAD_INPUT, EXIT_MACHINE, UserError
+from golf.config.knobs import EXIT_BAD_INPUT, EXIT_MACHINE, UserError, naming, parse_json
 from golf.config.run import RunConfig
-from golf.runtime import naming, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)

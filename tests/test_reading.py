@@ -22,7 +22,7 @@ from golf.data.shards import find_shards
 from golf.run.trainer import new_trainer
 from golf.runtime import Runtime
 
-MOST_FILES_FROM_SHARD, MOST_FILES_FROM_TEXT = 12, 23
+MOST_FILES_FROM_SHARD, MOST_FILES_FROM_TEXT = 12, 24
 STORY = {"train_gpt.py", "golf/run/datasets.py", "golf/run/train_loop.py"}
 """Files that hand a batch on without being called for one: they call the others."""
 TOY = dict(

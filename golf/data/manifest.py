@@ -4,9 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from golf.config.knobs import parse_json
 from golf.data.shards import SHARD_HEADER_BYTES, DataError, find_shards, shard_token_count
 from golf.data.tokenizer import Tokenizer
-from golf.runtime import parse_json
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"

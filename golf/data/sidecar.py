@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from golf.config.knobs import parse_json
 from golf.data.shards import DataError, find_shards, read_shard
 from golf.data.tokenizer import ByteTable
-from golf.runtime import parse_json
 
 SIDECAR_ADVICE = "prepare or download the shards and their bytes again, together"
 SIDECAR_TOLERANCE = 0.01

@@ -17,8 +17,8 @@ import numpy as np
 import sentencepiece
 import torch
 
+from golf.config.knobs import parse_json
 from golf.data.shards import DataError
-from golf.runtime import parse_json
 
 BLANK = "\u2581"
 """How SentencePiece writes a blank inside its pieces."""

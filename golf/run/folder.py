@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from golf.config.config import Config, config_dict, config_from_dict, config_hash
-from golf.config.knobs import ConfigError
+from golf.config.knobs import ConfigError, naming, parse_json
 from golf.run.guard import AccessGuard
-from golf.runtime import Runtime, naming, parse_json, write_file_atomically
+from golf.runtime import Runtime, write_file_atomically
 
 
 class RunFolder:

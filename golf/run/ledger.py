@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from golf.runtime import naming, write_file_atomically
+from golf.config.knobs import naming
+from golf.runtime import write_file_atomically
 
 PHASES = {
     "setup": ("", "train"),

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from golf.runtime import naming, write_file_atomically
+from golf.config.knobs import naming
+from golf.runtime import write_file_atomically
 
 
 @dataclass(frozen=True)

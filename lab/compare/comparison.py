@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.runtime import parse_json
+from golf.config.knobs import parse_json
 from lab.compare.comparable import ComparedRun, ComparisonError, check_comparable, read_compared_run, result_files
 from lab.compare.statistics import (
     Equivalence,

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from golf.config.knobs import UserError
-from golf.runtime import parse_json
+from golf.config.knobs import UserError, parse_json
 from lab.generate.sampling import SamplingError
 from lab.prepare.text_tokenizer import TextTokenizer
 

@@ -31,7 +31,7 @@ from huggingface_hub.hf_api import HfApi
 from huggingface_hub.utils import scan_cache_dir
 from tqdm import tqdm
 
-from golf.runtime import parse_json
+from golf.config.knobs import parse_json
 from lab.prepare.published import DownloadError, HubListing, manifest_path_of
 from lab.prepare.verification import FileFacts, facts_of_entry, scan_file, scan_problem
 

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from golf.config.knobs import naming
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, PreparedData, load_prepared
 from golf.data.shards import DataError
 from golf.data.tokenizer import CASE_OPERATORS
-from golf.runtime import file_sha256, naming, write_file_atomically
+from golf.runtime import file_sha256, write_file_atomically
 from lab.prepare.encoding import EncodedChunk, WorkerLostError, chunk_documents, encode_chunks
 from lab.prepare.readers import iter_documents, source_identity
 from lab.prepare.text_tokenizer import (

@@ -26,8 +26,8 @@ from typing import Any
 
 import zstandard
 
+from golf.config.knobs import parse_json
 from golf.data.shards import SHARD_NAME, DataError
-from golf.runtime import parse_json
 from lab.prepare.text_tokenizer import PlainTokenizer, gpt2_tokenizer_file, optional_package
 from lab.probe.documents import shard_documents
 

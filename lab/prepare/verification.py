@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from golf.config.knobs import parse_json
 from golf.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, data_identity
 from golf.data.shards import SHARD_HEADER_BYTES, SHARD_NAME, DataError, ShardError, shard_token_count
 from golf.data.sidecar import sidecar_path
-from golf.runtime import parse_json
 
 DOWNLOADS_NAME = "downloads.json"
 TOKEN_FILE_NAME = re.compile(r"(?P<dataset>[^.].*)_(?P<split>train|val|val_bytes)_(?P<index>\d{6})\.bin")

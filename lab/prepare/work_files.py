@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from golf.config.knobs import parse_json
 from golf.data.shards import SHARD_HEADER_BYTES, DataError, shard_header
-from golf.runtime import parse_json, write_file_atomically
+from golf.runtime import write_file_atomically
 
 LEAST_VAL_BYTES = 1000
 MOST_DEVIATION = 5

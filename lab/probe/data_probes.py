@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from golf.config.knobs import UserError
+from golf.config.knobs import UserError, parse_json
 from golf.data.shards import DataError, shard_token_count
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
-from golf.runtime import parse_json
 from golf.score.scorer import count_target_bytes
 from lab.prepare.text_tokenizer import TextTokenizer, check_byte_counts
 from lab.probe.documents import find_shared_documents

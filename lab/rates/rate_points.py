@@ -18,11 +18,12 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.config.config import Config
+from golf.config.knobs import parse_json
 from golf.config.model import ModelConfig
 from golf.config.quantization import CODECS
 from golf.config.scoring import ScoreConfig
 from golf.quant.grid import QuantizedState, dequantize_state
-from golf.runtime import Runtime, parse_json, write_file_atomically
+from golf.runtime import Runtime, write_file_atomically
 from golf.score.roundtrip import score_artifact, stream_identity
 from golf.score.scorer import score_stream, sliding_settings
 from lab.bundle.parts import code_sha256

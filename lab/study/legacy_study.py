@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from golf.config.knobs import UserError
-from golf.runtime import parse_json
+from golf.config.knobs import UserError, parse_json
 
 ATTENTION_WEIGHTS = "ENABLE_ATTN_QUANTIZATION"
 SHARED_SCALE = "LEGACY_SHARED_QKVO_SCALE"

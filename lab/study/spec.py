@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from golf.config.config import Config, check_config, config_dict, config_from_dict
-from golf.config.knobs import ConfigError, UserError
-from golf.runtime import parse_json, write_file_atomically
+from golf.config.knobs import ConfigError, UserError, parse_json
+from golf.runtime import write_file_atomically
 from lab.bundle.parts import code_sha256
 
 SPEC_FORMAT = 1

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from golf.config.config import Config
+from golf.config.knobs import parse_json
 from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import WEIGHT_SITES
 from golf.quant.tensor_classes import FP16_BITS
-from golf.runtime import parse_json
 from lab.compare.statistics import bootstrap_ratio, confidence_interval, paired, student_t_quantile, summarize_sample
 from lab.cost.energy import energy_estimate
 from lab.cost.kv_bytes import kv_bytes_per_token
