@@ -86,3 +86,9 @@ def parse_json(data: str | bytes, **hooks: Any) -> Any:
     except UnicodeEncodeError:
         raise ValueError("it holds half of a surrogate pair, which is no Unicode text") from None
     return value
+
+
+def takes_model_files_only() -> bool:
+    """Returns whether a script has code for SentencePiece's tokenizers alone: the bundler decides, where the run's is
+    one (lab/bundle/frozen.py)."""
+    return False

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from golf.config.knobs import parse_json
+from golf.config.knobs import parse_json, takes_model_files_only
 from golf.data.shards import DataError
 
 BLANK = "\u2581"
@@ -185,8 +185,10 @@ def read_tokenizer_file(path: str | Path) -> bytes:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads the tokenizer in a SentencePiece .model file, or in the .json file of one without. Raises DataError."""
-    kind = UnitVocabulary if Path(path).suffix == ".json" else SentencePieceModel
-    return kind(read_tokenizer_file(path), str(path))
+    description = read_tokenizer_file(path)
+    if takes_model_files_only() or Path(path).suffix != ".json":
+        return SentencePieceModel(description, str(path))
+    return UnitVocabulary(description, str(path))
 
 
 class ByteTable:

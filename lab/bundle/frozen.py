@@ -22,6 +22,7 @@ def freeze_config(config: Config) -> Frozen:
     values = {knob: value for knob, value in all_knobs.items() if knob in choices or not (value or knob in FREE_KNOBS)}
     sites = weight_sites(config.quant)
     calls: dict[str, Any] = {"stores_plain_rows": config.quant.quantizer == "rtn" and not sites}
+    calls["takes_model_files_only"] = config.data.tokenizer_path.endswith(".model")
     if not activation_sites(config.model):
         calls["activation_sites"] = {}
     if not sites:
