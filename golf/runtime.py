@@ -22,9 +22,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golf.config.knobs import ConfigError, naming
 from golf.config.run import RunConfig
+
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
 
 
 class Log:
@@ -163,7 +168,8 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
         store = dist.PrefixStore(stage, store)
         # Long enough for the main rank to prepare a corpus while the others wait.
         dist.init_process_group(backend, timeout=timedelta(hours=2), world_size=world_size, rank=rank, store=store)
-    yield Runtime(device, rank, world_size, log or Log(), compiles)
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True) if run.attention_kernels == "cudnn" else contextlib.nullcontext():
+        yield Runtime(device, rank, world_size, log or Log(), compiles)
     if world_size > 1:  # not after an error: the others may be waiting for this rank, and torchrun ends them
         dist.destroy_process_group()
 

@@ -37,6 +37,7 @@ BAD_INPUT = {
     "tools/fingerprint.py": [NOWHERE],
     "tools/footprint.py": [NOWHERE],
     "tools/gpu_check.py": ["--only", "nonsense"],
+    "tools/gpu_forecast.py": ["--preset", "nonsense"],
     "tools/inspect_data.py": [NOWHERE],
     "tools/make_submission.py": [NOWHERE, "--name", "n", "--author", "a", "--github-id", "g", "--blurb", "b"],
     "tools/pack_artifact.py": ["--weights", NOWHERE, "--out", "model.golf"],

@@ -20,6 +20,8 @@ class RunConfig:
     """Folder of all runs."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to compute on; auto: CUDA where torch sees one."""
+    attention_kernels: Literal["torch", "cudnn"] = "torch"
+    """Order in which CUDA's attention kernels are tried: torch's own, or cuDNN's first (untried)."""
     compile: Literal["auto", "on", "off"] = "on"
     """torch.compile the training step and the scorer; auto: where there is CUDA or a C++ compiler."""
     threads: int = 0

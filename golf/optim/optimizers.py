@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from golf.config.features import Feature, StepFacts, register_feature
@@ -22,6 +23,8 @@ from golf.config.training import OptimConfig
 from golf.model.gpt import GPT
 from golf.runtime import Runtime
 
+gather_stacks = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Has a new name since torch 2.13, which warns of the old one."""
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -100,11 +103,11 @@ class Muon(torch.optim.Optimizer):
         if self.world_size == 1:
             return list(own_MRC.float())
         share = -(-count // self.world_size)
-        padded_MRC = own_MRC.new_zeros(share, *own_MRC.shape[1:])
-        padded_MRC[: own_MRC.size(0)] = own_MRC
+        padded_MRC = F.pad(own_MRC, (0, 0, 0, 0, 0, share - own_MRC.size(0)))
         everyone_MRC = own_MRC.new_empty(self.world_size * share, *own_MRC.shape[1:])
-        dist.all_gather_into_tensor(everyone_MRC, padded_MRC)  # torch 2.9 to 2.13 have this one
-        return [everyone_MRC[i % self.world_size * share + i // self.world_size].float() for i in range(count)]
+        gather_stacks(everyone_MRC, padded_MRC)
+        updates = everyone_MRC.float().unbind()
+        return [updates[i % self.world_size * share + i // self.world_size] for i in range(count)]
 
 
 def muon_momentum(progress: float, config: OptimConfig) -> float:
@@ -174,7 +177,7 @@ class Optimizers:
             for part, lr in zip(optimizer.param_groups, base, strict=True):
                 part |= {"lr": lr * lr_scale} | group.settings(progress, self.config)
         clip = self.config.grad_clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip) if clip > 0 else None
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True) if clip > 0 else None
         for _, optimizer in self.all:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -25,7 +25,7 @@ from golf.config.config import Config, with_knobs
 from golf.model.init import build_model
 from golf.quant.grid import quantize_rows
 from golf.quant.row_grids import RowGrids
-from golf.runtime import Runtime, write_file_atomically
+from golf.runtime import CUDNN_FIRST, Runtime, write_file_atomically
 from lab.machine.fingerprint import gpu_states, machine_fingerprint
 from lab.machine.step_times import random_tokens, time_steps
 
@@ -123,6 +123,13 @@ def check_step_time(setting: Setting, **knobs: str) -> Seen:
     return Seen(f"median {median:.1f} ms a step, {rate:,.0f} tokens/s", {"ms": times, "tokens_per_second": rate})
 
 
+def check_cudnn_steps(setting: Setting) -> Seen:
+    """Times steps with cuDNN's attention tried first (attention_kernels=cudnn), which may need another plan."""
+    torch.compiler.reset()
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return check_step_time(setting)
+
+
 def check_attention(setting: Setting) -> Seen:
     """Times attention, forward and backward, by each kernel that can run it."""
     model, device = setting.config.model, setting.runtime.device
@@ -195,6 +202,7 @@ CHECKS: dict[str, Callable[[Setting], Seen]] = {
     "steps": check_step_time,
     "steps without QAT": lambda setting: check_step_time(setting, qat_enabled="0"),
     "steps with document attention": lambda setting: check_step_time(setting, document_attention="1"),
+    "steps with cuDNN's attention first": lambda setting: check_cudnn_steps(setting),
     "a whole run": check_whole_run,
     "a whole run, water-filling": lambda setting: check_whole_run(
         setting, "quantizer=waterfill", "qat_enabled=0", "prune_frac=0", "codec=rans"

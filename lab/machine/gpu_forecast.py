@@ -1,0 +1,315 @@
+"""Forecasts a training step on an H100 without one: counts what a step launches, reads, writes and computes.
+
+The counts are of the code that Inductor generates for the device, and of the optimizers' calls on fake tensors; the
+milliseconds are modelled from them with the rates below, which no machine of ours has shown.
+
+B rows, T tokens of a row, M matrices of a shape, R rows, C columns.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import golf.model.block
+import golf.optim.optimizers
+from golf.config.config import Config
+from golf.model.gpt import GPT
+from golf.optim.optimizers import Optimizers, average_gradients, newton_schulz
+from golf.quant.qat import install_activation_quantizers, install_fake_quantization
+from golf.run.trainer import count_micro_steps
+from golf.runtime import Runtime
+from lab.machine.fake_gpu import GPU
+from lab.machine.gpu_code import Graph, capture_graphs, generate_code, module_on_gpu
+
+MATRIX_FLOPS, MEMORY_BYTES, LINK_BYTES = 520e12, 2.5e12, 300e9
+"""Assumed rates: of the large products (989e12 is the device's limit in bf16), of memory (limit 3.35e12), of a ring
+over NVLink."""
+ATTENTION_FLOPS = {"torch": 250e12, "cudnn": 400e12}
+"""Assumed rates of attention at heads of 64: of FlashAttention 2, of cuDNN's kernels."""
+LAUNCH_SECONDS, HOST_SECONDS = 3e-6, 1e-3
+"""Least time of a kernel, and of what waits for the host in a step."""
+FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 1, 3
+"""Kernels of a layer's attention."""
+TENSORS_OF_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+BLOCKS_OF_LAUNCH, CHUNK = 320, 65_536
+"""Most tensors by lists, and blocks, of one launch over lists of tensors (ATen's MultiTensorApply.cuh)."""
+INPUTS_OF_CONCATENATION = 128
+POWERS_AND_SINES = re.compile(r"(?:libdevice|tl_math)\.(pow|cos|sin)\(")
+FREE = re.compile(
+    r"(view|detach|alias|empty|new_empty|empty_like|unbind|split\w*|select|slice|t|transpose|permute|expand|unsqueeze|"
+    r"squeeze|as_strided|_reshape_alias|lift_fresh)\."
+)
+"""Operators of ATen that launch nothing."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of a step costs on one GPU."""
+
+    name: str
+    launches: int
+    gigabytes: float
+    teraflops: float
+    modelled_ms: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A step by its parts, and what else was counted in its code."""
+
+    preset: str
+    world_size: int
+    micro_steps: int
+    parts: list[Part]
+    powers_and_sines: int
+    mask_elements: int
+    """Of the attention mask that a layer reads."""
+    programs: list[str] = field(default_factory=list, repr=False)
+    """What Inductor generated: the forward pass, the backward pass."""
+
+    @property
+    def modelled_ms(self) -> float:
+        return sum(part.modelled_ms for part in self.parts)
+
+    @property
+    def launches(self) -> int:
+        return sum(part.launches for part in self.parts)
+
+
+# ---- the graph: forward and backward of a micro step ----
+
+
+@torch.library.custom_op("golf_forecast::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Stands for a library's kernel."""
+    return torch.empty_like(q)
+
+
+@attention.register_fake
+def attention_shape(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    return q.new_empty(q.size(0), q.size(2), q.size(1), q.size(3)).transpose(1, 2)
+
+
+@torch.library.custom_op("golf_forecast::attention_backward", mutates_args=())
+def attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stands for a library's kernels."""
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@attention_backward.register_fake
+def attention_backward_shape(g: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+attention.register_autograd(
+    lambda ctx, g: (*attention_backward(g, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3]),
+)
+
+
+def capture_step(config: Config, micro_steps: int, world_size: int) -> dict[str, Graph]:
+    """Returns the graphs of a micro step of training, as the trainer compiles it on CUDA."""
+    model_config = config.model
+    rows = config.train.train_batch_tokens // model_config.train_seq_len // world_size // micro_steps
+
+    def model() -> nn.Module:
+        made = install_activation_quantizers(GPT(model_config, torch.bfloat16))
+        made.keep_rotary(model_config.train_seq_len)
+        if config.quant.qat_enabled:
+            install_fake_quantization(made, config.quant)
+        return made
+
+    def batch() -> tuple[Tensor, Tensor]:
+        ids_BT = torch.zeros(rows, model_config.train_seq_len, dtype=torch.int64)
+        return ids_BT, ids_BT
+
+    with mock.patch.object(golf.model.block, "causal_attention", attention):
+        return capture_graphs(model, batch)
+
+
+def product_flops(graph: torch.fx.GraphModule) -> tuple[float, float]:
+    """Returns the operations of a graph's matrix products, and of its attention (causal: half of all pairs)."""
+    products = attended = 0.0
+    for node in graph.graph.nodes:
+        name = str(node.target)
+        shapes = [part.meta["val"].shape for part in node.all_input_nodes if isinstance(part.meta.get("val"), Tensor)]
+        if re.match(r"aten\.(mm|bmm|addmm|baddbmm)\.", name):
+            products += 2.0 * node.meta["val"].numel() * shapes[-1][-2]
+        elif name.startswith("golf_forecast.attention"):
+            rows, heads, time, width = shapes["backward" in name]
+            attended += (5 if "backward" in name else 2) * rows * heads * time * time * width
+    return products, attended
+
+
+def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list[Part], list[str], int]:
+    """Returns the parts of all micro steps of a step, the generated programs, and the elements of a mask."""
+    launches, moved, programs = Counter(), Counter(), []
+    graphs = capture_step(config, micro_steps, world_size)
+    flops = [product_flops(graph) for graph, _ in graphs.values()]  # before they are lowered
+    mask = max((masks(graph) for graph, _ in graphs.values()), default=0)
+    for name, (graph, inputs) in graphs.items():
+        code, sizes = generate_code(graph, inputs, name == "backward")
+        launches["generated"] += len(re.findall(r"\.run\(", code))
+        launches["products"] += len(re.findall(r"extern_kernels\.\w+\(", code))
+        programs.append(code)
+        for node, size in sizes:
+            kind = type(node.node).__name__
+            moved[{"ExternKernelOut": "products", "FallbackKernel": "attention"}.get(kind, "generated")] += size
+    products, attended = (micro_steps * sum(part) for part in zip(*flops, strict=True))
+    rate = ATTENTION_FLOPS[config.run.attention_kernels]
+    calls = micro_steps * config.model.num_layers * (FORWARD_LAUNCHES + BACKWARD_LAUNCHES)
+    parts = [
+        part("matrix products", micro_steps * launches["products"], micro_steps * moved["products"], products),
+        part("attention", calls, micro_steps * moved["attention"], attended, rate),
+        part("generated kernels", micro_steps * launches["generated"], micro_steps * moved["generated"]),
+    ]
+    return parts, programs, mask
+
+
+def masks(graph: torch.fx.GraphModule) -> int:
+    """Returns the elements of the attention mask that a graph's first layer reads."""
+    for node in graph.graph.nodes:
+        if str(node.target).startswith("golf_forecast.attention.") and len(node.args) > 3 and node.args[3] is not None:
+            return node.args[3].meta["val"].numel()
+    return 0
+
+
+def part(name: str, launches: int, moved: float, flops: float = 0.0, rate: float = MATRIX_FLOPS) -> Part:
+    """Returns a part whose time is the longest of its operations, its bytes and its launches."""
+    seconds = max(flops / rate, moved / MEMORY_BYTES, launches * LAUNCH_SECONDS)
+    return Part(name, launches, moved / 1e9, flops / 1e12, 1000 * seconds)
+
+
+# ---- what runs between the graphs ----
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts the kernels that the operators of eager code launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.moved = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = str(function).partition(".")[2]
+        if str(function).startswith(("aten.", "c10d.")) and not FREE.match(name):
+            lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+            tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+            written = [t for t in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(t, Tensor)]
+            self.launches += launches_of(name, lists)
+            self.moved += sum(t.numel() * t.element_size() for t in [*tensors, *(written or tensors[:1])])
+        return result
+
+
+def launches_of(name: str, lists: list[list[Tensor]]) -> int:
+    """Returns how many kernels an operator launches."""
+    if name.startswith("cat.") or name.startswith("stack."):
+        return math.ceil(len(lists[0]) / INPUTS_OF_CONCATENATION)
+    if name.startswith(("_foreach", "_fused")) and lists:
+        blocks = sum(math.ceil(tensor.numel() / CHUNK) for tensor in lists[0])
+        by_tensors = math.ceil(len(lists[0]) / TENSORS_OF_LAUNCH[min(len(lists), 5)])
+        return max(by_tensors, math.ceil(blocks / BLOCKS_OF_LAUNCH)) + name.startswith("_foreach_norm")
+    return 2 if name.startswith("constant_pad") else 1
+
+
+@contextmanager
+def fake_group(world_size: int) -> Iterator[None]:
+    """Lets this process be the first of several that are not there."""
+    if world_size > 1:
+        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    yield
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def update_parts(config: Config, world_size: int) -> list[Part]:
+    """Returns fake quantization, the reduction of the gradients, clipping and the optimizers, of one step."""
+    mode, iterated = FakeTensorMode(allow_non_fake_inputs=True), []
+    with torch.device("meta"):
+        model = GPT(config.model, torch.bfloat16)
+    model = module_on_gpu(model, mode)
+
+    def iterate(update_MRC: Tensor, steps: int) -> Tensor:
+        iterated.append((tuple(update_MRC.shape), steps))
+        return torch.empty_like(update_MRC)
+
+    with mode, fake_group(world_size), mock.patch.object(golf.optim.optimizers, "newton_schulz", iterate):
+        grids = install_fake_quantization(model, config.quant)[1] if config.quant.qat_enabled else None
+        optimizers = Optimizers(model, config.optim, Runtime(GPU, 0, world_size))
+        for _ in range(2):  # the first step makes the state
+            for parameter in optimizers.parameters:
+                parameter.grad = torch.empty_like(parameter)
+            iterated.clear()
+            with LaunchCounter() as reduction:
+                average_gradients(optimizers.parameters, world_size)
+            with LaunchCounter() as update:
+                optimizers.step(0.5, 1.0)
+    message = 4 * sum(parameter.numel() for parameter in optimizers.parameters)
+    iteration = iteration_part(iterated)
+    reduced = part("gradient reduction", reduction.launches, reduction.moved)
+    on_wire = 2 * (world_size - 1) / world_size * message / LINK_BYTES
+    return [
+        quantization_part(grids),
+        Part(*list(vars(reduced).values())[:-1], reduced.modelled_ms + 1000 * on_wire),
+        part("clipping and optimizers", update.launches + iteration.launches, update.moved + 1e9 * iteration.gigabytes,
+             1e12 * iteration.teraflops),
+    ]  # fmt: skip
+
+
+def quantization_part(grids: Any) -> Part:
+    """Returns what putting all matrices on their grids costs: one kernel for each dtype of values."""
+    pairs = list(zip(grids.weights, grids.values, strict=True)) if grids else []
+    moved = sum(weight.numel() * (weight.element_size() + kept.element_size()) for weight, kept in pairs)
+    return part("fake quantization", len({kept.dtype for _, kept in pairs}), moved)
+
+
+def iteration_part(iterated: list[tuple[tuple[int, ...], int]]) -> Part:
+    """Returns what Muon's compiled iteration costs for these shapes."""
+    launches, moved, flops = 0, 0, 0.0
+    for shape, steps in iterated:
+        given = shape, steps
+        graphs = capture_graphs(lambda: newton_schulz, lambda g=given: (torch.zeros(g[0], dtype=torch.bfloat16), g[1]))
+        graph, inputs = graphs["inference"]
+        flops += product_flops(graph)[0]
+        code, sizes = generate_code(graph, inputs, False)
+        launches += len(re.findall(r"\.run\(|extern_kernels\.\w+\(", code))
+        moved += sum(size for _, size in sizes)
+    return part("iteration", launches, moved, flops)
+
+
+def forecast_step(config: Config, world_size: int) -> Forecast:
+    """Returns the forecast of a step after warm-up, with the features of the whole recipe on. The process must pretend
+    to have a GPU (lab/machine/fake_gpu.py). Raises ConfigError where the batch can't be dealt to the GPUs."""
+    micro_steps = count_micro_steps(config, world_size)
+    parts, programs, mask = graph_parts(config, micro_steps, world_size)
+    sines = sum(len(POWERS_AND_SINES.findall(program)) for program in programs)
+    parts += [*update_parts(config, world_size), Part("host", 0, 0.0, 0.0, 1000 * HOST_SECONDS)]
+    return Forecast(config.run.preset, world_size, micro_steps, parts, sines, mask, programs)
+
+
+def forecast_table(forecast: Forecast) -> str:
+    """Returns a forecast as text."""
+    gpus, micro = f"{forecast.world_size} x H100", f"{forecast.micro_steps} forward passes"
+    lines = [f"modelled: a step of {forecast.preset} on {gpus}, {micro} on each"]
+    lines += [f"{'part':26}{'launches':>9}{'GB':>8}{'TFLOP':>8}{'ms':>8}"]
+    lines += [
+        f"{part.name:26}{part.launches:9,}{part.gigabytes:8.2f}{part.teraflops:8.2f}{part.modelled_ms:8.2f}"
+        for part in forecast.parts
+    ]
+    lines.append(f"{'step':26}{forecast.launches:9,}{'':16}{forecast.modelled_ms:8.2f}")
+    return "\n".join(
+        [*lines, f"powers, sines, cosines: {forecast.powers_and_sines}; attention mask: {forecast.mask_elements:,}"]
+    )
