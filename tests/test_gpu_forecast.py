@@ -1,4 +1,4 @@
-"""What a step launches on a GPU stays under written ceilings; a Triton kernel equals its plain form. No GPU is needed."""
+"""What a step launches on a GPU stays under written ceilings; a Triton kernel equals its plain form. Needs no GPU."""
 
 import json
 import os
