@@ -26,6 +26,9 @@ COUNTER = re.compile(
     rf"(?<![a-z])(?:{COUNT_WORDS})\s?[:=]\s?(\d{{1,15}})(?![\d.])|(?<![\d.])(\d{{1,15}}) (?:{COUNT_WORDS})(?![a-z])",
     re.IGNORECASE,
 )
+COUNT_STEM = re.compile(r"count|snapsh|update|appli|fired|hit|hint|averag|checkp|activat|collect|chunks")
+ALL_READ, MOST_READ = 1000, 50
+"""Lines of a feature that are all read, and how many of each piece of a log after them."""
 OWN_WORD_GATE = re.compile(
     r"(?<![a-z])((?:within|word)(?:_(?:word|start))?_(?:gate|gated|hints?|expert|valid|fired|hits?))[:=]\s?(\d{1,15})(?![\d.])",
     re.IGNORECASE,
@@ -58,6 +61,18 @@ class FeatureReading:
     """Features of lines that are neither settings nor names."""
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Feature -> (the largest count after training began, the last line with one)."""
+
+    seen: dict[str, int] = field(default_factory=dict)
+    """Feature -> how many lines with it were read."""
+
+    def worth_reading(self, word: str, hits: list[int], lines: list[str]) -> list[int]:
+        """Chooses the lines of a feature that may tell more than those before: all at first, then those that count."""
+        before = self.seen.get(word, 0)
+        self.seen[word] = before + len(hits)
+        known = word in self.acting and self.counters.get(word, (0, 0))[0] > 0
+        if before < ALL_READ:
+            return hits
+        return [index for index in hits if not known and COUNT_STEM.search(lines[index])][:MOST_READ]
 
     def read(self, number: int, line: str, trains: bool) -> None:
         """Reads one line; what stands before the first step is a setting and counts nothing."""

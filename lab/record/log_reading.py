@@ -22,8 +22,8 @@ FINAL_NAME = re.compile(
     r"(?:final_|legal_|ttt_|quantized|post_?quant|sliding|roundtrip)\w*(?::done|:)?$", re.IGNORECASE
 )
 TRAIN_TIME = re.compile(r"train_time:\s{0,9}(\d{1,15}(?:\.\d{1,15})?)\s?(ms|s|m)\b")
-TIMED_LINE = re.compile(r"(?:step:|stopping_early|\d+/\d+ )")
 STEP_COUNT = re.compile(r"(?:step:\s{0,9}|stopping_early.{0,200}?\bstep:\s{0,9}|(?=\d+/\d+ train_loss))(\d{1,15})(?=/)")
+FINAL_STEM = re.compile(r"final|legal|ttt_|quant|sliding|roundtrip")
 EVAL_TIME = re.compile(r"(?P<total>total_)?eval_time:\s{0,9}(\d{1,15}(?:\.\d{1,15})?)\s?(ms|s|m)\b")
 SCORE_TIME = re.compile(r"(?<!\w)time:(\d{1,15})(ms)\b")
 TOTAL_SIZE = re.compile(
@@ -59,6 +59,7 @@ STEP_LINE = re.compile(r"step:|warmup_step:|\d+/\d+ ")
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0}
 LEAST_PAIRS = 12
 """Of a line that holds nothing but settings."""
+PIECE_LINES, LAST_SCORES, MOST_OPENING_LINES = 500, 3, 20_000
 MOST_OPENING, MOST_SCORES, MOST_NOTED, MOST_LOSSES, MOST_TEXT = 400, 10_000, 1_000, 100_000, 400
 
 
@@ -153,57 +154,82 @@ class LogReader:
         self.log = log
         self.losses, self.loss_count = hashlib.sha256(), 0
         self.named_total = False
-        self.trains = False
-        """Whether a step was printed: settings stand before that."""
-        readers: tuple[tuple[str, Callable[[int, str], None]], ...] = (
-            ("val_bpb", self.read_score), ("train_time:", self.read_step), ("train_loss", self.read_loss),
-            ("eval_time:", self.read_eval_time), ("bytes", self.read_size), ("budget:", self.read_size),
-            ("artifact", self.read_size), ("code:", self.read_size), ("seed", self.read_seed),
-            ("tokens:", self.read_tokens), ("code_sha256:", self.read_hash), ("traceback (", self.read_trouble),
-            ("out of memory", self.read_trouble), ("outofmemory", self.read_trouble), ("sig", self.read_trouble),
-            *((word, self.read_features) for word in FEATURE_WORDS), ("gate", self.read_gate),
-            ("expert", self.read_gate), ("hint", self.read_gate),
-        )  # fmt: skip
-        self.readers = readers
+        self.training_line: int | None = None
+        """That of the first step: what stands before it are settings."""
+        self.readers: dict[str, Callable[[int, str], None]] = {
+            "eval_time:": self.read_eval_time, "bytes": self.read_size, "budget:": self.read_size,
+            "artifact": self.read_size, "code:": self.read_size, "seed": self.read_seed, "tokens:": self.read_tokens,
+            "code_sha": self.read_hash, "traceback (": self.read_trouble, "of memory": self.read_trouble,
+            "outofmemory": self.read_trouble, "sigterm": self.read_trouble, "sigkill": self.read_trouble,
+            "signal ": self.read_trouble, "_gate": self.read_gate, "expert": self.read_gate, "hint": self.read_gate,
+        }  # fmt: skip
+        """Word in small letters, without digits -> what reads the lines that hold it."""
 
     def begin_run(self, source: str) -> None:
         """Notes the source of a run: its evaluations are its own."""
         self.log.source = source
         self.log.eval_seconds.clear()
-        self.trains = False
+        self.training_line = None
 
     def take(self, number: int, lines: list[str]) -> None:
-        """Reads neighbouring lines, of which `number` is the first: those that hold a word of a reader."""
-        for start in range(0, len(lines), MOST_NOTED):
-            some = lines[start : start + MOST_NOTED]
-            lower = "\n".join(some).lower()
-            present = [(word, read) for word, read in self.readers if word in lower]
-            for offset, (line, words) in enumerate(zip(some, lower.split("\n"), strict=True), number + start):
-                for read in {read: None for word, read in present if word in words}:
-                    read(offset, line)
-                if not self.trains:
-                    self.read_opening(line)
-            if said := next((line for line in reversed(some) if line.strip()), ""):
-                self.log.last_line = said[: MOST_TEXT * 4]
+        """Reads neighbouring lines, of which `number` is the first, some at a time: most hold no word of a reader."""
+        for start in range(0, len(lines), PIECE_LINES):
+            piece = lines[start : start + PIECE_LINES]
+            self.take_piece(number + start, piece, "\n".join(piece).lower())
+
+    def take_piece(self, number: int, lines: list[str], lower: str) -> None:
+        if self.training_line is None:
+            self.read_opening(number, lines)
+        if "train_time:" in lower:
+            self.read_steps(lines, lower)
+        shapes = line_shapes(lower)
+        words = [word for word in (*self.readers, "val_bpb", *FEATURE_WORDS) if word.encode() in shapes]
+        small = lower.split("\n") if words else []
+        for word in words:
+            hits = [index for index, line in enumerate(small) if word in line]
+            if word == "val_bpb":
+                hits = final_or_last(hits, small)
+            elif word in FEATURE_WORDS:
+                hits = self.log.features.worth_reading(word, hits, small)
+            read = self.readers.get(word, self.read_score if word == "val_bpb" else self.read_features)
+            for index in hits:
+                read(number + index, lines[index])
+        if said := next((line for line in reversed(lines) if line.strip()), ""):
+            self.log.last_line = said[: MOST_TEXT * 4]
 
     def finish(self) -> LogReading:
         self.log.losses = (self.loss_count, self.losses.hexdigest())
         return self.log
 
-    # ---- one line ----
+    # ---- many lines ----
 
-    def read_opening(self, line: str) -> None:
+    def read_opening(self, number: int, lines: list[str]) -> None:
         """Reads the settings that the log's opening lines give, but for names and places."""
-        line = without_clock(line)[: MOST_TEXT * 10]
-        if len(self.log.opening) < MOST_OPENING:
-            self.log.opening.append(line[:MOST_TEXT])
-        if STEP_LINE.match(line):
-            self.trains = True
-        elif len(self.log.config) < MOST_NOTED:
-            pairs = settings_of(line)
-            self.log.config |= {
-                key: value for key, value in pairs.items() if not OWN_KNOBS.fullmatch(key.rsplit("loader_", 1)[-1])
-            }
+        for index, whole_line in enumerate(lines, number):
+            line = without_clock(whole_line[: MOST_TEXT * 10])
+            if len(self.log.opening) < MOST_OPENING:
+                self.log.opening.append(line[:MOST_TEXT])
+            if STEP_LINE.match(line) or index > MOST_OPENING_LINES:
+                self.training_line = index
+                return
+            if len(self.log.config) < MOST_NOTED:
+                pairs = settings_of(line).items()
+                own = {key: value for key, value in pairs if not OWN_KNOBS.fullmatch(key.rsplit("loader_", 1)[-1])}
+                self.log.config |= own
+
+    def read_steps(self, lines: list[str], lower: str) -> None:
+        """Reads times and the last step, and hashes the losses with their times, by which two runs are told apart."""
+        seconds = [seconds_of(*found) for found in set(TRAIN_TIME.findall(lower))]
+        self.log.train_seconds = max((*seconds, self.log.train_seconds or 0.0))
+        steps = (STEP_COUNT.match(without_clock(line)) for line in reversed(lines) if "step:" in line or "/" in line)
+        if found := next(filter(None, steps), None):
+            self.log.steps = int(found[1])
+        if self.loss_count < MOST_LOSSES:
+            losses = [line.strip() for line in lines if "train_loss" in line and "train_time:" in line]
+            self.loss_count += len(losses)
+            self.losses.update("\n".join(losses).encode(errors="replace"))
+
+    # ---- one line ----
 
     def read_score(self, number: int, line: str) -> None:
         log, line = self.log, without_clock(line)
@@ -221,21 +247,6 @@ class LogReader:
                 log.finals[name] = score
             if timed := SCORE_TIME.search(line):
                 self.add_eval_seconds(seconds_of(*timed.groups()))
-
-    def read_step(self, number: int, line: str) -> None:
-        line = without_clock(line)
-        if not TIMED_LINE.match(line):
-            return
-        if found := TRAIN_TIME.search(line):
-            self.log.train_seconds = max(self.log.train_seconds or 0.0, seconds_of(*found.groups()))
-        if found := STEP_COUNT.match(line):
-            self.log.steps = int(found[1])
-
-    def read_loss(self, number: int, line: str) -> None:
-        """Hashes the losses with their times, by which two runs are told apart."""
-        if "train_time:" in line and self.loss_count < MOST_LOSSES:
-            self.loss_count += 1
-            self.losses.update(line.strip().encode(errors="replace"))
 
     def read_eval_time(self, number: int, line: str) -> None:
         found = EVAL_TIME.search(line)
@@ -264,7 +275,7 @@ class LogReader:
             if "(compressed" in (found["how"] or "").lower():
                 log.compressed_code = whole(found[2])
             else:
-                log.code_bytes += (whole(found[2]),)
+                log.code_bytes = tuple(dict.fromkeys((*log.code_bytes, whole(found[2]))))
 
     def read_seed(self, number: int, line: str) -> None:
         if self.log.seed is None and (found := SEED.search(line)):
@@ -283,11 +294,23 @@ class LogReader:
             self.log.troubles[1:] = [(number, line.strip()[:MOST_TEXT])]
 
     def read_features(self, number: int, line: str) -> None:
-        self.log.features.read(number, without_clock(line)[: MOST_TEXT * 4], self.trains)
+        trains = self.training_line is not None and number > self.training_line
+        self.log.features.read(number, without_clock(line[: MOST_TEXT * 4]), trains)
 
     def read_gate(self, number: int, line: str) -> None:
         if len(self.log.gates) < MOST_NOTED:
-            self.log.gates += read_gates(number, line[: MOST_TEXT * 4])
+            self.log.gates += [gate for gate in read_gates(number, line[: MOST_TEXT * 4]) if gate not in self.log.gates]
+
+
+def line_shapes(lower: str) -> bytes:
+    """Returns the lines that differ in more than figures, each once: most of a long log are of a few forms."""
+    return b"\n".join(set(lower.encode(errors="replace").translate(None, b"0123456789.,").split(b"\n")))
+
+
+def final_or_last(hits: list[int], lines: list[str]) -> list[int]:
+    """Chooses the lines with a score that may speak of the artifact, and the last of the others."""
+    finals = [index for index in hits if FINAL_STEM.search(lines[index])] if len(hits) > LAST_SCORES else hits
+    return sorted({*finals, *hits[-LAST_SCORES:]})
 
 
 def without_clock(line: str) -> str:
