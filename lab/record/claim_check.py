@@ -141,18 +141,13 @@ def describe_endings(logs: Sequence[LogReading]) -> str:
 
 def loss_findings(record: RecordFolder) -> Findings:
     """Holds the claimed val_loss against each log's, and the mean over the logs, as the headline."""
-    claim, logs = record.claimed("val_loss"), [log for log in record.counted if log.finals]
-    stages: dict[str, list[float]] = {}
-    for log in logs:
-        for name, score in log.finals.items():
-            if score.val_loss is not None:
-                stages.setdefault(name, []).append(score.val_loss)
+    claim, stages = record.claimed("val_loss"), loss_stages(record)
     if claim is None or not stages:
         return
     fitting = {name for name, values in stages.items() if any(is_near(v, claim) for v in means_and_values(values))}
     if not fitting:
         known = listed(f"{value:.6f}" for values in stages.values() for value in values)
-        bpbs = [score.val_bpb for log in logs for score in log.finals.values()]
+        bpbs = [score.val_bpb for log in record.counted for score in log.finals.values()]
         hint = ": it is a val_bpb" if min(bpbs) - TOLERANCE <= claim <= max(bpbs) + TOLERANCE else ""
         yield error("S17-val-loss", f"val_loss {claim:.6g} of submission.json is in no log ({known}){hint}")
     elif not fitting & stage_names(record, record.headline.stages):
@@ -160,6 +155,16 @@ def loss_findings(record: RecordFolder) -> Findings:
         text = f"val_loss {claim:.6g} is that of {listed(sorted(fitting))}, val_bpb that of {names}"
         if record.headline.stages:
             yield warning("S19-other-stage", f"{text}: two stages of evaluation")
+
+
+def loss_stages(record: RecordFolder) -> dict[str, list[float]]:
+    """Returns stage -> val_loss of each log that the claims rest on."""
+    stages: dict[str, list[float]] = {}
+    for log in record.counted:
+        for name, score in log.finals.items():
+            if score.val_loss is not None:
+                stages.setdefault(name, []).append(score.val_loss)
+    return stages
 
 
 def means_and_values(values: Sequence[float]) -> list[float]:

@@ -82,8 +82,9 @@ def readable_findings(record: RecordFolder) -> Findings:
     try:
         minified = minify_source(readable)
     except (BundleError, RecursionError, MemoryError) as problem:
-        minified = ""
-        yield error("S65-readable", f"{READABLE_NAME}: {str(problem)[:200]}")
+        reason = str(problem)[:200] if isinstance(problem, BundleError) else "it is nested too deeply to be read"
+        yield error("S65-readable", f"{READABLE_NAME}: {reason}")
+        return
     if minified != record.script.innermost:
         yield error("S65-readable", f"{READABLE_NAME} is not the source that is packed in {record.script_name}")
 

@@ -8,12 +8,12 @@ FEATURES = "swa|ema|lawa|qat|ttt|ngram|tilt|prune|lora|gptq|lqer|awq|moe|slot|mt
 FEATURE_WORDS = tuple(FEATURES.split("|"))
 ANNOUNCED = ("swa", "ema", "lawa", "qat", "ttt")
 """Those of which every script that has them prints a line when they act."""
-FEATURE = re.compile(rf"(?<![a-z])({FEATURES})(?![a-z]*[.]py)", re.IGNORECASE)
+FEATURE = re.compile(rf"(?<![a-z])({FEATURES})(?![a-z]{{0,20}}[.]py)", re.IGNORECASE)
 ANNOUNCEMENT = re.compile(
     rf"(?<![a-z_])(?:late_|tight_)?({FEATURES})(?:_tilt|_lite)?(?:_enabled)?[:=]\s{{0,3}}(?:True|1|on)\b",
     re.IGNORECASE,
 )
-SETTING_LINE = re.compile(r"^\s{0,40}\w{1,80}:\s{0,9}(?:[-+\d.\[({'\"/]\S*|True|False|None)\s*$")
+SETTING_LINE = re.compile(r"^\s{0,40}\w{1,80}:\s{0,9}(?:[-+\d.\[({'\"/]\S{0,400}|True|False|None)\s{0,9}$")
 NAMING_LINE = re.compile(
     r"^\s{0,40}(?:logfile|log_file|run_id|run_name|\w{0,60}(?:path|dir|file)s?)\s?[:=]", re.IGNORECASE
 )

@@ -11,7 +11,7 @@ from lab.record.record_folder import CLAIMS_NAME, HASHES_NAME, README_NAME, SCRI
 from lab.record.run_check import finished_run_findings, seeds_findings, track_findings
 
 STRAY_ENDINGS = (".pyc", ".o", ".so", ".pt", ".pth", ".ckpt", ".safetensors", ".npy", ".swp", ".DS_Store")
-MOST_FOLDER_BYTES = 20_000_000
+MOST_FOLDER_BYTES, MOST_NAME = 20_000_000, 200
 
 
 def file_findings(record: RecordFolder) -> Findings:
@@ -22,7 +22,9 @@ def file_findings(record: RecordFolder) -> Findings:
         path = record.path / name
         if name == README_NAME and readmes and name not in readmes:
             yield note("S06-other-name", f"{README_NAME} is named {listed(readmes)}")
-        elif name not in renamed and (not path.is_file() or not path.stat().st_size):
+        elif name in renamed or (name == CLAIMS_NAME and path.is_dir()):
+            continue  # (said already)
+        elif not path.is_file() or not path.stat().st_size:
             yield error("S01-missing-file", f"{name} is {'empty' if path.is_file() else 'missing'}")
     if not record.logs:
         yield error("S01-missing-file", "there is no log: no file prints losses of a training")
@@ -43,12 +45,15 @@ def hash_list_findings(record: RecordFolder) -> Findings:
         files = read_json_object(path, EvidenceError)["files"]
         stated = {str(name): str(digest) for name, digest in files.items()}
     except (EvidenceError, KeyError, AttributeError) as problem:
-        yield error("S70-hash", f"{HASHES_NAME} can't be read: {problem!r}")
+        reason = (
+            problem if isinstance(problem, EvidenceError) else f"it has no object of names as 'files' ({problem!r})"
+        )
+        yield error("S70-hash", f"{HASHES_NAME} can't be read: {reason}")
         return
     present = {file.relative_to(record.path).as_posix(): file for file in record.files}
     for name, digest in stated.items():
         if name not in present:
-            yield error("S70-hash", f"{HASHES_NAME} names {name}, which is missing")
+            yield error("S70-hash", f"{HASHES_NAME} names {name[:MOST_NAME]!r}, which is missing")
         elif file_sha256(present[name]) != digest:
             yield error("S70-hash", f"{name} was changed: its sha256 is not the one in {HASHES_NAME}")
     if extra := sorted(set(present) - set(stated) - {HASHES_NAME}):

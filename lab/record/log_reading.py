@@ -19,16 +19,18 @@ WHOLE = r"(\d[\d,]{0,24})(?![\d,])"
 SCORE = re.compile(rf"(?<!\w)val_bpb[:=]\s{{0,20}}(?P<bpb>{FIGURE})(?![\w.])")
 LOSS = re.compile(rf"(?<!\w)val_loss[:=]\s{{0,20}}(?P<loss>{FIGURE})(?![\w.])")
 FINAL_NAME = re.compile(
-    r"(?:final_|legal_|ttt_|quantized|post_?quant|sliding|roundtrip)\w*(?::done|:)?$", re.IGNORECASE
+    r"(?:final_|legal_|ttt_|quantized|post_?quant|sliding|roundtrip)\w{0,80}(?::done|:)?$", re.IGNORECASE
 )
 TRAIN_TIME = re.compile(r"train_time:\s{0,9}(\d{1,15}(?:\.\d{1,15})?)\s?(ms|s|m)\b")
-STEP_COUNT = re.compile(r"(?:step:\s{0,9}|stopping_early.{0,200}?\bstep:\s{0,9}|(?=\d+/\d+ train_loss))(\d{1,15})(?=/)")
+STEP_COUNT = re.compile(
+    r"(?:step:\s{0,9}|stopping_early.{0,200}?\bstep:\s{0,9}|(?=\d{1,15}/\d{1,15} train_loss))(\d{1,15})(?=/)"
+)
 FINAL_STEM = re.compile(r"final|legal|ttt_|quant|sliding|roundtrip")
 EVAL_TIME = re.compile(r"(?P<total>total_)?eval_time:\s{0,9}(\d{1,15}(?:\.\d{1,15})?)\s?(ms|s|m)\b")
 SCORE_TIME = re.compile(r"(?<!\w)time:(\d{1,15})(ms)\b")
 TOTAL_SIZE = re.compile(
     rf"(?:total submission(?: size)?(?P<what>[^:|]{{0,60}})|(?<!\w)artifact(?:[ _]size|_bytes)?):\s{{0,9}}{WHOLE}"
-    r"(?=\s*bytes|\s*$)",
+    r"(?=\s{0,9}bytes|\s{0,9}$)",
     re.IGNORECASE,
 )
 BUDGET = re.compile(rf"(?<!\w)budget:{WHOLE}/\d")
@@ -37,7 +39,9 @@ MODEL_SIZE = re.compile(
     rf":\s{{0,9}}{WHOLE} bytes",
     re.IGNORECASE,
 )
-CODE_SIZE = re.compile(rf"(?<!\w)code(?: size(?P<how>[^:]{{0,40}}))?:\s{{0,9}}{WHOLE}(?= bytes|\s*$)", re.IGNORECASE)
+CODE_SIZE = re.compile(
+    rf"(?<!\w)code(?: size(?P<how>[^:]{{0,40}}))?:\s{{0,9}}{WHOLE}(?= bytes|\s{{0,9}}$)", re.IGNORECASE
+)
 SEED = re.compile(r"(?<!\w)seed[:=]\s{0,9}(\d{1,18})(?!\w)", re.IGNORECASE)
 SEED_IN_NAME = re.compile(r"(?:seed|_s)[_-]?(\d{1,18})", re.IGNORECASE)
 VAL_TOKENS = re.compile(r"(?:val_loader:.{0,400}?\btokens:|^val[_ ]tokens:\s{0,9})(\d{1,15})(?!\d)")
@@ -51,11 +55,11 @@ CONFIG_LINE = re.compile(
 )
 LISTED_KNOB = re.compile(r"\s{2,40}(\w{1,80}): (\S.{0,400})$")
 CONFIG_PAIR = re.compile(r"(?<!\w)(\w{1,80})[:=]([^\s,]{1,400})")
-OWN_KNOBS = re.compile(r"seed|run_id|(local_)?rank|pattern|dataset|.*(path|dir|file)s?", re.IGNORECASE)
+OWN_KNOBS = re.compile(r"seed|run_id|(local_)?rank|pattern|dataset|.{0,80}(path|dir|file)s?", re.IGNORECASE)
 """Settings that may differ between the seeds of one experiment: names and places."""
 CLOCK = re.compile(r"(?:\d{9,12}\.\d{1,9}|\[?\d{4}-\d\d-\d\d[T ][\d:.,]{5,20}Z?\]?)\s")
 """What some loggers write before each line."""
-STEP_LINE = re.compile(r"step:|warmup_step:|\d+/\d+ ")
+STEP_LINE = re.compile(r"step:|warmup_step:|\d{1,15}/\d{1,15} ")
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0}
 LEAST_PAIRS = 12
 """Of a line that holds nothing but settings."""

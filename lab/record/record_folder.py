@@ -152,7 +152,7 @@ def link_findings(path: Path) -> Findings:
 
 def read_claims(path: Path, problems: list[SubmissionFinding]) -> dict[str, Any] | None:
     """Reads submission.json, or the only file of a similar name."""
-    others = sorted(path.glob("submission*.json"))
+    others = sorted(file for file in path.glob("submission*.json") if file.is_file())
     file = path / CLAIMS_NAME
     if not os.path.exists(file) and len(others) == 1:
         file = others[0]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lab.record.claim_check import is_near
+from lab.record.claim_check import is_near, loss_stages, means_and_values
 from lab.record.finding import Findings, error, listed, warning
 from lab.record.log_reading import LogReading
 from lab.record.record_folder import RecordFolder
@@ -53,9 +53,8 @@ def arithmetic_findings(record: RecordFolder) -> Findings:
 def ratios(record: RecordFolder) -> Iterator[Ratio]:
     tokenizers = {log.name: tokenizer_of(log) for log in record.logs}
     loss, bpb = record.claimed("val_loss"), record.claimed("val_bpb")
-    scores = [score for log in record.logs for score in log.finals.values()]
-    mixed = any(is_near(s.val_loss or 0, loss or 0) and not is_near(s.val_bpb, bpb or 0) for s in scores)
-    if loss and bpb and min(loss, bpb) > 0 and not mixed:  # (a pair of two stages is another finding)
+    logged = [value for values in loss_stages(record).values() for value in means_and_values(values)]
+    if loss and bpb and min(loss, bpb) > 0 and (record.runs or not any(is_near(value, loss) for value in logged)):
         tokenizer = next(filter(None, (tokenizers[log.name] for log in record.counted)), "")
         yield Ratio("submission.json", loss / (math.log(2) * bpb), tokenizer, None)
     for log in record.logs:
