@@ -89,6 +89,12 @@ def test_seed_results_may_say_the_bytes(published):
     assert codes(published) == {}
 
 
+def test_a_log_may_say_its_bytes_in_megabytes(published):
+    edit_logs(published, " bytes", "")
+    edit_logs(published, "stopping_early", "brotli: 15.67MB model + 0.077MB code = 15.75/16.00MB FITS\nstopping_early")
+    assert codes(published) == {}
+
+
 @pytest.mark.parametrize(("stated", "severity"), [
     (15_800_443 + 1, "note"), (15_800_000, "note"), (15_900_000, "note"), (15_000_000, "error"), (15_812_345, "error"),
 ])  # fmt: skip
@@ -198,6 +204,15 @@ def test_no_pattern_of_a_line_repeats_without_a_bound(module):
             assert not {"*", "+"} & set(bare), name
 
 
+def test_a_diagnosis_is_no_part_of_the_evaluation(published):
+    edit_logs(
+        published,
+        "final_int8_zlib_roundtrip val",
+        "diagnostic post-ema eval_time:590000ms\nfinal_int8_zlib_roundtrip val",
+    )
+    assert codes(published) == {}
+
+
 # ---- scripts and names ----
 
 
@@ -249,6 +264,9 @@ def test_a_source_that_differs_in_comments_or_values_is_told_so(published):
     script.write_text(PUBLISHED_SCRIPT.replace("class H", "# what can be set\nclass H"))
     assert finding(published, "S64-other-code").startswith("note")
     script.write_text(PUBLISHED_SCRIPT.replace("1000", "1001"))
+    assert finding(published, "S64-other-code").startswith("warning")
+    knob = '    seed = int(os.environ.get("SEED", 1337))\n'
+    script.write_text(PUBLISHED_SCRIPT.replace(knob, knob + knob.replace("SEED", "OTHER").replace("seed", "other")))
     assert finding(published, "S64-other-code").startswith("warning")
     script.write_text(PUBLISHED_SCRIPT.replace("print(len", "print(max"))
     assert finding(published, "S64-other-code").startswith("error")

@@ -1,6 +1,7 @@
 """Checks the code that is shipped: whether it is what ran, what it needs beside it, what it declares and never uses."""
 
 import ast
+from collections import Counter
 
 from lab.bundle.packer import minify_source
 from lab.bundle.parts import BundleError
@@ -53,11 +54,20 @@ def source_difference(source: str, record: RecordFolder) -> str:
     trees = [parse_quietly(text) for text in (source, nearest)]
     if "".join(source.split()) == "".join(nearest.split()):
         return "comments"
-    if None in trees or not trees[0].body:
-        return "code"
-    if code_outline(trees[0], True) == code_outline(trees[1], True):
+    if None not in trees and trees[0].body and code_outline(trees[0], True) == code_outline(trees[1], True):
         return "comments"
-    return "constants" if code_outline(trees[0]) == code_outline(trees[1]) else "code"
+    if differs_in_knobs(source, nearest):
+        return "constants"
+    alike = None not in trees and trees[0].body and code_outline(trees[0]) == code_outline(trees[1])
+    return "constants" if alike else "code"
+
+
+def differs_in_knobs(source: str, other: str) -> bool:
+    """Says whether all lines that only one of two sources has are comments or take a knob from the environment."""
+    counts = Counter(line.strip() for line in source.splitlines())
+    counts.subtract(Counter(line.strip() for line in other.splitlines()))
+    differing = [line for line, count in counts.items() if count and line and not line.startswith("#")]
+    return all("environ" in line or "getenv" in line for line in differing)
 
 
 def code_outline(tree: ast.Module, values: bool = False) -> list[tuple[str, ...]]:

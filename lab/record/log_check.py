@@ -18,7 +18,7 @@ LEAST_COMMON_LOSSES = 3
 def ending_findings(record: RecordFolder) -> Findings:
     """Finds logs that do not reach a final score, and what went wrong on the way."""
     for log in record.logs:
-        final, counts = log.last_final, is_needed(record, log)
+        final, counts = log.last_final, record.needs(log)
         if final is None:
             make = error if counts else note
             yield make("S10-truncated", f"{log.name} has no final score: it ends with {log.last_line.strip()[:80]!r}")
@@ -27,12 +27,6 @@ def ending_findings(record: RecordFolder) -> Findings:
             make = note if not counts else error if final is None or number > final.line else warning
             after = ", after the final score" if final and number > final.line else ""
             yield make("S11-trouble", f"{log.name} line {number}{after}: {text[:120]}")
-
-
-def is_needed(record: RecordFolder, log: LogReading) -> bool:
-    """Says whether the claims rest on a log, as far as can be told: it is not one of other experiments."""
-    experiments = record.is_non_record and record.claims is None
-    return log in record.counted and not experiments or bool(log.seeds & record.claimed_seeds)
 
 
 def clock_findings(record: RecordFolder) -> Findings:

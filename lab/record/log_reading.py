@@ -34,6 +34,7 @@ TOTAL_SIZE = re.compile(
     re.IGNORECASE,
 )
 BUDGET = re.compile(rf"(?<!\w)budget:{WHOLE}/\d")
+BUDGET_MEGABYTES = re.compile(r"(?<![\d.])(\d{1,3}\.\d{1,6})/\d{1,3}(?:\.\d{1,6})?MB FITS")
 MODEL_SIZE = re.compile(
     r"(?:Serialized model \S[^:]{0,60}|(?<!\S)\S{0,20}(?:zlib|lzma|zstd|brotli)\S{0,20} model)"
     rf":\s{{0,9}}{WHOLE} bytes",
@@ -49,6 +50,7 @@ TROUBLE = re.compile(
     r"^.{0,40}Traceback \(most recent call last\)|CUDA out of memory|OutOfMemoryError|\bSIG(?:TERM|KILL)\b"
     r"|Signal (?:15|9)\b",
 )
+TROUBLE_WORDS = ("traceback (", "of memory", "outofmemory", "sigterm", "sigkill", "signal ")
 CODE_HASH = re.compile(r"\bcode_sha256:([0-9a-f]{1,64})")
 CONFIG_LINE = re.compile(
     r"(model_params|world_size|attention_mode|tie_embeddings|train_batch_tokens|qat|preset|val_loader|train_loader):"
@@ -102,6 +104,8 @@ class LogReading:
     """Every evaluation after the training."""
     total_eval_seconds: float | None = None
     total_bytes: int | None = None
+    rounded_total: int | None = None
+    """Of logs that give it in megabytes."""
     model_bytes: int | None = None
     code_bytes: tuple[int, ...] = ()
     compressed_code: int | None = None
@@ -161,11 +165,10 @@ class LogReader:
         self.training_line: int | None = None
         """That of the first step: what stands before it are settings."""
         self.readers: dict[str, Callable[[int, str], None]] = {
-            "eval_time:": self.read_eval_time, "bytes": self.read_size, "budget:": self.read_size,
-            "artifact": self.read_size, "code:": self.read_size, "seed": self.read_seed, "tokens:": self.read_tokens,
-            "code_sha": self.read_hash, "traceback (": self.read_trouble, "of memory": self.read_trouble,
-            "outofmemory": self.read_trouble, "sigterm": self.read_trouble, "sigkill": self.read_trouble,
-            "signal ": self.read_trouble, "_gate": self.read_gate, "expert": self.read_gate, "hint": self.read_gate,
+            "eval_time:": self.read_eval_time, "seed": self.read_seed, "tokens:": self.read_tokens,
+            **dict.fromkeys(("bytes", "budget:", "artifact", "code:", "mb fits"), self.read_size),
+            **dict.fromkeys(TROUBLE_WORDS, self.read_trouble),
+            **dict.fromkeys(("_gate", "expert", "hint"), self.read_gate), "code_sha": self.read_hash,
         }  # fmt: skip
         """Word in small letters, without digits -> what reads the lines that hold it."""
 
@@ -254,8 +257,8 @@ class LogReader:
 
     def read_eval_time(self, number: int, line: str) -> None:
         found = EVAL_TIME.search(line)
-        if found is None or line.startswith("step:"):
-            return
+        if found is None or line.startswith("step:") or "diagnostic" in line.lower():
+            return  # (a diagnosis is no part of the score)
         seconds = seconds_of(*found.groups()[1:])
         if found["total"]:
             self.log.total_eval_seconds = max(self.log.total_eval_seconds or 0.0, seconds)
@@ -273,6 +276,8 @@ class LogReader:
             log.total_bytes, self.named_total = whole(found[2]), named
         elif found := BUDGET.search(line):
             log.total_bytes = whole(found[1])
+        elif found := BUDGET_MEGABYTES.search(line):
+            log.rounded_total = round(1e6 * float(found[1]))
         if found := MODEL_SIZE.search(line):
             log.model_bytes = whole(found[1])
         if (found := CODE_SIZE.search(line)) and len(log.code_bytes) < MOST_NOTED:

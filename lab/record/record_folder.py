@@ -119,6 +119,11 @@ class RecordFolder:
         """The logs that the claims are about: those of the headline, or else all at the top, or else all."""
         return self.headline.logs or tuple(log for log in self.logs if "/" not in log.name) or self.logs
 
+    def needs(self, log: LogReading) -> bool:
+        """Says whether the claims rest on a log, as far as can be told: it is not one of other experiments."""
+        experiments = self.is_non_record and self.claims is None
+        return log in self.counted and not experiments or bool(log.seeds & self.claimed_seeds)
+
     @cached_property
     def scripts(self) -> dict[str, str]:
         """Name -> text of the Python files beside each other, the script among them."""

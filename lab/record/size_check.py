@@ -43,7 +43,7 @@ def total_findings(record: RecordFolder) -> Findings:
             "S22-logged-over", f"logged bytes are over {limit:,}, with the shipped script they are not: {text}"
         )
     totals = {size for log in record.logs for size in (log.total_bytes, counted_total(record, log)) if size is not None}
-    if silent := [log.name for log in record.counted if not any(sizes_of(record, log))]:
+    if silent := [log.name for log in record.counted if record.needs(log) and not any(sizes_of(record, log))]:
         yield warning("S24-no-size", f"{listed(silent)}: nothing says how many bytes the artifact has")
     if not over:
         yield from claimed_total_findings(record, totals, limit)
@@ -61,7 +61,7 @@ def sizes_of(record: RecordFolder, log: LogReading) -> tuple[int | None, ...]:
     """Returns what a log, or submission.json of its seed, says of the artifact's bytes."""
     entries = (record.seed_results.get(str(seed)) for seed in log.seeds)
     stated = (total_of(entry) for entry in entries if isinstance(entry, dict))
-    return (log.total_bytes, log.model_bytes, *stated)
+    return (log.total_bytes, log.model_bytes, log.rounded_total, *stated)
 
 
 def total_of(entry: dict[str, Any]) -> int | None:
@@ -135,7 +135,7 @@ def logged_code_findings(record: RecordFolder, shipped: set[int]) -> Findings:
         if set(sizes) & unpacked:
             yield warning("S23-code-size", f"{text}: it was packed after the run")
         elif (changed := min(abs(sizes[-1] - size) for size in (*shipped, *unpacked))) <= FEW_BYTES:
-            make = note if changed <= LAYOUT_BYTES else warning
+            make = note if changed <= LAYOUT_BYTES or any(log.source for log in logs if log.name in names) else warning
             yield make("S23-code-size", f"{text}: it was changed after the run")
         else:
             yield error("S23-code-size", f"{text}: it is not the script that ran")
