@@ -170,6 +170,14 @@ def test_other_experiments_beside_the_record_change_nothing(published):
     assert codes(published) == {}
 
 
+def test_more_seeds_than_are_claimed_are_asked_about(published):
+    """Three of five seeds may be the best three."""
+    (published / "train_seed80.log").write_text(published_log(80, 1.22))
+    (published / "train_seed90.log").write_text(published_log(90, 1.23))
+    assert codes(published) == {"S15-one-of-many": "warning"}
+    assert "the mean over the 5 logs is 1.2198" in texts(published)
+
+
 def test_a_log_under_the_name_of_another_seed_is_an_error(published):
     edit_log(published, "seed:7\n", "seed:8\n", seed=7)
     assert errors(published) == {"S45-seed-name"}

@@ -78,22 +78,13 @@ def headline_findings(record: RecordFolder) -> Findings:
     """Holds the claimed val_bpb against the logs: it is their mean, or that of one log, or what else."""
     claim, headline = record.claimed("val_bpb"), record.headline
     scored = [log for log in record.logs if log.finals]
-    if claim is None or not scored or headline.kind == "mean":
+    if claim is None or not scored:
         return
-    if headline.kind == "one":
-        log, stage = headline.logs[0], LAST if LAST in headline.stages else min(headline.stages)
-        twins = [other for other in twins_of(record, log) if stage == LAST or stage in other.finals]
-        if len(twins) > 1:
-            mean = statistics.fmean((twin.finals.get(stage) or twin.last_final).val_bpb for twin in twins)
-            text = f"is that of {log.name} alone; the mean over the {len(twins)} logs is {mean:.6f}"
-            yield warning("S15-one-of-many", f"val_bpb {claim:.6g} {text}")
+    if headline.kind in ("mean", "one"):
+        yield from chosen_log_findings(record, claim)
         return
-    earlier = [
-        f"line {s.line} of {log.name}"
-        for log in scored
-        for s in [*log.earlier][-LAST_EARLIER:]
-        if is_near(s.val_bpb, claim)
-    ]
+    late = [(log.name, score) for log in scored for score in [*log.earlier][-LAST_EARLIER:]]
+    earlier = [f"line {score.line} of {name}" for name, score in late if is_near(score.val_bpb, claim)]
     if headline.kind == "subset":
         names = listed(log.name for log in headline.logs)
         text = f"is the mean of {names} alone: say why the other logs do not count, or take them out"
@@ -106,6 +97,19 @@ def headline_findings(record: RecordFolder) -> Findings:
     if claim < best - TOLERANCE and not earlier:
         text = f"val_bpb {claim:.6g} is better than every final value in every log (best {best:.6f})"
         yield error("S13-too-good", text)
+
+
+def chosen_log_findings(record: RecordFolder, claim: float) -> Findings:
+    """Finds logs of the same settings and of other seeds that the claim leaves out."""
+    headline, seeds = record.headline, {log.seed for log in record.headline.logs}
+    stage = LAST if LAST in headline.stages else min(headline.stages)
+    twins = [log for log in twins_of(record, headline.logs[0]) if stage == LAST or stage in log.finals]
+    if all(log in headline.logs or (headline.kind == "mean" and log.seed in seeds) for log in twins):
+        return
+    mean = statistics.fmean((twin.finals.get(stage) or twin.last_final).val_bpb for twin in twins)
+    which = "that" if headline.kind == "one" else "the mean"
+    text = f"is {which} of {listed(log.name for log in headline.logs)} alone"
+    yield warning("S15-one-of-many", f"val_bpb {claim:.6g} {text}; the mean over the {len(twins)} logs is {mean:.6f}")
 
 
 def twins_of(record: RecordFolder, log: LogReading) -> list[LogReading]:

@@ -34,19 +34,19 @@ def total_findings(record: RecordFolder) -> Findings:
         elif log.total_bytes is not None and log.total_bytes > limit:
             later[log.name] = log.total_bytes
     if over:
-        text = listed(f"{total:,} in {name}" for name, total in over.items())
-        excess = max(over.values()) - limit
-        yield error("S20-over-limit", f"artifact and code are over {limit:,} bytes by up to {excess:,}: {text}")
+        text = f"artifact and code are over {limit:,} bytes by up to {max(over.values()) - limit:,}"
+        yield error("S20-over-limit", f"{text}: {amounts(over)}")
     if later:
-        text = listed(f"{total:,} in {name}" for name, total in later.items())
-        yield warning(
-            "S22-logged-over", f"logged bytes are over {limit:,}, with the shipped script they are not: {text}"
-        )
-    totals = {size for log in record.logs for size in (log.total_bytes, counted_total(record, log)) if size is not None}
+        text = f"logged bytes are over {limit:,}, with the shipped script they are not"
+        yield warning("S22-logged-over", f"{text}: {amounts(later)}")
     if silent := [log.name for log in record.counted if record.needs(log) and not any(sizes_of(record, log))]:
         yield warning("S24-no-size", f"{listed(silent)}: nothing says how many bytes the artifact has")
     if not over:
-        yield from claimed_total_findings(record, totals, limit)
+        yield from claimed_total_findings(record, limit)
+
+
+def amounts(totals: dict[str, int]) -> str:
+    return listed(f"{total:,} in {name}" for name, total in totals.items())
 
 
 def counted_total(record: RecordFolder, log: LogReading) -> int | None:
@@ -75,11 +75,12 @@ def stated_totals(record: RecordFolder) -> list[int]:
     return [size for size in found if size is not None]
 
 
-def claimed_total_findings(record: RecordFolder, totals: set[int], limit: int) -> Findings:
+def claimed_total_findings(record: RecordFolder, limit: int) -> Findings:
     """Holds bytes_total against what the logs give; a mean and a rounded figure are what people write too."""
     stated = record.claimed("bytes_total")
     if stated is None:
         return
+    totals = {size for log in record.logs for size in (log.total_bytes, counted_total(record, log)) if size is not None}
     known, figures = {*totals, *stated_totals(record)}, f"bytes_total {stated:,} of submission.json"
     logged = [log.total_bytes for log in record.counted if log.total_bytes]
     means = [statistics.fmean(sizes) for sizes in (logged, stated_totals(record)) if sizes]
