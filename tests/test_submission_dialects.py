@@ -170,6 +170,19 @@ def test_other_experiments_beside_the_record_change_nothing(published):
     assert codes(published) == {}
 
 
+def test_the_bytes_of_a_training_count_where_a_later_log_has_the_score(published):
+    (published / "later").mkdir()
+    for seed, score in PUBLISHED_SCORES.items():
+        line = f"seed:{seed}\nttt_exact val_loss:{(score - 0.1) * math.log(2) * SP1024:.8f} val_bpb:{score - 0.1:.8f}\n"
+        (published / f"later/seed_{seed}.log").write_text(line)
+    mean = sum(PUBLISHED_SCORES.values()) / 3 - 0.1
+    results = {str(seed): {"val_bpb": score - 0.1} for seed, score in PUBLISHED_SCORES.items()}
+    claim(published, val_bpb=mean, val_loss=mean * math.log(2) * SP1024, seed_results=results)
+    assert not errors(published)
+    edit_logs(published, f"{MODEL_BYTES} bytes (", "16000000 bytes (")
+    assert "S20-over-limit" in errors(published)
+
+
 def test_more_seeds_than_are_claimed_are_asked_about(published):
     """Three of five seeds may be the best three."""
     (published / "train_seed80.log").write_text(published_log(80, 1.22))

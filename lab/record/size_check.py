@@ -26,7 +26,7 @@ def byte_limit(record: RecordFolder) -> int:
 def total_findings(record: RecordFolder) -> Findings:
     """Checks that what is shipped fits: by the logs' model bytes and the script on the disk, and by what is claimed."""
     limit, over, later = byte_limit(record), {}, {}
-    for log in record.counted:
+    for log in filter(record.needs, record.logs):  # what adapts an artifact later may not say its bytes
         counted = counted_total(record, log)
         total = log.total_bytes if counted is None else counted
         if total is not None and total > limit:
