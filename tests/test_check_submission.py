@@ -151,7 +151,6 @@ PUBLISHED_FAULTS = {
     "JSON PENDING": (lambda f: claim(f, val_bpb="PENDING"), "S04-json-type"),
     "JSON NaN": (lambda f: claim(f, val_bpb=math.nan), "S04-json-type"),
     "JSON true": (lambda f: claim(f, val_bpb=True), "S04-json-type"),
-    "alias": (lambda f: (unclaim(f, "val_bpb"), claim(f, mean_val_bpb=MEAN)), "S05-json-alias"),
     "truncated log": (truncated, "S10-truncated"),
     "only a traceback": (only_traceback, "S11-trouble"),
     "edited number": (lambda f: claim(f, val_bpb=1.2154), "S12-headline"),
@@ -191,7 +190,6 @@ DOUBTS = {
     "no size in a log": (lambda f: edit_log(f, " bytes", ""), "S24-no-size"),
     "unread knob": (lambda f: ship(f, PUBLISHED_SCRIPT.replace("if args.holdout_every", "if args")), "S60-ghost-knob"),
     "swa announced": (lambda f: edit_log(f, "model_params", "swa_enabled: True\nmodel_params"), "S61-never-acted"),
-    "new grammar": (lambda f: ship(f, "import os\nif os:\n    type X = int\n"), "S62-grammar"),
     "opaque": (lambda f: ship(f, "import zlib\nexec(zlib.decompress(open('/tmp/x', 'rb').read()))\n"), "S63-opaque"),
 }  # fmt: skip
 
@@ -207,10 +205,10 @@ def test_trouble_before_a_final_score_is_a_warning(published):
     assert codes(published) == {"S11-trouble": "warning"}
 
 
-def test_unlimited_tracks_are_asked_and_not_refused(published):
+def test_unlimited_tracks_are_told_and_not_refused(published):
     claim(published, track="non-record-unlimited-compute-16mb")
     edit_log(published, "train_time:599950ms", "train_time:3600000ms")
-    assert codes(published) == {"S30-train-time": "warning"}
+    assert codes(published) == {"S30-train-time": "note"}
 
 
 @pytest.mark.parametrize(("total", "found"), [(16_000_000, set()), (16_000_001, {"S20-over-limit"})])
@@ -302,7 +300,7 @@ def test_the_command_lists_and_counts(run_tool, own, published):
     lines = finished.stdout.splitlines()
     assert finished.returncode == 1 and finished.stderr == ""
     assert any(line.startswith("  1. error S04-json-type: ") for line in lines)
-    assert lines[-1] == "not sound: 2 errors, 0 warnings"
+    assert lines[-1] == "not sound: 2 errors, 0 warnings, 0 notes"
     report = json.loads(run_tool(published, "--json").stdout)
     assert report["errors"] == 2 and [finding["number"] for finding in report["findings"]] == [1, 2]
     assert {log["seed"] for log in report["logs"]} == {7, 42, 1337}

@@ -22,9 +22,12 @@ from evidence_fixtures import (
 )
 
 from lab.bundle.packer import pack_source
+from lab.record.knob_reading import ghost_knobs
 from lab.record.log_reading import read_log
-from lab.record.script_reading import find_neighbours, ghost_knobs, read_script, source_layers
+from lab.record.script_reading import find_neighbours, read_script, source_layers
+from lab.record.text_check import VAL_BYTES
 
+FULL_TEXT = {"8192_bpe": 3.727, "caseops": 3.157, "1024": 2.436}
 MEAN = sum(PUBLISHED_SCORES.values()) / len(PUBLISHED_SCORES)
 
 
@@ -215,5 +218,7 @@ def test_bytes_per_token_of_the_tokenizers(tmp_path, path, ratio, found):
         )
         edit_log(folder, "fineweb_1024_bpe.model", path, seed)
         edit_log(folder, "fineweb10B_sp1024", "dataset", seed)
+        tokens = VAL_BYTES / next((known for mark, known in FULL_TEXT.items() if mark in path), ratio)
+        edit_log(folder, "tokens:62021632", f"tokens:{tokens:.0f}", seed)
     claim(folder, val_loss=round(MEAN * math.log(2) * ratio, 6))
     assert set(codes(folder)) == ({found} if found else set())

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.config.knobs import EXIT_FINDINGS
 from lab.cli import ToolOptions, run_command
-from lab.record.finding import SubmissionFinding
+from lab.record.finding import SEVERITIES, SubmissionFinding
 from lab.record.folder_check import check_record
 from lab.record.log_reading import LogReading
 from lab.record.record_folder import RecordFolder, read_record
@@ -50,8 +50,7 @@ def log_figures(log: LogReading) -> dict[str, Any]:
 def report_dict(record: RecordFolder, findings: list[SubmissionFinding]) -> dict[str, Any]:
     return {
         "folder": str(record.path),
-        "errors": sum(finding.severity == "error" for finding in findings),
-        "warnings": sum(finding.severity == "warning" for finding in findings),
+        **{f"{name}s": sum(finding.severity == name for finding in findings) for name in SEVERITIES},
         "findings": [{"number": number, **asdict(finding)} for number, finding in enumerate(findings, 1)],
         "logs": [log_figures(log) for log in record.logs],
         "bytes_code": record.bytes_code,
@@ -85,15 +84,14 @@ def print_report(record: RecordFolder, report: dict[str, Any]) -> None:
         packed = f", {len(record.script.layers) - 1} packed inside" if len(record.script.layers) > 1 else ""
         count = len(record.neighbours.modules)
         modules = f", with {count} local module{'s' * (count > 1)}" if count else ""
-        console.print(f"train_gpt.py: {record.bytes_code:,} bytes of code{modules}{packed}")
-    colours = {"error": "red", "warning": "yellow"}
+        console.print(f"{record.script_name}: {record.bytes_code:,} bytes of code{modules}{packed}")
+    colours = {"error": "red", "warning": "yellow", "note": "dim"}
     for finding in report["findings"]:
         colour = colours[finding["severity"]]
         console.print(f"{finding['number']:>3}. [{colour}]{finding['severity']}[/] {finding['code']}:", end=" ")
         console.print(finding["text"], markup=False)
-    errors, warnings = report["errors"], report["warnings"]
-    verdict = "[bold red]not sound[/]" if errors else "[bold green]sound[/]"
-    console.print(f"{verdict}: {errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
+    counts = (f"{report[name + 's']} {name}{'s' * (report[name + 's'] != 1)}" for name in SEVERITIES)
+    console.print(f"{'[bold red]not sound' if report['errors'] else '[bold green]sound'}[/]: {', '.join(counts)}")
 
 
 def work(options: Options) -> int:

@@ -1,20 +1,20 @@
-"""Holds submission.json against logs and results: types, headline, each seed's score, bits per byte, every number."""
+"""Holds submission.json against logs and results: types, headline, each seed's score, every number."""
 
-import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from lab.record.finding import Findings, error, warning
+from lab.record.finding import Findings, error, listed, note, warning
+from lab.record.headline import LAST, TOLERANCE
 from lab.record.log_reading import LogReading
-from lab.record.record_folder import RecordFolder
+from lab.record.record_folder import ALIASES, RecordFolder
 from lab.record.run_check import is_number
 
 CANONICAL_KEYS: dict[str, tuple[bool, type | tuple[type, ...]]] = {
-    "author": (True, str), "github_id": (True, str), "name": (True, str), "date": (True, str),
+    "author": (True, str), "github_id": (True, str), "name": (False, str), "date": (False, str),
     "val_bpb": (True, (int, float)), "val_loss": (False, (int, float)), "blurb": (False, str), "track": (False, str),
     "bytes_total": (False, int), "bytes_code": (False, int), "seeds": (False, (list, dict)),
     "seed_results": (False, dict), "hardware": (False, str), "val_bpb_std": (False, (int, float)),
@@ -22,140 +22,122 @@ CANONICAL_KEYS: dict[str, tuple[bool, type | tuple[type, ...]]] = {
     "wallclock_seconds": (False, (int, float)), "eval_time_seconds": (False, (int, float)),
     "artifact_bytes_max": (False, int), "artifact_bytes_mean": (False, (int, float)),
 }  # fmt: skip
-"""Key -> (whether a submission can't do without, type)."""
-WANTED_KEYS = ("val_loss", "bytes_total", "seeds", "blurb")
+"""Key -> (whether the rules ask for it, type)."""
+WANTED_KEYS = ("name", "date", "val_loss", "bytes_total", "seeds", "blurb")
 """Not required, but most published records have them."""
-ALIASES = {
-    "val_bpb": ("mean_val_bpb", "val_bpb_mean", "mean_bpb", "bpb", "val_bpb_roundtrip", "sliding_val_bpb", "score"),
-    "val_loss": ("mean_val_loss", "val_loss_mean", "mean_val_loss_nats", "val_loss_nats", "val_loss_roundtrip"),
-    "val_bpb_std": ("std_bpb", "bpb_std", "std_val_bpb"),
-    "bytes_total": ("artifact_bytes", "artifact_size_bytes", "total_bytes", "submission_bytes"),
-    "bytes_code": ("code_bytes",),
-    "github_id": ("github", "github_username", "github_user"),
-    "author": ("authors", "author_name"),
-    "name": ("run_name", "title"),
-    "seeds": ("seed", "n_seeds", "seed_scores"),
-}
-TOLERANCE = 5e-5 + 1e-9
-"""A headline of four decimals is as far as this from what it was rounded from."""
-BYTES_PER_TOKEN = {"sp1024": 2.436, "sp4096": 3.32, "sp8192": 3.727, "caseops": 3.157, "byte260": 1.0}
-"""Measured on the competition's validation texts, by tokenizer, over some 1,100 published submissions."""
-DOUBLE_SPACE_RATIO = 4.386
-RATIO_TOLERANCE, EXACT_TOLERANCE = 0.002, 2e-5
-"""Relative: of a table of four digits, and where tokens and bytes were counted."""
-TOKENIZER_MARKS = {
-    "sp1024": ("fineweb_1024_bpe", "sp1024"), "sp4096": ("fineweb_4096_bpe", "sp4096"),
-    "sp8192": ("fineweb_8192_bpe", "sp8192"), "byte260": ("byte260",),
-}  # fmt: skip
-"""Tokenizer -> words by which the opening lines of a log name it."""
-MOST_SUBSET_LOGS = 8
+MOST_VALUE_TEXT, LAST_EARLIER = 60, 3
 FIGURE_DIGITS = 8
 """Decimals of scores: as many as a log's exact line has."""
-Column = Sequence[tuple[str, float]]
-"""(log, figure) of final lines that have one name."""
 
 
 def key_findings(record: RecordFolder) -> Findings:
     """Checks keys and types of submission.json."""
     claims = record.claims
+    absent = []
     for key, (required, kinds) in CANONICAL_KEYS.items() if claims is not None else ():
-        make = error if required else warning
-        if key in claims:
-            seeds = claims.get("seeds")
-            alone = not isinstance(seeds, list | dict) or len(seeds) < 2
-            yield from type_findings(key, claims[key], kinds, alone)
+        if claims.get(key) is not None or (required and key in claims):
+            yield from type_findings(key, claims[key], kinds)
         elif alias := next((other for other in ALIASES.get(key, ()) if other in claims), None):
-            yield make("S05-json-alias", f"submission.json says {alias!r}: the field's key is {key!r}")
-        elif required or key in WANTED_KEYS:
-            yield make("S03-json-key", f"submission.json has no {key!r}")
+            yield note("S05-json-alias", f"submission.json says {alias!r}: the field's key is {key!r}")
+        elif required:
+            yield error("S03-json-key", f"submission.json has no {key!r}")
+        elif key in WANTED_KEYS:
+            absent.append(key)
+    if absent:
+        yield note("S03-json-key", f"submission.json does without {listed(absent)}, which most have")
 
 
-def type_findings(key: str, value: Any, kinds: type | tuple[type, ...], alone: bool) -> Findings:
-    wrong = ""
-    if value is None and key.endswith("_std") and alone:
-        return  # one seed has no standard deviation
-    if kinds in (int, (int, float)) and not is_number(value):
-        wrong = f"must be a finite number, not {value!r}"
-    elif not isinstance(value, kinds):
-        kind = "a whole number" if kinds is int else "text" if kinds is str else "a list or an object"
-        wrong = f"must be {kind}, not {value!r}"
+def type_findings(key: str, value: Any, kinds: type | tuple[type, ...]) -> Findings:
+    wrong, is_figure = "", kinds in (int, (int, float))
+    if is_figure and isinstance(value, list) and value and all(map(is_number, value)):
+        yield note("S04-json-type", f"submission.json: {key} is a list, one number for each seed")
+    elif is_figure and not is_number(value):
+        wrong = f"must be a finite number, not {short(value)}"
+    elif kinds is int and value != int(value):
+        wrong = f"must be a whole number, not {short(value)}"
+    elif not is_figure and not isinstance(value, kinds):
+        wrong = f"must be {'text' if kinds is str else 'a list or an object'}, not {short(value)}"
     elif kinds is str and not value.strip():
         wrong = "is empty"
     if wrong:
         yield error("S04-json-type", f"submission.json: {key} {wrong}")
 
 
-def claimed(record: RecordFolder, key: str) -> float | None:
-    """Returns a number of submission.json, under its own name or one that is in use for it."""
-    return next(filter(is_number, map(record.claim, (key, *ALIASES.get(key, ())))), None)
+def short(value: Any) -> str:
+    """Writes a value of somebody's JSON for a text of one line."""
+    if isinstance(value, int) and abs(value) >= 10**MOST_VALUE_TEXT:
+        return "a whole number of more digits than any figure has"
+    text = repr(value)
+    return text if len(text) <= MOST_VALUE_TEXT else text[:MOST_VALUE_TEXT] + "..."
 
 
 # ---- the headline ----
 
 
 def headline_findings(record: RecordFolder) -> Findings:
-    """Holds the claimed val_bpb against each log's final value, and the mean over the logs."""
-    claim = claimed(record, "val_bpb")
+    """Holds the claimed val_bpb against the logs: it is their mean, or that of one log, or what else."""
+    claim, headline = record.claimed("val_bpb"), record.headline
     scored = [log for log in record.logs if log.finals]
     if claim is None or not scored:
         return
-    columns = final_columns(scored, "val_bpb")
-    unquantized = [(log, score) for log in scored for score in log.scores if not score.is_final]
-    columns["last"] = [(log.name, log.last_final.val_bpb) for log in scored]
-    if any(is_near(mean_of(column), claim) for column in columns.values()):
+    if headline.kind in ("mean", "one"):
+        yield from chosen_log_findings(record, claim)
         return
-    for column in columns.values():
-        for log in (name for name, value in column if is_near(value, claim)):
-            if len(column) > 1:
-                text = f"is that of {log} alone; the mean over the {len(column)} logs is {mean_of(column):.6f}"
-                yield warning("S15-one-of-many", f"val_bpb {claim:.6g} {text}")
-            return
-    earlier = [f"line {score.line} of {log.name}" for log, score in unquantized if is_near(score.val_bpb, claim)]
-    if subset := matching_subset(columns, claim):
-        text = f"is the mean of {', '.join(subset)} alone: say why the other logs do not count, or take them out"
+    late = [(log.name, score) for log in scored for score in [*log.earlier][-LAST_EARLIER:]]
+    earlier = [f"line {score.line} of {name}" for name, score in late if is_near(score.val_bpb, claim)]
+    if headline.kind == "subset":
+        names = listed(log.name for log in headline.logs)
+        text = f"is the mean of {names} alone: say why the other logs do not count, or take them out"
     elif earlier:
         text = f"is a score of weights before quantization ({earlier[0]}), not of the artifact"
     else:
         text = "is the final value of no log, and no mean of them"
-    yield error("S12-headline", f"val_bpb {claim:.6g} of submission.json {text}; {describe_endings(columns['last'])}")
-    best = min(value for column in columns.values() for _, value in column)
-    if claim < best - TOLERANCE:
+    yield error("S12-headline", f"val_bpb {claim:.6g} of submission.json {text}; {describe_endings(scored)}")
+    best = min(score.val_bpb for log in scored for score in log.finals.values())
+    if claim < best - TOLERANCE and not earlier:
         text = f"val_bpb {claim:.6g} is better than every final value in every log (best {best:.6f})"
         yield error("S13-too-good", text)
+
+
+def chosen_log_findings(record: RecordFolder, claim: float) -> Findings:
+    """Finds logs of the same settings and of other seeds that the claim leaves out."""
+    headline, seeds = record.headline, {log.seed for log in record.headline.logs}
+    stage = LAST if LAST in headline.stages else min(headline.stages)
+    twins = [log for log in twins_of(record, headline.logs[0]) if stage == LAST or stage in log.finals]
+    if all(log in headline.logs or (headline.kind == "mean" and log.seed in seeds) for log in twins):
+        return
+    mean = statistics.fmean((twin.finals.get(stage) or twin.last_final).val_bpb for twin in twins)
+    which = "that" if headline.kind == "one" else "the mean"
+    text = f"is {which} of {listed(log.name for log in headline.logs)} alone"
+    yield warning("S15-one-of-many", f"val_bpb {claim:.6g} {text}; the mean over the {len(twins)} logs is {mean:.6f}")
+
+
+def twins_of(record: RecordFolder, log: LogReading) -> list[LogReading]:
+    """Returns the logs of the same settings that reach a final score, the log among them."""
+    return [other for other in record.logs if other.finals and not differing_settings([log, other])]
 
 
 def is_near(value: float, claim: float) -> bool:
     return abs(value - claim) <= TOLERANCE
 
 
-def mean_of(column: Column) -> float:
-    return statistics.fmean(value for _, value in column)
+def differing_settings(logs: Sequence[LogReading]) -> dict[str, dict[str, list[str]]]:
+    """Returns setting -> value -> logs, where not all agree (a setting that a log does not print is no difference)."""
+    differing = {}
+    for key in sorted({key for log in logs for key in log.config}):
+        values: dict[str, list[str]] = {}
+        for log in logs:
+            if key in log.config:
+                values.setdefault(log.config[key], []).append(log.name)
+        if len(values) > 1:
+            differing[key] = values
+    return differing
 
 
-def final_columns(logs: Sequence[LogReading], figure: str) -> dict[str, Column]:
-    """Collects a figure of all final lines by the lines' names."""
-    columns: dict[str, Column] = {}
-    for log in logs:
-        for name, score in log.finals.items():
-            if (value := getattr(score, figure)) is not None:
-                columns.setdefault(name, []).append((log.name, value))
-    return columns
-
-
-def matching_subset(columns: Mapping[str, Column], claim: float) -> list[str]:
-    """Names some of the logs whose mean is the claim: a choice that has to be explained."""
-    for column in columns.values():
-        for size in range(len(column) - 1, 1, -1) if len(column) <= MOST_SUBSET_LOGS else ():
-            for subset in itertools.combinations(sorted(column), size):
-                if is_near(mean_of(subset), claim):
-                    return [name for name, _ in subset]
-    return []
-
-
-def describe_endings(column: Column) -> str:
-    texts = [f"{value:.6f} in {name}" for name, value in column]
-    mean = f", mean {mean_of(column):.6f}" if len(column) > 1 else ""
-    return "the logs end with " + ", ".join(texts[:6]) + (", ..." if len(texts) > 6 else "") + mean
+def describe_endings(logs: Sequence[LogReading]) -> str:
+    endings = [(log.name, log.last_final.val_bpb) for log in logs if log.last_final]
+    mean = f", mean {statistics.fmean(value for _, value in endings):.6f}" if len(endings) > 1 else ""
+    return "the logs end with " + listed(f"{value:.6f} in {name}" for name, value in endings) + mean
 
 
 # ---- the other claims ----
@@ -163,40 +145,91 @@ def describe_endings(column: Column) -> str:
 
 def loss_findings(record: RecordFolder) -> Findings:
     """Holds the claimed val_loss against each log's, and the mean over the logs, as the headline."""
-    claim = claimed(record, "val_loss")
-    columns = final_columns(record.logs, "val_loss").values()
-    values = [value for column in columns for _, value in column]
-    if claim is None or not values:
+    claim, stages = record.claimed("val_loss"), loss_stages(record)
+    if claim is None or not stages:
         return
-    if not any(is_near(value, claim) for value in [*map(mean_of, columns), *values]):
-        texts = ", ".join(f"{value:.6f}" for value in values)
-        yield error("S17-val-loss", f"val_loss {claim:.6g} of submission.json is in no log ({texts})")
+    fitting = {name for name, values in stages.items() if any(is_near(v, claim) for v in means_and_values(values))}
+    if not fitting:
+        known = listed(f"{value:.6f}" for values in stages.values() for value in values)
+        bpbs = [score.val_bpb for log in record.counted for score in log.finals.values()]
+        hint = ": it is a val_bpb" if min(bpbs) - TOLERANCE <= claim <= max(bpbs) + TOLERANCE else ""
+        yield error("S17-val-loss", f"val_loss {claim:.6g} of submission.json is in no log ({known}){hint}")
+    elif not fitting & stage_names(record, record.headline.stages):
+        names = listed(sorted(record.headline.stages - {LAST}) or [LAST])
+        text = f"val_loss {claim:.6g} is that of {listed(sorted(fitting))}, val_bpb that of {names}"
+        if record.headline.stages:
+            yield warning("S19-other-stage", f"{text}: two stages of evaluation")
+
+
+def loss_stages(record: RecordFolder) -> dict[str, list[float]]:
+    """Returns stage -> val_loss of each log that the claims rest on."""
+    stages: dict[str, list[float]] = {}
+    for log in record.counted:
+        for name, score in log.finals.items():
+            if score.val_loss is not None:
+                stages.setdefault(name, []).append(score.val_loss)
+    return stages
+
+
+def means_and_values(values: Sequence[float]) -> list[float]:
+    return [*values, statistics.fmean(values)]
+
+
+def stage_names(record: RecordFolder, stages: Iterable[str]) -> set[str]:
+    """Returns the names of stages, that of the last line of each log among them."""
+    last = {log.last_final.name for log in record.counted if log.last_final} if LAST in stages else set()
+    return {*stages, *last}
 
 
 def seed_findings(record: RecordFolder) -> Findings:
     """Holds seed_results against the log of each seed, and the standard deviation against that of the seeds."""
-    results = record.claim("seed_results")
-    values = []
-    for seed, stated in results.items() if isinstance(results, dict) else ():
-        if not isinstance(stated, dict) or not is_number(stated.get("val_bpb")):
-            yield warning("S16-seed-result", f"submission.json: seed_results[{seed!r}] has no number as val_bpb")
-            continue
-        values.append(float(stated["val_bpb"]))
-        number = re.search(r"\d+", seed)
-        logs = [log for log in record.logs if number and log.seed == int(number[0])]
-        finals = [score.val_bpb for log in logs for score in log.finals.values()]
-        if not logs:
-            yield error("S16-seed-result", f"submission.json has a result of seed {seed}, but no log is of that seed")
-        elif finals and not any(is_near(value, values[-1]) for value in finals):
-            text = f"val_bpb {values[-1]:.6g} of submission.json is not in {logs[0].name} ({finals[-1]:.6f})"
-            yield error("S16-seed-result", f"seed {seed}: {text}")
-    yield from spread_findings(record, values)
+    lost, others = [], {}
+    for seed, score in record.seed_scores.items():
+        logs = logs_of(record, seed)
+        fitting = {name for log in logs for name, final in log.finals.items() if is_near(final.val_bpb, score)}
+        if not logs and not any(log.name_seed == seed_number(seed) for log in record.logs):
+            lost.append(seed)
+        elif any(log.finals for log in logs) and not fitting:
+            yield error("S16-seed-result", f"seed {seed}: {lost_score(record, logs, score)}")
+        elif fitting and record.headline.stages and not fitting & stage_names(record, record.headline.stages):
+            others.setdefault(listed(sorted(fitting)), []).append(seed)
+    if lost and any(log.seeds for log in record.logs):
+        yield error("S16-seed-result", f"submission.json has results of seed {listed(lost)}, but no log is of that")
+    if bare := [seed for seed in record.seed_results if seed not in record.seed_scores]:
+        yield note("S16-seed-result", f"submission.json gives no val_bpb of seed {listed(bare)}")
+    for stage, seeds in others.items():
+        names = listed(sorted(record.headline.stages - {LAST}) or sorted(stage_names(record, [LAST])))
+        text = f"the val_bpb of seed {listed(seeds)} is that of {stage}, the headline that of {names}"
+        yield warning("S19-other-stage", text)
+    yield from spread_findings(record, [*record.seed_scores.values()])
+
+
+def seed_number(seed: str) -> int:
+    found = re.search(r"\d{1,18}", seed)
+    return int(found[0]) if found else -1
+
+
+def logs_of(record: RecordFolder, seed: str) -> list[LogReading]:
+    """Returns the logs of a seed: those that say it, or else those that say none and are named after it."""
+    said = [log for log in record.logs if log.seed == seed_number(seed)]
+    return said or [log for log in record.logs if log.seed is None and log.name_seed == seed_number(seed)]
+
+
+def lost_score(record: RecordFolder, logs: Sequence[LogReading], score: float) -> str:
+    """Says that a claimed score is not in the logs of its seed, and in which log it is."""
+    ends = listed(f"{log.last_final.val_bpb:.6f} in {log.name}" for log in logs if log.last_final)
+    homes = [log for log in record.logs if any(is_near(final.val_bpb, score) for final in log.finals.values())]
+    home = f"; {homes[0].name}, of seed {homes[0].seed}, has it" if homes else ""
+    return f"val_bpb {score:.6g} of submission.json is in no log of that seed ({ends}){home}"
 
 
 def spread_findings(record: RecordFolder, values: list[float]) -> Findings:
-    claim = claimed(record, "val_bpb_std")
-    finals = [log.last_final.val_bpb for log in record.logs if log.last_final]
-    series = [found for found in (values, finals) if len(found) > 1]
+    claim = record.claimed("val_bpb_std")
+    finals = [log.last_final.val_bpb for log in record.counted if log.last_final]
+    staged = [
+        [log.finals[s].val_bpb for log in record.headline.logs if s in log.finals] for s in record.headline.stages
+    ]
+    series = [found for found in (values, finals, *staged) if len(found) > 1 and all(map(math.isfinite, found))]
     deviations = [spread(found) for found in series for spread in (statistics.stdev, statistics.pstdev)]
     if claim is None or not deviations:
         return
@@ -281,44 +314,3 @@ def differing_claims(place: str, stated: Mapping[str, Any], expected: Mapping[st
         both = isinstance(claim, int | float) and isinstance(value, int | float)
         if claim != value and not (both and abs(claim - value) <= tolerance):
             yield error("S81-run-disagrees", f"{place}: {key} is {claim}, but the results say {value}")
-
-
-# ---- arithmetic ----
-
-
-def arithmetic_findings(record: RecordFolder) -> Findings:
-    """Checks that val_loss / (ln 2 * val_bpb) is the text's bytes per token, which no model can change."""
-    exact = [run.result["val_bytes"] / run.result["val_tokens"] for run in record.runs]
-    tokenizers = [tokenizer_of(log) for log in record.logs]
-    figures = claimed(record, "val_loss"), claimed(record, "val_bpb"), next(filter(None, tokenizers), "")
-    places = [("submission.json", *figures)]
-    for log, tokenizer in zip(record.logs, tokenizers, strict=True):
-        for score in log.finals.values():
-            places.append((f"line {score.line} of {log.name}", score.val_loss, score.val_bpb, tokenizer))
-    for place, loss, bpb, tokenizer in places:
-        if loss and bpb and min(loss, bpb) > 0:
-            yield from ratio_findings(place, loss / (math.log(2) * bpb), tokenizer, exact)
-
-
-def tokenizer_of(log: LogReading) -> str:
-    """Names which of the competition's tokenizers a log is of; empty where none can be told."""
-    opening = "\n".join(line for line in log.lines[:400] if "tokenizer" in line or "dataset" in line or "vocab" in line)
-    if log.config.get("caseops_enabled", "").lower() in ("true", "1") or "caseops" in opening.lower():
-        return "caseops"
-    return next((name for name, marks in TOKENIZER_MARKS.items() if any(mark in opening for mark in marks)), "")
-
-
-def ratio_findings(place: str, ratio: float, tokenizer: str, exact: list[float]) -> Findings:
-    known = {"this validation text": exact[0]} if exact else BYTES_PER_TOKEN
-    expected = {tokenizer: known[tokenizer]} if tokenizer in known else known
-    tolerance = EXACT_TOLERANCE if exact else RATIO_TOLERANCE
-    if not math.isfinite(ratio) or any(abs(ratio / value - 1) <= tolerance for value in expected.values()):
-        return
-    text = f"{place}: val_loss / (ln 2 * val_bpb) is {ratio:.6g} bytes per token"
-    wanted = " or ".join(f"{value:.6g} ({name})" for name, value in expected.items())
-    if abs(ratio / DOUBLE_SPACE_RATIO - 1) <= RATIO_TOLERANCE:
-        yield error("S51-double-space", f"{text}: the leading space of a token was counted twice, val_bpb is too good")
-    elif tokenizer in known or exact:
-        yield error("S50-bytes-per-token", f"{text}, but it must be {wanted}")
-    else:
-        yield warning("S52-unknown-tokenizer", f"{text}, which is that of no known tokenizer: {wanted}")

@@ -34,6 +34,7 @@ RESULT_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """What a result.json must hold to be evidence: key -> (kind in words, whether a value is of it)."""
 COMPETITION_BYTES, COMPETITION_SECONDS = 16_000_000, 600.0
+LARGEST_WHOLE = 10**18
 RESULT_PAIR = re.compile(r"(\w+):(\S+)")
 RESULT_FIGURES = {
     "val_loss": ".8f", "val_bpb": ".8f", "bytes_total": "d", "steps": "d", "train_seconds": ".1f",
@@ -94,7 +95,10 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Says whether a value is a number that a figure can have: finite, and no whole number beyond any float."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < LARGEST_WHOLE
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def is_table(value: object) -> bool:
@@ -186,7 +190,7 @@ def log_code_reasons(run: RunEvidence, log: LogReading) -> Reasons:
     """Holds the code that every start of the run (it may have been resumed) names against the code that is shipped."""
     if run.code is None:
         return
-    stated = {match for line in log.lines for match in re.findall(r"\bcode_sha256:([0-9a-f]+)", line)}
+    stated = log.code_hashes
     shipped = hashlib.sha256(run.code).hexdigest()
     if others := sorted(stated - {shipped}):
         text = f"{log.name} was written by code with sha256 {others[0][:16]}..., but train_gpt.py has {shipped[:16]}..."

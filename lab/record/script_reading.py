@@ -12,6 +12,8 @@ import bz2
 import hashlib
 import io
 import lzma
+import os
+import re
 import tokenize
 import zlib
 from collections.abc import Iterator, Mapping
@@ -29,14 +31,13 @@ MOST_PAYLOADS = 16
 MOST_NEIGHBOUR_BYTES = 4_000_000
 """Of a file at the top of the folder that a loader could take its source from."""
 
-PRINTERS = ("print", "log")
-NO_PRINTERS = frozenset({"math", "torch", "np", "numpy", "cmath"})
-"""Modules whose log() is arithmetic."""
 RUNNERS = ("exec", "eval", "compile")
 LOADERS = ("import_module", "__import__", "run_module", "find_spec")
-FORMATTERS = ("str", "repr", "int", "float", "bool", "round", "len", "format", "join", "dumps", "getattr")
-"""Calls that can stand inside a printing one without using the value for anything else."""
-MOST_FILE_NAME = 200
+MOST_FILE_NAME, MOST_PACKAGES = 200, 20
+BLOCK_START = re.compile(r"(?!(?:else|elif|except|finally)\b)[^\s#)\]}]")
+SOURCE_LINES = re.compile(r"^(?:import \w|from [\w.]+ import|def \w|class \w)", re.MULTILINE)
+LEAST_SOURCE_LINES = 3
+IMPORTED = re.compile(r"(?<![.\w])(?:import|from)[ \t]+([A-Za-z_]\w{0,80})")
 READABLE_NAME = "train_gpt_readable.py"
 """Where our runs and records keep the source of the packed script."""
 
@@ -52,7 +53,9 @@ class ScriptReading:
     opaque: bool
     """It runs something that could not be unpacked, so that not all of it was looked at."""
     trees: tuple[ast.Module, ...]
-    """Of the layers that parse, in order."""
+    """Of the layers, in order: of one that does not parse, what stands in blocks that do."""
+    unread: str = ""
+    """The blocks that do not parse: newer Python than this one, or none."""
 
     @property
     def sha256(self) -> str:
@@ -61,6 +64,10 @@ class ScriptReading:
     @property
     def innermost(self) -> str:
         return self.layers[-1]
+
+    @property
+    def unread_share(self) -> float:
+        return len(self.unread) / max(1, sum(map(len, self.layers)))
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ def read_script(path: Path, folder: Path) -> ScriptReading:
     files = [file for file in folder.iterdir() if file.is_file() and file.suffix not in texts]
     neighbours = {file.name: file.read_bytes() for file in files if file.stat().st_size < MOST_NEIGHBOUR_BYTES}
     layers, opaque = source_layers(script_text(data), neighbours)
-    trees = tuple(tree for layer in layers if (tree := parse_quietly(layer)) is not None)
-    return ScriptReading(path, data, tuple(layers), opaque, trees)
+    read = [parse_blocks(layer) for layer in layers]
+    return ScriptReading(path, data, tuple(layers), opaque, tuple(r[0] for r in read), "\n".join(r[1] for r in read))
 
 
 def script_text(data: bytes) -> str:
@@ -101,6 +108,8 @@ def oldest_grammar_error(script: ScriptReading) -> str:
             ast.parse(layer, feature_version=OLDEST_PYTHON)
         except SyntaxError as error:
             return f"line {error.lineno}: {error.msg}"
+        except (RecursionError, MemoryError):
+            return "nested too deeply to be parsed"
         except ValueError as error:
             return str(error)
     return ""
@@ -115,6 +124,31 @@ def parse_quietly(text: str) -> ast.Module | None:
         return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+
+
+def parse_blocks(text: str) -> tuple[ast.Module, str]:
+    """Parses a text: (its syntax tree, the text that has none). Where it does not parse as a whole, as that of newer
+    Python than this one, each statement at its margin is parsed alone."""
+    if (tree := parse_quietly(text)) is not None:
+        return tree, ""
+    statements: list[ast.stmt] = []
+    unread = []
+    for block in margin_blocks(text):
+        tree = parse_quietly(block)
+        statements += tree.body if tree else []
+        unread += [] if tree else [block]
+    return ast.Module(statements, []), "\n".join(unread)
+
+
+def margin_blocks(text: str) -> Iterator[str]:
+    """Divides a source before each line that begins a statement at the margin; a decorator stays with what it is of."""
+    block: list[str] = []
+    for line in text.splitlines():
+        if BLOCK_START.match(line) and not (block and block[-1].startswith("@")):
+            yield "\n".join(block)
+            block = []
+        block.append(line)
+    yield "\n".join(block)
 
 
 def calls_of(tree: ast.AST, *names: str, bare: bool = False) -> Iterator[ast.Call]:
@@ -141,8 +175,8 @@ def source_layers(text: str, neighbours: Mapping[str, bytes]) -> tuple[list[str]
     that was not found). `neighbours` are files beside the script that a loader may read its payload from."""
     layers = [text]
     while len(layers) < MOST_SOURCE_LAYERS:
-        tree = parse_quietly(layers[-1])
-        if tree is None or next(calls_of(tree, *RUNNERS, bare=True), None) is None:
+        tree, _ = parse_blocks(layers[-1])
+        if next(calls_of(tree, *RUNNERS, bare=True), None) is None:
             return layers, False
         inner = packed_source(tree, neighbours)
         if inner is None:
@@ -168,7 +202,7 @@ def packed_source(tree: ast.Module, neighbours: Mapping[str, bytes]) -> str | No
     for payload in sorted((t for t in texts if len(t) >= SHORTEST_PAYLOAD), key=len, reverse=True)[:MOST_PAYLOADS]:
         for packed in printable_decodings(payload):
             for data in decompressions(packed):
-                if (source := python_text(data)) is not None:
+                if (source := python_text(data, data is not packed)) is not None:
                     return source
     return None
 
@@ -200,8 +234,8 @@ def decompressions(data: bytes) -> Iterator[bytes]:
     yield data
 
 
-def python_text(data: bytes) -> str | None:
-    """Decodes data that is Python which does something; None for all other."""
+def python_text(data: bytes, was_packed: bool) -> str | None:
+    """Decodes data that is Python which does something; None for all other. What was packed may be of newer Python."""
     if len(data) < 8 or b"\0" in data:
         return None
     try:
@@ -209,10 +243,10 @@ def python_text(data: bytes) -> str | None:
     except UnicodeDecodeError:
         return None
     tree = parse_quietly(text)
+    if tree is None:
+        return text if was_packed and len(SOURCE_LINES.findall(text)) >= LEAST_SOURCE_LINES else None
     useful = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Call
-    if tree is None or not any(isinstance(node, useful) for node in ast.walk(tree)):
-        return None
-    return text
+    return text if any(isinstance(node, useful) for node in ast.walk(tree)) else None
 
 
 # ---- what lies beside the script ----
@@ -224,7 +258,10 @@ def find_neighbours(script: ScriptReading, folder: Path) -> Neighbours:
     missing: set[str] = set()
     waiting = [script]
     while waiting:
-        for tree in waiting.pop().trees:
+        reading = waiting.pop()
+        imports = IMPORTED.findall(reading.unread)
+        unread = ast.Module([ast.Import([ast.alias(name) for name in imports])] if imports else [], [])
+        for tree in (*reading.trees, unread):
             missing |= set(missing_modules(tree, folder))
             for path in named_files(tree, folder):
                 if path != script.path and path not in sizes:
@@ -260,11 +297,11 @@ def imported_names(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 def module_files(module: str, folder: Path) -> Iterator[Path]:
     """Finds the files in the folder that importing `a.b.c` runs: packages on the way, and the module."""
-    names = module.strip(".").split(".")
+    names = module.strip(".").split(".")[:MOST_PACKAGES]
     for depth in range(1, len(names) + 1):
         place = folder.joinpath(*names[:depth])
         for path in (place.with_name(place.name + ".py"), place / "__init__.py"):
-            if names[depth - 1].isidentifier() and path.is_file():
+            if names[depth - 1].isidentifier() and os.path.isfile(path):
                 yield path
 
 
@@ -273,7 +310,7 @@ def file_named(value: object, folder: Path) -> Iterator[Path]:
     if isinstance(value, str) and 0 < len(value) < MOST_FILE_NAME and value.isprintable():
         path = folder / value.removeprefix("./")
         inside = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
-        if inside and "." in path.name and path.is_file():
+        if inside and "." in path.name and os.path.isfile(path):
             yield path
 
 
@@ -282,79 +319,5 @@ def missing_modules(tree: ast.Module, folder: Path) -> Iterator[str]:
     labels = {id(argument) for call in calls_of(tree, "compile") for argument in call.args[1:]}  # a name for tracebacks
     for call in calls_of(tree, "exec", "run_path", "spec_from_file_location"):
         for text in (constant_text(inner) for inner in ast.walk(call) if id(inner) not in labels):
-            if text.endswith(".py") and len(text) < MOST_FILE_NAME and not (folder / text).is_file():
+            if text.endswith(".py") and len(text) < MOST_FILE_NAME and not os.path.isfile(folder / text):
                 yield text
-
-
-# ---- knobs ----# ---- knobs ----
-
-
-def ghost_knobs(script: ScriptReading) -> tuple[list[str], list[str]]:
-    """Lists (knobs from the environment that nothing reads, those that are only printed), sorted.
-
-    A name that is used as an attribute, a variable or a whole string anywhere counts as read, so that a knob is named
-    here only where no way of reading it was seen.
-    """
-    declared: dict[str, set[int]] = {}  # name -> identities of the statements that take it from the environment
-    for tree in script.trees:
-        helpers = environment_helpers(tree)
-        for name, statement in declared_knobs(tree, helpers):
-            declared.setdefault(name, set()).add(id(statement))
-    uses = {use for tree in script.trees for use in knob_uses(tree, declared)}
-    unread = {name for name in declared if (name, False) not in uses}
-    printed = {name for name in unread if (name, True) in uses}
-    return sorted(unread - printed), sorted(printed)
-
-
-def environment_helpers(tree: ast.Module) -> set[str]:
-    """Names functions of the script that read the environment for their callers."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return {f.name for f in functions if f.args.args and len(f.body) < 12 and reads_environment(f, set())}
-
-
-def reads_environment(node: ast.AST, helpers: set[str]) -> bool:
-    for inner in ast.walk(node):
-        if getattr(inner, "attr", getattr(inner, "id", "")) in ("environ", "getenv"):
-            return True
-        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id in helpers:
-            return any(map(constant_text, inner.args))
-    return False
-
-
-def declared_knobs(tree: ast.Module, helpers: set[str]) -> Iterator[tuple[str, ast.AST]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value and reads_environment(node.value, helpers):
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name | ast.Attribute):
-                    yield getattr(target, "id", getattr(target, "attr", "")), node
-
-
-def knob_uses(tree: ast.Module, declared: Mapping[str, set[int]]) -> Iterator[tuple[str, bool]]:
-    """Finds uses of knobs, as (name, whether it is only printed: it stands in the arguments of a call that prints)."""
-    waiting: list[tuple[ast.AST, bool, ast.AST | None]] = [(tree, False, None)]
-    while waiting:
-        node, prints, statement = waiting.pop()
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            statement = node
-        name, text = loaded_name(node), constant_text(node)
-        if name in declared or (text in declared and id(statement) not in declared[text]):
-            yield name or text, prints
-        if isinstance(node, ast.Call):
-            prints = is_printer(node) or (prints and call_name(node) in FORMATTERS)
-        waiting.extend((child, prints, statement) for child in ast.iter_child_nodes(node))
-
-
-def loaded_name(node: ast.AST) -> str:
-    if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
-        return node.attr if isinstance(node, ast.Attribute) else node.id
-    return ""
-
-
-def is_printer(call: ast.Call) -> bool:
-    root = call.func
-    while isinstance(root, ast.Attribute):
-        root = root.value
-    name = call_name(call).lower().lstrip("_")
-    if isinstance(root, ast.Name) and root.id in NO_PRINTERS:
-        return False
-    return name.startswith(PRINTERS) or (isinstance(root, ast.Name) and root.id.startswith("logg"))
