@@ -21,7 +21,7 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to compute on; auto: CUDA where torch sees one."""
     compile: Literal["auto", "on", "off"] = "on"
-    """torch.compile the training step and the scorer; auto: where there is CUDA or a C++ compiler."""
+    """torch.compile the training step and the scorer; auto: where a trial of it works."""
     threads: int = 0
     """CPU threads of torch; 0: torch's own choice."""
     limit_bytes: int = 16_000_000
