@@ -257,7 +257,7 @@ def test_for_a_torch_out_of_the_range_the_constrained_one_is_asked_of_pip(projec
 
 def test_the_index_that_the_environment_names_is_asked_for_torch_alone(project):
     install_torch(project, "2.8.0")
-    write_environment(project, f'echo "$@" >>"{project}/asked"')
+    write_environment(project, f'echo "$@" >>"{project}/asked" && exit 0')
     run_on_pod(project, OLD_DRIVER, TORCH_INDEX_URL="file:///wheels")
     torch, others = (project / "asked").read_text().splitlines()
     assert "--index-url file:///wheels --constraint constraints.txt torch" in torch and "index" not in others
