@@ -5,12 +5,13 @@ and under torchrun (NCCL on CUDA, gloo on CPU).
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import random
 import shutil
 import sys
-import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ class Runtime:
     log: Log = field(default_factory=Log)
     compiles: bool = False
     """Whether the training step is compiled by torch.compile."""
+    compile_fault: str = ""
+    """Why it is not, where compile=auto asked for it."""
 
     @property
     def compiles_scoring(self) -> bool:
@@ -132,16 +135,43 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def choose_compile(wanted: str, device: torch.device) -> bool:
-    """Returns whether to use torch.compile (1.3 to 1.5 times as fast on a CPU). Raises ConfigError where it can't run.
+def explain_compile_error(error: Exception) -> str:
+    """Returns the one line of many that says why torch.compile failed."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return next((line for line in lines if "error: " in line), lines[0])[:200]
 
-    On a CPU it needs a C++ compiler and Python's headers.
+
+@functools.cache
+def compile_fault(device: torch.device) -> str:
+    """Returns why torch.compile can't work here, from a trial, and nothing where it can.
+
+    A mark beside what torch compiles tells other processes of a success; failures are tried again, since what they
+    lacked (a header, say) may have come.
     """
-    headers = Path(sysconfig.get_path("include")) / "Python.h"  # inductor's CPU code includes it
-    possible = device.type == "cuda" or (headers.exists() and any(map(shutil.which, ("c++", "g++", "clang++"))))
-    if wanted == "on" and not possible:
-        raise ConfigError("compile=on needs a C++ compiler and Python.h: install g++ and python3-dev, or compile=off")
-    return wanted != "off" and possible
+    names = "g++", "clang++", "c++", "gcc", "clang", "cc", os.environ.get("CXX", ""), os.environ.get("CC", "")
+    paths = [path for path in map(shutil.which, names) if path]
+    if not paths:
+        return "no C++ compiler was found"
+    identity = repr((device.type, torch.__version__, sys.version, [(path, os.stat(path).st_mtime) for path in paths]))
+    key = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    mark = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(), f"golf_compiles_{key}")
+    try:
+        if not mark.exists():
+            # The key is in the code, so that torch does not take what another compiler made from its cache.
+            torch.compile(lambda x: x + int(key, 16), dynamic=False, fullgraph=True)(torch.ones(8, device=device))
+            mark.touch()
+    except (RuntimeError, ImportError, OSError) as error:
+        return explain_compile_error(error)
+    return ""
+
+
+def choose_compile(wanted: str, device: torch.device) -> bool:
+    """Returns whether to use torch.compile (1.3 to 1.5 times as fast on a CPU). Raises ConfigError where it can't."""
+    fault = compile_fault(device) if wanted != "off" else ""
+    if wanted == "on" and fault:
+        needs = "a C++ compiler with OpenMP, and Python's headers (on Debian g++ and python3-dev)"
+        raise ConfigError(f"compile=on: torch.compile fails here ({fault}): install {needs}, or set compile=off")
+    return wanted != "off" and not fault
 
 
 @contextlib.contextmanager
@@ -153,6 +183,7 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
     """
     device = choose_device(run.device)
     compiles = choose_compile(run.compile, device)
+    fault = compile_fault(device) if run.compile == "auto" else ""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -169,7 +200,7 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
         # Long enough for the main rank to prepare a corpus while the others wait.
         dist.init_process_group(backend, timeout=timedelta(hours=2), world_size=world_size, rank=rank, store=store)
     with sdpa_kernel(CUDNN_FIRST, set_priority=True) if run.attention_kernels == "cudnn" else contextlib.nullcontext():
-        yield Runtime(device, rank, world_size, log or Log(), compiles)
+        yield Runtime(device, rank, world_size, log or Log(), compiles, fault)
     if world_size > 1:  # not after an error: the others may be waiting for this rank, and torchrun ends them
         dist.destroy_process_group()
 

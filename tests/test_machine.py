@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golf.config.config import Config, build_config
 from golf.model.block import causal_attention
-from golf.runtime import Runtime
+from golf.runtime import Runtime, compile_fault
 from lab.machine.fingerprint import attention_backend, folder_executes, gpu_states, machine_fingerprint, parse_gpu_query
 
 KEYS = {
@@ -153,7 +153,9 @@ def test_what_is_missing_is_none(take, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)  # no /proc/cpuinfo
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    compile_fault.cache_clear()
     fingerprint = take()
+    compile_fault.cache_clear()
     assert fingerprint["gpu_states"] is fingerprint["driver"] is fingerprint["cpu"] is None
     assert fingerprint["codecs"]["zstandard"] is None and fingerprint["codecs"]["zlib"]
     assert fingerprint["compiler"] is False and fingerprint["cpu_cores"] == os.cpu_count()

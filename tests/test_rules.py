@@ -29,7 +29,8 @@ PURPOSES = (
 MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 400, 60
 
 ENVIRONMENT_READERS = {
-    "golf/runtime.py": {"RANK", "WORLD_SIZE", "LOCAL_RANK"},  # what torchrun tells each process; no knobs
+    # What torchrun tells each process, and what torch reads to find compilers and its cache; no knobs.
+    "golf/runtime.py": {"RANK", "WORLD_SIZE", "LOCAL_RANK", "CC", "CXX", "TORCHINDUCTOR_CACHE_DIR"},
     "lab/demo/page.py": {"no_proxy", "NO_PROXY"},
 }
 """Files that may read the environment, and which variables; knobs reach golf/config/config.py as an argument."""

@@ -10,7 +10,11 @@ import pytest
 
 TRAIN = "import os, sys\nprint('train', os.getcwd(), *sys.argv[1:])\nsys.exit(int(os.environ.get('STATUS', '0')))\n"
 TOOL = "import os, sys\nprint('{name}', os.getcwd(), *sys.argv[1:])\nsys.exit(int(os.environ.get('STATUS', '0')))\n"
-TORCH = "class cuda:\n    is_available = lambda: {count} > 0\n    device_count = lambda: {count}\n"
+TORCH = """__version__ = "2.13.0+cpu"
+class cuda:
+    is_available = lambda: {count} > 0
+    device_count = lambda: {count}
+"""
 
 
 @pytest.fixture
@@ -24,6 +28,7 @@ def project(tmp_path, repository, write_tree):
         "requirements-demo.txt": "",
         "requirements-lab.txt": "",
         "requirements-dev.txt": "ruff\n",
+        "constraints.txt": "# comment\ntorch==2.13.0\n",
         "fake/__init__.py": "",
     }
     files |= {f"tools/{name}.py": TOOL.format(name=name) for name in ("compare", "demo", "inspect_data")}
@@ -56,7 +61,9 @@ def run_sh(
     project: Path, *arguments: str, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     path = f"{project / 'bin'}:/usr/bin:/bin"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(project / "fake")} | variables
+    environment = (
+        os.environ | {"PATH": path, "PYTHONPATH": str(project / "fake"), "CUDA_VISIBLE_DEVICES": ""} | variables
+    )
     command = ["bash", str(project / "run.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or project, env=environment, timeout=600)
 
@@ -180,6 +187,108 @@ def test_a_tool_that_is_none_is_one_line_with_all_names(project, name):
     finished = run_sh(project, "tool", *name)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert finished.stderr == "run.sh: tool takes one of these names: compare demo inspect_data\n"
+
+
+OLD_DRIVER, NEW_DRIVER = "550.54.15", "580.65.06"
+
+
+def run_on_pod(project: Path, driver: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs run.sh where there is an NVIDIA device, by a stand-in for nvidia-smi, that torch does not see."""
+    write_stub(project, "nvidia-smi", f"echo {driver}; echo {driver}")
+    return run_sh(project, *arguments, **({"CUDA_VISIBLE_DEVICES": "0,1"} | variables))
+
+
+@pytest.mark.parametrize(
+    ("driver", "advice"),
+    [
+        (OLD_DRIVER, "update the driver to 580 or newer, or take the CUDA 12.6 build"),
+        (NEW_DRIVER, "-m pip install --force-reinstall torch==2.13.0; --preset local asks for the CPU"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--preset", "leaderboard"], ["device=cuda"]])
+def test_a_device_that_torch_does_not_see_is_one_line_and_nothing_runs(project, driver, advice, arguments):
+    finished = run_on_pod(project, driver, *arguments)
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (3, "", 1), finished.stderr
+    assert f"NVIDIA device (driver {driver}), and torch 2.13.0+cpu of" in finished.stderr and advice in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables"),
+    [
+        (["--preset", "local"], {}),
+        (["--preset=stories"], {}),
+        (["device=cpu"], {}),
+        ([], {"DEVICE": "cpu"}),
+        ([], {"PRESET": "local"}),
+        ([], {"CUDA_VISIBLE_DEVICES": ""}),
+        ([], {"CUDA_VISIBLE_DEVICES": "-1"}),
+        (["--preset", "leaderboard", "--plan"], {}),
+    ],
+)
+def test_who_asks_for_the_cpu_of_a_pod_gets_it(project, arguments, variables):
+    finished = run_on_pod(project, OLD_DRIVER, *arguments, **variables)
+    assert finished.returncode == 0 and finished.stdout.startswith("train "), finished.stderr
+
+
+def install_torch(project: Path, version: str) -> None:
+    """Gives the Python of the tests a torch of this version, as far as its metadata says."""
+    folder = project / f"fake/torch-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    (project / "requirements.txt").write_text("torch>=2.9,<3\n")
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cu128", "2.10.0", "2.11.0", "2.13.0+cpu", "2.14.1"])
+def test_a_torch_in_the_range_is_used_as_it_is(project, version):
+    install_torch(project, version)
+    finished = run_sh(project)
+    assert finished.returncode == 0 and not (project / ".venv").exists(), finished.stderr
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "1.13.1", "3.0.0"])
+def test_for_a_torch_out_of_the_range_the_constrained_one_is_asked_of_pip(project, version):
+    install_torch(project, version)
+    write_environment(project, f'echo "$@" >"{project}/asked" && exit 9')
+    finished = run_sh(project)
+    assert finished.returncode == 3 and f"torch>=2.9,<3 ({version} installed)" in finished.stderr
+    asked = (project / "asked").read_text()
+    assert "--constraint constraints.txt --requirement requirements.txt" in asked and "index" not in asked
+
+
+def test_the_index_that_the_environment_names_is_asked_for_torch_alone(project):
+    install_torch(project, "2.8.0")
+    write_environment(project, f'echo "$@" >>"{project}/asked" && exit 0')
+    run_on_pod(project, OLD_DRIVER, TORCH_INDEX_URL="file:///wheels")
+    torch, others = (project / "asked").read_text().splitlines()
+    assert "--index-url file:///wheels --constraint constraints.txt torch" in torch and "index" not in others
+
+
+def test_a_torch_that_the_driver_cannot_run_is_not_installed_but_for_the_cpu(project):
+    install_torch(project, "2.8.0")
+    write_environment(project, f'echo "$@" >"{project}/asked" && exit 9')
+    finished = run_on_pod(project, OLD_DRIVER)
+    assert (finished.returncode, finished.stdout) == (3, "") and not (project / "asked").exists()
+    assert f"the NVIDIA driver is {OLD_DRIVER}" in finished.stderr and "TORCH_INDEX_URL" in finished.stderr
+    assert "status 9" in run_on_pod(project, OLD_DRIVER, "--preset", "local").stderr
+    assert "status 9" in run_on_pod(project, NEW_DRIVER).stderr
+
+
+@pytest.mark.parametrize(("version", "used"), [("2.9.1", True), ("2.8.0", False)])
+def test_a_new_environment_stands_on_the_torch_that_fits(project, version, used):
+    """A stand-in for Python makes a stand-in for .venv, whose packages lie in the project."""
+    install_torch(project, version)
+    (project / "requirements.txt").write_text("torch>=2.9,<3\ngolf-no-such-package\n")
+    (project / "packages").mkdir()
+    inner = f'case "$*" in *purelib*) echo "{project}/packages"; exit;; *"pip install"*) exit 9;; esac'
+    write_stub(project, "inner", f'{inner}; exec "{sys.executable}" "$@"')
+    make = f'mkdir -p "$3/bin" && mv "{project}/bin/inner" "$3/bin/python"; exit'
+    for name in ("python", "python3"):
+        write_stub(project, name, f'[ "$2" = venv ] && {{ {make}; }}; exec "{sys.executable}" "$@"')
+    finished = run_sh(project)
+    assert finished.returncode == 3 and "golf-no-such-package (none installed)" in finished.stderr
+    paths = project / "packages/base_packages.pth"
+    assert paths.exists() == used == ("torch among them" in finished.stderr)
+    assert not used or all(Path(line).is_dir() for line in paths.read_text().splitlines())
 
 
 XDIST = "--numprocesses auto --dist loadfile --no-loadscope-reorder"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 
 import golf.run.session
 from golf.config.knobs import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, ConfigError
@@ -224,6 +225,12 @@ def test_scoring_a_run_that_is_not_packed_is_one_clear_line(open_session):
             "Connection closed by peer)",
         ),
         (RuntimeError("NCCL error: remote process exited"), 8, EXIT_MACHINE, "another process of the run was lost"),
+        (
+            InductorError(RuntimeError("CppCompileError:\nx.cpp: error: y"), None),
+            1,
+            EXIT_MACHINE,
+            "(x.cpp: error: y): start a run",
+        ),
         (RuntimeError("NCCL error"), 1, 0, ""),
         (RuntimeError("stored tensors can't be restored"), 2, 0, ""),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 2, 0, ""),

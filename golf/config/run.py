@@ -23,7 +23,7 @@ class RunConfig:
     attention_kernels: Literal["torch", "cudnn"] = "torch"
     """Order in which CUDA's attention kernels are tried: torch's own, or cuDNN's first (untried)."""
     compile: Literal["auto", "on", "off"] = "on"
-    """torch.compile the training step and the scorer; auto: where there is CUDA or a C++ compiler."""
+    """torch.compile the training step and the scorer; auto: where a trial of it works."""
     threads: int = 0
     """CPU threads of torch; 0: torch's own choice."""
     limit_bytes: int = 16_000_000

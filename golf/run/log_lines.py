@@ -41,6 +41,7 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
         + (" ".join(f"{knob}={value}" for knob, value in changed_knobs(config).items()) or "none"),
         f"machine:{machine_description(runtime)} compute:{runtime.compute_dtype} compile:{runtime.compiles} "
         f"python:{platform.python_version()} torch:{torch.__version__}",
+        *([f"compile=auto goes on uncompiled: {runtime.compile_fault}"] if runtime.compile_fault else []),
         f"val_bpb:enabled tokenizer_kind={data.tokenizer.kind} tokenizer_path={config.data.tokenizer_path}",
         f"train_loader:dataset:{config.data.data_path} train_shards:{data.shards}",
         f"val_loader:shards pattern={config.data.data_path}/*_val_*.bin, closed until the artifact is scored",

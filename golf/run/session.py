@@ -21,7 +21,7 @@ from golf.config.knobs import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, Us
 from golf.run.folder import RunFolder
 from golf.run.guard import AccessGuard
 from golf.run.ledger import Ledger
-from golf.runtime import Log, Runtime, file_sha256, write_file_atomically
+from golf.runtime import Log, Runtime, explain_compile_error, file_sha256, write_file_atomically
 
 STAGES = ("train", "average", "quantize", "pack", "reload", "score", "report")
 
@@ -118,6 +118,8 @@ def explain_error(error: Exception, world_size: int) -> tuple[int, str]:
         return EXIT_MACHINE, "out of memory on the device: lower micro_batch_tokens or eval_batch_seqs; then --resume"
     if isinstance(error, OSError):
         return EXIT_MACHINE, f"{error}: mend that, then go on with --resume; what was written before is whole"
+    if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):  # of torch's private modules
+        return EXIT_MACHINE, f"torch.compile failed ({explain_compile_error(error)}): start a run with compile=off"
     if isinstance(error, RuntimeError) and world_size > 1 and LOST_PEER.search(str(error)):
         first = str(error).strip().splitlines()[0][:200]
         return EXIT_MACHINE, f"another process of the run was lost ({first}); go on with --resume"

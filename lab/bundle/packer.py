@@ -3,9 +3,9 @@
 Comments, docstrings, wide layout, annotations that nothing reads and the names of local variables go; other names stay,
 because tracebacks name functions (the readable form can be made again from the commit). The compressed bytes stand in a
 string as they are: Latin-1 has a character for each byte, and only four of them have to be escaped there (1.6 % more
-bytes; base85 takes 25 %). The same source gives the same bytes on Python 3.10 to 3.12. The loader puts the source into
-linecache, where inspect and traceback look for it: without it Triton can't compile a kernel of a script that was
-started by exec (triton-lang/triton issue 5386).
+bytes; base85 takes 25 %). The same source gives the same bytes on every Python (lab/bundle/printing.py; compared on
+3.10, 3.11 and 3.13). The loader puts the source into linecache, where inspect and traceback look for it: without it
+Triton can't compile a kernel of a script that was started by exec (triton-lang/triton issue 5386).
 """
 
 import ast

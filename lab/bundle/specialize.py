@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lab.bundle.parts import BundleError
+from lab.bundle.printing import print_code
 from lab.bundle.reach import Function, bound_by, is_own_class, is_text, may_go, reach, uses_of
 
 SPECIALISED_MARK = "# Left out: all that the configuration in FROZEN does not use."
@@ -187,7 +188,7 @@ def specialize(source: str, frozen: Frozen) -> str:
         elif isinstance(old, ast.ClassDef):
             cut_methods(lines, old, new, reached.attributes)
         elif changed[number]:
-            cut(lines, old, ast.unparse(ast.fix_missing_locations(new)).split("\n"))
+            cut(lines, old, print_code(new).split("\n"))
     return tidy([line for line in lines if line is not None])
 
 
@@ -211,7 +212,7 @@ def cut_methods(lines: list[str | None], old: ast.ClassDef, new: ast.ClassDef, a
         if is_own_class(old) and may_go(item) and item.name not in attributes:
             cut(lines, item, [])
         elif ast.dump(folded[item.name]) != ast.dump(item):
-            text = ast.unparse(ast.fix_missing_locations(folded[item.name]))
+            text = print_code(folded[item.name])
             cut(lines, item, textwrap.indent(text, " " * item.col_offset).split("\n"))
 
 

@@ -101,8 +101,8 @@ def device_findings(fingerprint: Mapping[str, Any], config: Config) -> Iterator[
         effect = "a run would stop" if run.compile == "on" else "a run goes without torch.compile and is slower"
         yield MachineFinding(
             "no-compiler", "error" if run.compile == "on" else "note",
-            f"compile={run.compile}, but no C++ compiler or no Python.h is here: {effect}",
-            "install g++ and python3-dev, or say compile=off",
+            f"compile={run.compile}, but torch.compile fails here: {effect}",
+            "install g++ and python3-dev (compile=on says in one line what fails), or say compile=off",
         )  # fmt: skip
     if run.compile != "off" and not fingerprint.get("temporary_executable"):
         yield MachineFinding(
