@@ -22,9 +22,9 @@ from golf.runtime import start_runtime
 def train_again(trainer: Trainer, weights: dict[str, torch.Tensor]) -> str:
     trainer.model.load_state_dict(weights)
     trainer.optimizers = trainer.new_optimizers()
-    losses = []
-    for trainer.step in range(trainer.config.train.iterations):
-        loss, _, _ = trainer.take_step(trainer.step / trainer.config.train.iterations)
+    losses, steps = [], trainer.config.train.iterations
+    for trainer.step in range(steps):
+        loss, _, _ = trainer.take_step(trainer.step / steps)
         losses.append(loss.item())
     digest = hashlib.sha256()
     for weight in trainer.model.state_dict().values():
