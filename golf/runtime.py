@@ -78,6 +78,11 @@ class Runtime:
         return self.compiles and self.device.type == "cuda"
 
     @property
+    def nondeterminism(self) -> str:
+        """Returns why two runs of the same steps may end in different bytes; empty where they end in the same."""
+        return "CUDA sums gradients of embeddings and attention in any order" if self.device.type == "cuda" else ""
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
@@ -187,6 +192,8 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    # Without this the compiled gradients of embeddings are sums of atomic additions, in the order of the threads' race.
+    torch.use_deterministic_algorithms(device.type == "cpu")
     if run.threads:
         torch.set_num_threads(run.threads)
     random.seed(run.seed)

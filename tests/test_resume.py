@@ -211,6 +211,37 @@ def test_bad_input_of_resume_is_one_line(runs, arguments, message):
     assert finished.returncode == 2 and message in finished.stderr and finished.stderr.count("\n") == 1
 
 
+COMPILED = (
+    "compile=on", "threads=2", "train_batch_tokens=2048", "micro_batch_tokens=2048", "iterations=60", "qat_enabled=0",
+    "holdout_every=0", "train_log_every=1",
+)  # fmt: skip
+"""What the README's command runs with on two cores, which the other tests here are too many for."""
+
+
+def run_sh(runs: Runs, *arguments: str) -> subprocess.Popen:
+    """Starts the README's command; SIGKILL reaches the training, which takes the shell's place."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.Popen(["bash", "run.sh", *arguments], cwd=runs.repository, env=environment, **pipes)
+
+
+def test_run_sh_with_the_compiler_and_two_threads_is_killed_and_goes_on(runs):
+    undisturbed = run_sh(runs, *runs.start("compiled", *COMPILED))
+    output, _ = undisturbed.communicate()
+    assert undisturbed.returncode == 0, output
+    process = run_sh(runs, *runs.start("slain", *COMPILED))
+    next(line for line in process.stdout if line.startswith("step:7/"))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (runs.root / "slain" / "training.json").exists()
+    resumed = run_sh(runs, *runs.resume("slain"))
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0 and re.search(r"^resume: from step [1-9]", output, re.MULTILINE), output
+    assert runs.artifact("slain") == runs.artifact("compiled") and runs.losses("slain") == runs.losses("compiled")
+    whole, other = runs.result("compiled"), runs.result("slain")
+    assert other["val_bpb"] == whole["val_bpb"] and other["deterministic"] and other["valid"] and whole["compiled"]
+
+
 def torchrun(runs: Runs, *arguments: str, point: str = "none") -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return [*launcher, "tests/kill_at.py", point, *arguments]

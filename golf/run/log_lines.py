@@ -42,6 +42,7 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
         f"machine:{machine_description(runtime)} compute:{runtime.compute_dtype} compile:{runtime.compiles} "
         f"python:{platform.python_version()} torch:{torch.__version__}",
         *([f"compile=auto goes on uncompiled: {runtime.compile_fault}"] if runtime.compile_fault else []),
+        determinism_line(runtime),
         f"val_bpb:enabled tokenizer_kind={data.tokenizer.kind} tokenizer_path={config.data.tokenizer_path}",
         f"train_loader:dataset:{config.data.data_path} train_shards:{data.shards}",
         f"val_loader:shards pattern={config.data.data_path}/*_val_*.bin, closed until the artifact is scored",
@@ -61,6 +62,11 @@ def opening_lines(trainer: Trainer, data: TrainingData, folder: RunFolder) -> li
         f"quantizer:{quant.quantizer} prune:{quant.prune_frac} eval_seq_len:{config.score.eval_seq_len} "
         f"warmdown:{train.warmdown_shape}",
     ]
+
+
+def determinism_line(runtime: Runtime) -> str:
+    """Returns a line that says whether another run of the same steps ends in the same bytes."""
+    return f"deterministic:no ({runtime.nondeterminism})" if runtime.nondeterminism else "deterministic:yes"
 
 
 def low_bit_lines(model: ModelConfig, quant: QuantConfig) -> list[str]:

@@ -129,6 +129,8 @@ def build_result(config: Config, session: Session, probed: bool) -> dict[str, An
         "code_sha256": hashlib.sha256(code).hexdigest(),
         "machine": machine_description(runtime),
         "device": runtime.device.type,
+        "deterministic": not runtime.nondeterminism,
+        "nondeterminism": runtime.nondeterminism,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "resumes": len({row["session"] for row in session.ledger.rows}) - 1,
