@@ -1,10 +1,9 @@
-"""Runs the Triton kernel of golf/quant/row_grids.py on the CPU, in Triton's interpreter, and compares it with the plain
+"""Runs the Triton kernel of golf/quant/grid.py on the CPU, in Triton's interpreter, and compares it with the plain
 form, bit for bit. A program of its own: the interpreter is chosen before triton is imported (TRITON_INTERPRET=1)."""
 
 import torch
 
-from golf.quant.grid import grid_values
-from golf.quant.row_grids import RowGrids, launch_rows
+from golf.quant.grid import RowGrids, grid_values, launch_rows
 
 
 def main() -> None:

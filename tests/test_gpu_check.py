@@ -46,7 +46,7 @@ def test_no_power_or_sine_is_in_the_compiled_step(setting, tmp_path, monkeypatch
 
 
 def test_a_grid_that_differs_from_the_export_is_found(setting, monkeypatch):
-    monkeypatch.setattr("golf.quant.row_grids.grid_values", lambda weight_RC, bits: weight_RC)
+    monkeypatch.setattr("golf.quant.grid.grid_values", lambda weight_RC, bits: weight_RC)
     with pytest.raises(CheckFailed, match="differ from the exported"):
         gpu_check.check_fake_quantization(setting)
 

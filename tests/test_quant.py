@@ -14,14 +14,15 @@ from golf.model.gpt import GPT
 from golf.quant.export import quantize_state
 from golf.quant.grid import (
     QuantizedTensor,
+    RowGrids,
     dequantize_state,
     dequantize_tensor,
     grid_clip,
     grid_values,
     quantize_rows,
+    through_grid,
 )
 from golf.quant.qat import install_fake_quantization, remove_fake_quantization
-from golf.quant.row_grids import RowGrids, through_grid
 from golf.quant.tensor_classes import QuantError, bits_of, tensor_class
 from lab.rates.grids import QuantSpec
 from lab.rates.quantizers import quantize_matrix
@@ -125,7 +126,7 @@ def test_a_changed_weight_is_put_on_the_grid_again_and_no_other(monkeypatch):
         weight_RC.neg_()
     assert not torch.equal(model.logits(ids_BT), before)
     renewed = []
-    monkeypatch.setattr("golf.quant.row_grids.grid_values", lambda *given: renewed.append(given))
+    monkeypatch.setattr("golf.quant.grid.grid_values", lambda *given: renewed.append(given))
     grids.renew()
     model.logits(ids_BT)
     assert not renewed

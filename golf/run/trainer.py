@@ -21,8 +21,8 @@ from golf.model.init import build_model
 from golf.optim.average import WeightAverage
 from golf.optim.optimizers import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, training_budget
+from golf.quant.grid import RowGrids
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization, remove_fake_quantization
-from golf.quant.row_grids import RowGrids
 from golf.run.checkpoint import TrainingState, features_of, generator_tensors, restore_generators
 from golf.run.feature_audit import FeatureAudit
 from golf.run.proofs import MOST_BATCHES, verify_features
