@@ -133,7 +133,7 @@ def test_other_files_are_no_merges(tmp_path, merges, message):
         (b'{"kind": []}', "no tokenizer of kind"),
         (b'{"kind": "chars"}', "no tokenizer of kind"),
         (b'{"kind": "chars", "characters": "aa"}', "each once"),
-        (b'{"kind": "chars", "characters": "\\ud800"}', "no Unicode text"),
+        (b'{"kind": "chars", "characters": "\\ud800"}', "no tokenizer of kind"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, content, message):

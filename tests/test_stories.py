@@ -21,7 +21,7 @@ from lab.prepare.text_tokenizer import load_text_tokenizer
 
 CPU = Runtime(torch.device("cpu"))
 STORIES = [
-    f"Once upon a time, {name} had {n} red balls. “Play!”, said {name}." for n in range(25) for name in ("Tim", "Zoë")
+    f"Once upon a time, {name} had {n} red balls. “Play!”, said {name}." for n in range(60) for name in ("Tim", "Zoë")
 ]
 
 
@@ -51,7 +51,7 @@ def test_a_file_of_stories_becomes_characters_and_their_number_the_vocabulary(lo
     assert tokenizer.kind == "chars" and located.data.tokenizer_path.endswith("tokenizer.json")
     train = [text for text in STORIES if text in decoded_documents(located, "train")]
     characters = set("".join(train))
-    assert 25 < len(train) < 50 and located.model.vocab_size == tokenizer.vocab_size == 260 + len(characters)
+    assert 60 < len(train) < 120 and located.model.vocab_size == tokenizer.vocab_size == 260 + len(characters)
     assert len(open_training_data(located).stream) == sum(map(len, train)) + len(train)
 
 

@@ -144,11 +144,8 @@ def parse_tokenizer_file(description: bytes, name: str) -> dict:
 
 
 def character_units(characters: str, name: str) -> list[bytes]:
-    """Returns each character in UTF-8. Raises DataError for what is no Unicode text, and for a list that repeats."""
-    try:
-        units = [character.encode() for character in characters]
-    except UnicodeEncodeError:
-        raise DataError(f"{name}: half of a surrogate pair is no Unicode text: make the file again") from None
+    """Returns each character in UTF-8. Raises DataError for a list that repeats or is too long."""
+    units = [character.encode() for character in characters]
     if len(set(units)) != len(units) or len(units) > MOST_CHARACTERS:
         raise DataError(f"{name}: must list up to {MOST_CHARACTERS} characters, each once: make the file again")
     return units

@@ -21,6 +21,7 @@ from golf.score.journal import ScoreJournal
 from golf.score.scorer import (
     Score,
     ScoreError,
+    check_settings,
     compiled_losses,
     plain_settings,
     score_stream,
@@ -90,6 +91,7 @@ def score_artifact(
     started = time.perf_counter()
     tokens, byte_table = load_validation(artifact.tokenizer_sha256, tokenizer_path, val_paths)
     model, settings = restore_model(artifact, runtime), sliding_settings(score, artifact.model)
+    check_settings(settings)
     model.keep_rotary(settings.seq_len, settings.rope_base)
     forward = compiled_losses(model) if compiled else model.token_losses
     subject = {
