@@ -64,10 +64,10 @@ for path in sys.argv[1:]:
     with open(path, encoding="utf-8") as lines:
         wanted = [line.split("#")[0].strip() for line in lines]
     for requirement in filter(None, wanted):
-        name, rules, older = re.match(
-            r"([A-Za-z0-9._-]+)([^;]*)(?:; python_version < \"(.*)\")?$", requirement
+        name, rules, older, system = re.match(
+            r"([A-Za-z0-9._-]+)([^;]*)(?:; python_version < \"(.*)\")?(?:; sys_platform == \"(.*)\")?$", requirement
         ).groups()
-        if older and sys.version_info[:2] >= numbers(older):
+        if older and sys.version_info[:2] >= numbers(older) or system and sys.platform != system:
             continue
         try:
             installed = metadata.version(name)

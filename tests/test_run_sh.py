@@ -114,6 +114,14 @@ def test_what_only_an_older_python_needs_is_not_asked_for(project):
     assert "golf-no-such-package" in run_sh(project).stderr
 
 
+def test_what_only_another_system_needs_is_not_asked_for(project):
+    (project / "requirements.txt").write_text('golf-no-such-package==2; sys_platform == "elsewhere"\n')
+    assert run_sh(project).returncode == 0
+    (project / "requirements.txt").write_text(f'golf-no-such-package==2; sys_platform == "{sys.platform}"\n')
+    write_environment(project, "exit 9")
+    assert "golf-no-such-package" in run_sh(project).stderr
+
+
 def test_an_option_without_its_value_is_a_usage_error(project):
     finished = run_sh(project, "--preset")
     assert finished.returncode == 2 and finished.stderr == "run.sh: --preset needs a value\n"
