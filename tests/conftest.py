@@ -22,7 +22,10 @@ hypothesis.settings.register_profile("golf", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("golf")
 
 
-LONG_FILES = ("test_resume", "test_end_to_end", "test_ablate_runs", "test_shipped_script", "test_demo_page")
+LONG_FILES = (
+    "test_resume", "test_end_to_end", "test_ablate_runs", "test_shipped_script", "test_gpu_forecast",
+    "test_determinism", "test_demo_page",
+)  # fmt: skip
 """Begun first, the longest before all: a file is one process's, and none of these should end alone."""
 
 
