@@ -153,6 +153,7 @@ def encode_chunks(
                 if waiting and (chunk is None or len(waiting) >= 2 * workers):
                     yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise WorkerLostError("a worker process was killed (too little memory?); the same command goes on") from None
+            message = "a worker process was killed (too little memory?); the same command goes on"
+            raise WorkerLostError(message) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
