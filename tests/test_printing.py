@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from lab.bundle.parts import BundleError
-from lab.bundle.printing import print_code
+from lab.bundle.printing import copy_fields, print_code
 
 FORMS = """\
 for number, (name, value) in items:
@@ -31,6 +31,14 @@ def test_what_is_printed_is_the_same_program(repository):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         before = ast.dump(tree)
         assert ast.dump(ast.parse(print_code(tree))) == before == ast.dump(tree), path
+
+
+def test_marks_that_others_left_on_nodes_are_not_copied():
+    """The minifier's lead from every name to a whole program, which took a bundle of seconds to minutes."""
+    name = ast.Name("x", ast.Load())
+    name.ctx.mark = name.mark = object()
+    copied = copy_fields(name)
+    assert ast.dump(copied) == ast.dump(name) and not hasattr(copied, "mark") and not hasattr(copied.ctx, "mark")
 
 
 def f_string(*parts: ast.expr) -> ast.JoinedStr:

@@ -6,7 +6,7 @@ These are printed here, and stand in the tree as names whose text they are.
 """
 
 import ast
-import copy
+from typing import Any
 
 from lab.bundle.parts import BundleError
 
@@ -17,7 +17,20 @@ BRACKETED = ast.IfExp | ast.Lambda | ast.NamedExpr
 
 def print_code(tree: ast.AST) -> str:
     """Returns the code of a syntax tree, which every Python since 3.10 reads."""
-    return ast.unparse(ast.fix_missing_locations(OldForms().visit(copy.deepcopy(tree))))
+    return ast.unparse(ast.fix_missing_locations(OldForms().visit(copy_fields(tree))))
+
+
+def copy_fields(part: Any) -> Any:
+    """Returns a copy of a syntax tree without marks that others left on its nodes.
+
+    copy.deepcopy would follow those: the minifier's, on nodes that Python shares among trees, lead to whole programs.
+    """
+    if isinstance(part, list):
+        return [copy_fields(one) for one in part]
+    if not isinstance(part, ast.AST):
+        return part
+    fields = {name: copy_fields(value) for name, value in ast.iter_fields(part)}
+    return ast.copy_location(type(part)(**fields), part)
 
 
 class OldForms(ast.NodeTransformer):
