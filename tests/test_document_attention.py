@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import golf.model.block
+import golf.model.gpt
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.description import model_from_json, model_to_json
@@ -17,7 +17,7 @@ from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
-from golf.model.block import causal_attention, visible_keys
+from golf.model.attention import causal_attention, visible_keys
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state
@@ -123,7 +123,7 @@ def test_the_mask_is_made_only_where_the_flag_is_on(flag, monkeypatch):
         seen.append(arguments[3] is not None)
         return causal_attention(*arguments)
 
-    monkeypatch.setattr(golf.model.block, "causal_attention", spy)
+    monkeypatch.setattr(golf.model.gpt, "causal_attention", spy)
     with torch.no_grad():
         lively_model(replace(SMALL, document_attention=flag)).logits(random_rows())
     assert seen == [flag] * SMALL.num_layers

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import golf.model.block
+import golf.model.gpt
 from golf.config.config import Config, with_knobs
 from golf.model.embedding import SmearGate
 from golf.model.init import build_model
@@ -90,7 +90,7 @@ def sees_everything(q_BHSK, k_BGTK, v_BGTK, visible):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_model_without_a_causal_mask_fails_causality(seed, monkeypatch):
-    monkeypatch.setattr(golf.model.block, "causal_attention", sees_everything)
+    monkeypatch.setattr(golf.model.gpt, "causal_attention", sees_everything)
     assert real_verdicts(real_scorer(), seed) == [FAIL, *SOUND[1:]]
 
 

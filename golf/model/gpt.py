@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from golf.config.features import Feature, StepFacts, register_feature
 from golf.config.model import ModelConfig
-from golf.model.block import Block, Positions, visible_keys
+from golf.model.attention import causal_attention, flash_runs, segment_attention, segment_bounds, visible_keys
+from golf.model.block import Block, Positions
 from golf.model.cache import KeyValueCache
 from golf.model.embedding import BigramHash, SmearGate, has_predecessor
 from golf.model.layers import Embedding, Linear, rms_norm, rotary_tables
@@ -80,7 +81,7 @@ class GPT(nn.Module):
         return rotary_tables(length, self.config.model_dim // self.config.num_heads, base, device, start)
 
     def positions(self, ids_BT: Tensor, rope_base: float, cache: KeyValueCache | None = None) -> Positions:
-        """Returns rotary tables and the mask of the new positions; knowledge tokens come first and are not rotated."""
+        """Returns rotary tables and attention of the new positions; knowledge tokens come first and are not rotated."""
         config, past, device = self.config, 0 if cache is None else cache.length, ids_BT.device
         head_dim, new = config.model_dim // config.num_heads, 0 if past else config.knowledge_tokens
         tables = self.rotary_of(past + ids_BT.size(1), rope_base, device, past)
@@ -91,15 +92,18 @@ class GPT(nn.Module):
                 for fill, table in zip(unturned, tables, strict=True)
             )
         if not (config.document_attention or config.attention_window):
-            return Positions(*tables)
-        queries = new + ids_BT.size(1)
+            return Positions(*tables, causal_attention)
+        if cache is None and not new and flash_runs(device, self.compute_dtype):
+            start_BT = (ids_BT == config.bos_id) & config.document_attention
+            bounds = segment_bounds(start_BT | (torch.arange(ids_BT.size(1), device=device) == 0))
+            return Positions(*tables, partial(segment_attention, bounds=bounds, window=config.attention_window))
         document_BU = F.pad((ids_BT == config.bos_id).cumsum(1), (new, 0))
         document_BU = document_BU if cache is None else cache.documents(document_BU)
         visible = visible_keys(
-            queries, document_BU.size(1), config.knowledge_tokens, config.attention_window, device,
+            new + ids_BT.size(1), document_BU.size(1), config.knowledge_tokens, config.attention_window, device,
             document_BU if config.document_attention else None,
         )  # fmt: skip
-        return Positions(*tables, visible)
+        return Positions(*tables, partial(causal_attention, visible=visible))
 
     def with_knowledge(self, layer: int, x_BTD: Tensor, replaced: int = 0) -> Tensor:
         """Returns the stream with this block's knowledge tokens before the text, in place of the first `replaced`

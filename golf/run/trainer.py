@@ -16,6 +16,7 @@ from golf.config.config import Config
 from golf.config.features import Feature, StepFacts, register_feature
 from golf.config.knobs import ConfigError, UserError
 from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
+from golf.model.attention import check_flash
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.optim.average import WeightAverage
@@ -51,7 +52,12 @@ class StepReport:
 
 
 def new_trainer(config: Config, runtime: Runtime, stream: TokenStream) -> "Trainer":
-    """Returns a trainer of a new model with its initial weights and activation quantizers."""
+    """Returns a trainer of a new model with its initial weights and activation quantizers.
+
+    Raises ConfigError where the device can't run the model's attention.
+    """
+    if config.model.document_attention or config.model.attention_window:
+        check_flash(config.model, runtime.device)
     model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
     return Trainer(install_activation_quantizers(model), config, runtime, stream)
 

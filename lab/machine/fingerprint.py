@@ -19,7 +19,7 @@ import torch
 
 from golf.config.config import Config
 from golf.config.model import ModelConfig
-from golf.model.block import causal_attention
+from golf.model.attention import causal_attention
 from golf.runtime import Runtime, choose_compile
 
 SPEED_VARIABLE = re.compile(r"(NCCL|CUDA|TORCH|TORCHINDUCTOR|OMP|MKL|PYTORCH)_(?!.*(DIR|HOME|PATH)$)")

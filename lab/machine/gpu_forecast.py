@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import golf.model.block
+import golf.model.gpt
 import golf.optim.optimizers
 from golf.config.config import Config
 from golf.model.gpt import GPT
@@ -135,12 +135,14 @@ def capture_step(config: Config, micro_steps: int, world_size: int) -> dict[str,
         ids_BT = torch.zeros(rows, model_config.train_seq_len, dtype=torch.int64)
         return ids_BT, ids_BT
 
-    with mock.patch.object(golf.model.block, "causal_attention", attention):
+    on_cuda = dict(causal_attention=attention, flash_runs=lambda device, dtype: True)
+    with mock.patch.multiple(golf.model.gpt, **on_cuda):
         return capture_graphs(model, batch)
 
 
 def product_flops(graph: torch.fx.GraphModule) -> tuple[float, float]:
-    """Returns the operations of a graph's matrix products, and of its attention (causal: half of all pairs)."""
+    """Returns the operations of a graph's matrix products, and of its attention (causal: half of all pairs, as if a row
+    were one document)."""
     products = attended = 0.0
     for node in graph.graph.nodes:
         name = str(node.target)
@@ -150,6 +152,11 @@ def product_flops(graph: torch.fx.GraphModule) -> tuple[float, float]:
         elif name.startswith("golf_forecast.attention"):
             rows, heads, time, width = shapes["backward" in name]
             attended += (5 if "backward" in name else 2) * rows * heads * time * time * width
+        elif name.startswith("golf.segment_attention"):
+            positions, heads, width = shapes["backward" in name]
+            _, keys, window = node.args[-3:]
+            seen = (window or keys) * (2 - (window or keys) / keys)  # twice the keys that a query sees on average
+            attended += (5 if "backward" in name else 2) * positions * heads * seen * width
     return products, attended
 
 
