@@ -119,9 +119,9 @@ def test_no_gradient_crosses_a_document_start():
 def test_the_mask_is_made_only_where_the_flag_is_on(flag, monkeypatch):
     seen = []
 
-    def spy(*arguments):
-        seen.append(arguments[3] is not None)
-        return causal_attention(*arguments)
+    def spy(*parts, visible=None):
+        seen.append(visible is not None)
+        return causal_attention(*parts, visible)
 
     monkeypatch.setattr(golf.model.gpt, "causal_attention", spy)
     with torch.no_grad():

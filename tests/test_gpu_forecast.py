@@ -56,9 +56,20 @@ def test_masks_and_spills_are_counted(repository):
     plain = forecast(repository, "--machine-code", "--world-size", "1", *TOY)
     assert plain["mask_elements"] == 0 and len(plain["kernels"]) > 10
     assert all(kernel["spills"] == 0 and kernel["instructions"] > 0 for kernel in plain["kernels"])
-    masked = forecast(repository, "--world-size", "1", "document_attention=1", *TOY)
-    assert masked["mask_elements"] >= 256 * 256
+    masked = forecast(repository, "--world-size", "1", "document_attention=1", "knowledge_tokens=4", *TOY)
+    assert masked["mask_elements"] >= 16 * 260 * 260
     assert masked["launches"] > plain["launches"]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("knob", "share"), [("document_attention=1", 1), ("attention_window=64", 0.4375)])
+def test_documents_and_windows_need_no_mask(repository, knob, share):
+    """In 64 of 256 positions a query sees 64 - 64^2 / 512 = 56 keys on average, without the window 128."""
+    plain, segments = (forecast(repository, "--world-size", "1", *more, *TOY) for more in ((), (knob,)))
+    assert segments["mask_elements"] == 0 and segments["launches"] == plain["launches"]
+    flops = [part["teraflops"] for found in (segments, plain) for part in found["parts"] if part["name"] == "attention"]
+    assert flops[0] == pytest.approx(share * flops[1])
 
 
 POWERS = """

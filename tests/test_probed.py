@@ -84,7 +84,7 @@ def test_the_distribution_is_that_of_the_window_that_scores():
         assert scorer.log_probabilities(tokens, target, np.arange(64)) == pytest.approx(expected, abs=1e-5)
 
 
-def sees_everything(q_BHSK, k_BGTK, v_BGTK, visible):
+def sees_everything(q_BHSK, k_BGTK, v_BGTK):
     return F.scaled_dot_product_attention(q_BHSK, *(part.repeat_interleave(2, 1) for part in (k_BGTK, v_BGTK)))
 
 
