@@ -1,7 +1,7 @@
 """FlashAttention's operators in plain loops on the CPU, from their documentation: for tests of what calls them.
 
-For segment i, queries bound_q[i] .. bound_q[i+1] - 1 see keys bound_k[i] .. bound_k[i+1] - 1. The last query is level with
-the last key; from there, a query sees `left` keys before its own and `right` after it (-1: all).
+For segment i, queries bound_q[i] .. bound_q[i+1] - 1 see keys bound_k[i] .. bound_k[i+1] - 1. The last query is level
+with the last key; from there, a query sees `left` keys before its own and `right` after it (-1: all).
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,10 @@ class FlashStandIn:
     ) -> list[tuple[int, int, int, slice]]:
         """Returns (query, head, key head, keys) of all that is computed, and checks what a kernel takes for granted."""
         self.calls.append(call)
-        for bound_M, positions, most in ((bound_q, len(q_NHK), call.most_queries), (bound_k, len(k_NGK), call.most_keys)):
+        for bound_M, positions, most in (
+            (bound_q, len(q_NHK), call.most_queries),
+            (bound_k, len(k_NGK), call.most_keys),
+        ):
             sizes = bound_M.diff()
             assert bound_M.dtype == torch.int32 and bound_M.is_contiguous() and len(bound_M) == call.segments + 1
             assert bound_M[0] == 0 and bound_M[-1] == positions and (sizes >= 0).all() and sizes.max() <= most

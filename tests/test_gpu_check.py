@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from flash_stand_in import flash_on_cpu
 
 from golf.config.config import build_config
+from golf.model.segments import segment_attention, segment_bounds
 from golf.runtime import Runtime
 from lab.machine import gpu_check
 from lab.machine.gpu_check import CHECKS, CheckFailed, Seen, Setting, run_checks
@@ -43,6 +45,22 @@ def test_no_power_or_sine_is_in_the_compiled_step(setting, tmp_path, monkeypatch
     torch.compiler.reset()
     (row,) = run_checks(compiled, tmp_path / "out.json", only=("rotary tables are inputs",), tell=lambda line: None)
     assert row["verdict"] == "FAIL" and "cos" in row["text"]
+
+
+def test_segments_are_held_against_the_mask(setting, monkeypatch):
+    """With FlashAttention's operators in plain loops; planted: rows as the only segments, and a window too wide."""
+    assert gpu_check.check_segments(setting).text == "FlashAttention does not run here"
+    monkeypatch.setattr(gpu_check, "flash_runs", lambda device, dtype: True)
+    with flash_on_cpu() as stand_in:
+        assert "as near to 64 bits" in gpu_check.check_segments(setting).text and len(stand_in.calls) == 8
+        with monkeypatch.context() as patch, pytest.raises(CheckFailed, match="off by"):
+            rows_alone = torch.arange(32).expand(2, 32) == 0
+            patch.setattr(gpu_check, "segment_bounds", lambda start_BT: segment_bounds(rows_alone))
+            gpu_check.check_segments(setting)
+        wider = lambda *parts, bounds, window: segment_attention(*parts, bounds, window and window + 1)  # noqa: E731
+        with monkeypatch.context() as patch, pytest.raises(CheckFailed, match="window 8: off by"):
+            patch.setattr(gpu_check, "segment_attention", wider)
+            gpu_check.check_segments(setting)
 
 
 def test_a_grid_that_differs_from_the_export_is_found(setting, monkeypatch):

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from test_document_attention import BOS, SMALL, STARTS, changed_document, lively_model, random_rows, read_as_one_text
 from test_document_attention import train as train_tiny
 
-import golf.model.attention
 import golf.model.gpt
+import golf.model.segments
 from golf.config.config import build_config
 from golf.config.knobs import ConfigError, UserError
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
-from golf.model.attention import (
-    causal_attention,
+from golf.model.block import causal_attention, visible_keys
+from golf.model.cache import KeyValueCache
+from golf.model.segments import (
     check_flash,
     flash_arguments,
     flash_gradients,
@@ -27,14 +28,16 @@ from golf.model.attention import (
     flash_segments,
     segment_attention,
     segment_bounds,
-    visible_keys,
 )
-from golf.model.cache import KeyValueCache
 from golf.run.trainer import new_trainer
 from golf.runtime import Runtime
 
 CPU = torch.device("cpu")
-BOTH = {"documents": {}, "window": {"document_attention": False, "attention_window": 5}, "both": {"attention_window": 5}}
+BOTH = {
+    "documents": {},
+    "window": {"document_attention": False, "attention_window": 5},
+    "both": {"attention_window": 5},
+}
 
 
 @pytest.fixture
@@ -89,7 +92,9 @@ def test_bounds_are_the_starts_and_then_the_end(length):
     start_BT[1, -1] = True
     bound_M, segments = segment_bounds(start_BT)
     expected = [place for place, start in enumerate(start_BT.flatten().tolist()) if start]
-    assert bound_M.dtype == torch.int32 and bound_M.tolist() == expected + [3 * length] * (3 * length + 1 - len(expected))
+    assert bound_M.dtype == torch.int32 and bound_M.tolist() == expected + [3 * length] * (
+        3 * length + 1 - len(expected)
+    )
     assert int(segments) == len(expected) and segments.device.type == "cpu"
 
 
@@ -106,7 +111,7 @@ def test_the_kernels_see_few_numbers_of_segments():
 
 
 def test_too_many_segments_are_refused(monkeypatch):
-    monkeypatch.setattr(golf.model.attention, "MOST_SEGMENTS", 12)
+    monkeypatch.setattr(golf.model.segments, "MOST_SEGMENTS", 12)
     model_rows = torch.ones(1, 13, dtype=torch.bool)
     assert len(flash_arguments(*segment_bounds(model_rows[:, :12]), 12, 12)[0]) == 13
     with pytest.raises(UserError, match="13 documents and rows"):
@@ -207,22 +212,23 @@ def test_the_mask_stays_where_segments_can_not_say_it(flash, monkeypatch, case):
     assert flash.calls == []
 
 
-def test_one_graph_serves_every_number_of_documents(flash):
+@pytest.mark.parametrize("queries", [32, 8])
+def test_one_graph_serves_every_number_of_documents(flash, queries):
     """From none to one at each position: nothing is compiled again, and the losses stay those of the eager model."""
     model, generator = lively_model(), torch.Generator().manual_seed(3)
-    graphs = []
+    graphs, buckets = [], set()
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    step = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
-    buckets = set()
+    losses = torch.compile(model.token_losses, backend=backend, dynamic=False, fullgraph=True)
     for share in (0.0, 0.02, 0.1, 0.3, 0.6, 1.0):
         ids_BT = torch.randint(2, 64, (2, 32), generator=generator)
         ids_BT[torch.rand(2, 32, generator=generator) < share] = BOS
         with torch.no_grad():
-            assert torch.equal(step(ids_BT, ids_BT), model(ids_BT, ids_BT))
+            batch = ids_BT, ids_BT[:, -queries:]
+            assert torch.equal(losses(*batch), model.token_losses(*batch))
         buckets.add(flash.calls[-1].segments)
     assert len(graphs) == 1 and len(buckets) >= 5
 

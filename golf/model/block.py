@@ -1,6 +1,6 @@
 """Defines one transformer block: grouped-query attention and a squared-ReLU MLP.
 
-B batch, T time, S last positions of T, D model width, H query heads, G key/value heads, K head width, P = K/2.
+B batch, T time, S last positions of T, U keys, D model width, H query heads, G key/value heads, K head width, P = K/2.
 A caller may ask for the last S positions only: keys and values then come from all of T, the rest is computed for S.
 """
 
@@ -22,7 +22,38 @@ class Positions(NamedTuple):
     cos_TP: Tensor
     sin_TP: Tensor
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Returns y_BHSK from q_BHSK, k_BGTK and v_BGTK (golf/model/attention.py)."""
+    """Returns y_BHSK from q_BHSK, k_BGTK and v_BGTK: causal_attention, or segment_attention."""
+
+
+def causal_attention(q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Returns y_BHSK: each query attends to the keys up to its own position, the queries being the last S of T.
+
+    With `visible` (boolean, broadcast to BHTT; its last S rows count), queries attend to the keys that it marks.
+    """
+    queries, time, heads = q_BHSK.size(2), k_BGTK.size(2), q_BHSK.size(1)
+    if queries == time and visible is None:
+        return F.scaled_dot_product_attention(q_BHSK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
+    # Kernels that take a mask want as many key heads as query heads.
+    k_BHTK, v_BHTK = (part.repeat_interleave(heads // part.size(1), dim=1) for part in (k_BGTK, v_BGTK))
+    if visible is None:
+        visible = torch.ones(queries, time, dtype=torch.bool, device=q_BHSK.device).tril(time - queries)
+    return F.scaled_dot_product_attention(q_BHSK, k_BHTK, v_BHTK, attn_mask=visible[..., -queries:, :])
+
+
+def visible_keys(
+    queries: int, keys: int, pinned: int, window: int, device: torch.device, document_BU: Tensor | None = None
+) -> Tensor:
+    """Returns the attention mask, bool_SU, or bool_B1SU with documents.
+
+    The last S of U positions see earlier positions within the last `window` (0: all) and within their own document, and
+    always the first `pinned`, the knowledge tokens.
+    """
+    key_U = torch.arange(keys, device=device)
+    age_SU = key_U[keys - queries :, None] - key_U
+    near = age_SU < window if window else torch.ones_like(age_SU, dtype=torch.bool)
+    if document_BU is not None:
+        near = near & (document_BU[:, None, -queries:, None] == document_BU[:, None, None])
+    return (age_SU >= 0) & (near | (key_U < pinned))
 
 
 BY_MLP_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from golf.config.features import Feature, StepFacts, register_feature
 from golf.config.model import ModelConfig
-from golf.model.attention import causal_attention, flash_runs, segment_attention, segment_bounds, visible_keys
-from golf.model.block import Block, Positions
+from golf.model.block import Block, Positions, causal_attention, visible_keys
 from golf.model.cache import KeyValueCache
 from golf.model.embedding import BigramHash, SmearGate, has_predecessor
 from golf.model.layers import Embedding, Linear, rms_norm, rotary_tables
+from golf.model.segments import flash_runs, segment_attention, segment_bounds
 
 
 class GPT(nn.Module):

@@ -16,9 +16,9 @@ from golf.config.config import Config
 from golf.config.features import Feature, StepFacts, register_feature
 from golf.config.knobs import ConfigError, UserError
 from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
-from golf.model.attention import check_flash
 from golf.model.gpt import GPT
 from golf.model.init import build_model
+from golf.model.segments import check_flash
 from golf.optim.average import WeightAverage
 from golf.optim.optimizers import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, training_budget

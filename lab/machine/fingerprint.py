@@ -19,7 +19,8 @@ import torch
 
 from golf.config.config import Config
 from golf.config.model import ModelConfig
-from golf.model.attention import causal_attention
+from golf.model.block import causal_attention
+from golf.model.segments import flash_runs
 from golf.runtime import Runtime, choose_compile
 
 SPEED_VARIABLE = re.compile(r"(NCCL|CUDA|TORCH|TORCHINDUCTOR|OMP|MKL|PYTORCH)_(?!.*(DIR|HOME|PATH)$)")
@@ -117,6 +118,9 @@ def attention_backend(runtime: Runtime, model: ModelConfig, queries: int, time: 
     """The kernel that runs below scaled_dot_product_attention for the last `queries` of `time` positions, from
     autograd's own record: "math" where no fused kernel did, None where neither left a trace. Takes no random numbers.
     (torch.profiler tells the same, but takes 1 s and writes to the terminal.)"""
+    segments = (model.document_attention or model.attention_window) and not model.knowledge_tokens
+    if segments and flash_runs(runtime.device, runtime.compute_dtype):
+        return "FlashAttention by segments"
     options = {"dtype": runtime.compute_dtype, "device": runtime.device, "requires_grad": True}
     sizes = ((queries, model.num_heads), (time, model.num_kv_heads), (time, model.num_kv_heads))
     shapes = ((1, length, heads, model.model_dim // model.num_heads) for length, heads in sizes)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golf.config.config import Config, with_knobs
+from golf.model.block import causal_attention, visible_keys
 from golf.model.init import build_model
+from golf.model.segments import flash_runs, segment_attention, segment_bounds
 from golf.quant.grid import RowGrids, quantize_rows
 from golf.runtime import CUDNN_FIRST, Runtime, write_file_atomically
 from lab.machine.fingerprint import gpu_states, machine_fingerprint
@@ -158,6 +161,49 @@ def time_attention(setting: Setting, tensors: list[torch.Tensor], backend: SDPBa
     return 1000 * (time.perf_counter() - started) / ATTENTION_ROUNDS
 
 
+def check_segments(setting: Setting) -> Seen:
+    """Compares FlashAttention by segments with the mask: rows of random documents, without and with a window."""
+    runtime, length = setting.runtime, setting.config.model.train_seq_len
+    if not flash_runs(runtime.device, runtime.compute_dtype):
+        return Seen("FlashAttention does not run here")
+    generator, model = torch.Generator().manual_seed(0), setting.config.model
+    start_BT = (torch.rand(2, length, generator=generator) < 8 / length) | (torch.arange(length) == 0)
+    heads = model.num_heads, model.num_kv_heads, model.num_kv_heads
+    parts = [torch.randn(2, count, length, model.model_dim // model.num_heads, generator=generator) for count in heads]
+    parts = [part.to(runtime.device, runtime.compute_dtype) for part in parts]
+    figures: dict[str, float] = {}
+    for window in (0, length // 4):
+        figures |= compare_segments(start_BT.to(runtime.device), parts, window)
+    return Seen(f"as near to 64 bits as the mask: at most {max(figures.values()):.1e} off", figures)
+
+
+def compare_segments(start_BT: torch.Tensor, parts: list[torch.Tensor], window: int) -> dict[str, float]:
+    """Returns how far segments are from attention in 64 bits. Raises CheckFailed where that is more than three times as
+    far as the mask, or where another first document moves a bit of the others."""
+    document_BT, length, figures = start_BT.cumsum(1), start_BT.size(1), {}
+    visible = visible_keys(length, length, 0, window, start_BT.device, document_BT)
+    by_mask = partial(causal_attention, visible=visible)
+    by_segments = partial(segment_attention, bounds=segment_bounds(start_BT), window=window)
+    truth = values_and_gradients(by_mask, [part.double() for part in parts])
+    found, masked = values_and_gradients(by_segments, parts), values_and_gradients(by_mask, parts)
+    for name, right, mine, theirs in zip(("y", "dq", "dk", "dv"), truth, found, masked, strict=True):
+        error, allowed = (float((part.double() - right).abs().max()) for part in (mine, theirs))
+        figures[f"{name}, window {window}"] = error
+        require(error <= 3 * allowed, f"{name}, window {window}: off by {error:.2e}, the mask by {allowed:.2e}")
+    first_B1T1 = (document_BT == 1)[:, None, :, None]
+    others = [part.where(~first_B1T1, part.flip(2)) for part in parts]
+    before, after = (by_segments(*some).masked_fill(first_B1T1, 0.0) for some in (parts, others))
+    require(torch.equal(before, after), f"window {window}: a document's values depend on another document")
+    return figures
+
+
+def values_and_gradients(attend: Callable[..., torch.Tensor], parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns what attention gives, and the gradients of half its sum of squares by queries, keys and values."""
+    parts = [part.clone().requires_grad_() for part in parts]
+    y_BHTK = attend(*parts)
+    return [y_BHTK.detach(), *torch.autograd.grad(y_BHTK, parts, y_BHTK.detach())]
+
+
 def check_whole_run(setting: Setting, *knobs: str) -> Seen:
     """Trains, packs, reloads, scores and probes in a process of its own; every feature must have acted."""
     name = f"run{len(list(setting.folder.glob('run*')))}"
@@ -198,6 +244,7 @@ CHECKS: dict[str, Callable[[Setting], Seen]] = {
     "fake quantization equals the export": check_fake_quantization,
     "rotary tables are inputs": check_rotary_kernels,
     "attention kernels": check_attention,
+    "segments equal the mask": check_segments,
     "steps": check_step_time,
     "steps without QAT": lambda setting: check_step_time(setting, qat_enabled="0"),
     "steps with document attention": lambda setting: check_step_time(setting, document_attention="1"),

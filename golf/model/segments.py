@@ -1,15 +1,16 @@
-"""Computes causal attention over whole rows, or within documents and windows.
+"""Computes attention within documents and windows on CUDA, by FlashAttention: in memory that grows with the positions.
 
-B batch, T time, S last positions of T (the queries), U keys, N = B T positions of a batch (B S for queries), H query
-heads, G key/value heads, K head width. A segment is what a row's queries see at most: a document's part in the row, or
-the row. On CUDA segments go to FlashAttention by their bounds, in memory that grows with N; elsewhere, and for knowledge
-tokens and caches, a boolean mask tells the keys apart, which is the plain form of the same function.
+The plain form of the same function is `causal_attention` with the mask of `visible_keys` (golf/model/block.py), which
+other devices, knowledge tokens and caches take. A segment is what a row's queries see at most: a document's part in the
+row, or the row.
+
+B batch, T time, S last positions of T (the queries), N = B T positions of a batch (B S for queries), M bounds of
+segments, H query heads, G key/value heads, K head width.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from golf.config.knobs import ConfigError, UserError
@@ -17,40 +18,6 @@ from golf.config.model import ModelConfig
 
 MOST_SEGMENTS = 65_535
 """Of a batch: CUDA's limit of the grid's second axis, along which FlashAttention lays them."""
-
-
-def causal_attention(q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Returns y_BHSK: each query attends to the keys up to its own position, the queries being the last S of T.
-
-    With `visible` (boolean, broadcast to BHTT; its last S rows count), queries attend to the keys that it marks.
-    """
-    queries, time, heads = q_BHSK.size(2), k_BGTK.size(2), q_BHSK.size(1)
-    if queries == time and visible is None:
-        return F.scaled_dot_product_attention(q_BHSK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
-    # Kernels that take a mask want as many key heads as query heads.
-    k_BHTK, v_BHTK = (part.repeat_interleave(heads // part.size(1), dim=1) for part in (k_BGTK, v_BGTK))
-    if visible is None:
-        visible = torch.ones(queries, time, dtype=torch.bool, device=q_BHSK.device).tril(time - queries)
-    return F.scaled_dot_product_attention(q_BHSK, k_BHTK, v_BHTK, attn_mask=visible[..., -queries:, :])
-
-
-def visible_keys(
-    queries: int, keys: int, pinned: int, window: int, device: torch.device, document_BU: Tensor | None = None
-) -> Tensor:
-    """Returns the attention mask, bool_SU, or bool_B1SU with documents.
-
-    The last S of U positions see earlier positions within the last `window` (0: all) and within their own document, and
-    always the first `pinned`, the knowledge tokens.
-    """
-    key_U = torch.arange(keys, device=device)
-    age_SU = key_U[keys - queries :, None] - key_U
-    near = age_SU < window if window else torch.ones_like(age_SU, dtype=torch.bool)
-    if document_BU is not None:
-        near = near & (document_BU[:, None, -queries:, None] == document_BU[:, None, None])
-    return (age_SU >= 0) & (near | (key_U < pinned))
-
-
-# ---- by segments, without a mask ----
 
 
 def flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
