@@ -12,7 +12,7 @@ from golf.quant.gptq import StepSizes
 from golf.quant.grid import FP16_MAX, FP16_TINY, dequantize_tensor, same_stored
 from golf.quant.rate import class_entropy
 from golf.quant.tensor_classes import QuantError
-from golf.quant.waterfill import STEPS_PER_OCTAVE, nearest_on_log_grid, prepare_matrix
+from golf.quant.waterfill import STEPS_PER_OCTAVE, nearest_on_log_grid, prepare_matrix, quantize_plain
 
 
 def problem(rows=48, columns=40, seed=0, spread=1.5):
@@ -85,8 +85,8 @@ def test_the_level_beats_one_step_for_all_at_the_same_bits():
     weight_RC, statistics = problem(rows=128, columns=64)
     matrix = prepare_matrix(weight_RC, statistics)
     for level in (1e-5, 1e-4):
-        by_level = matrix.quantize_plain(matrix.step_sizes(level), level, 0.0)
-        flat = matrix.quantize_plain(uniform_steps(matrix, weight_RC, level), level, 0.0)
+        steps = [matrix.step_sizes(level)], [uniform_steps(matrix, weight_RC, level)]
+        (by_level,), (flat,) = (quantize_plain([matrix], scales, level, 0.0) for scales in steps)
         bits = [class_entropy(entry.codes_RC.float()) for entry in (by_level, flat)]
         losses = [matrix.loss_added(dequantize_tensor(entry)) for entry in (by_level, flat)]
         assert 0.5 * math.log2(losses[1] / losses[0]) + bits[1] - bits[0] > 0.3  # bits a weight

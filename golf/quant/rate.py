@@ -4,10 +4,11 @@ An adaptive coder predicts the size of a code from what it has seen of the code'
 put into one of a few classes by the size that its row and its column let one expect, and costs -log2 of the share
 of its magnitude in that class, and a bit for the sign.
 
-R rows, C columns, N a few candidates.
+M matrices of one shape, R rows, C columns, N a few candidates.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +30,12 @@ class CodeCosts:
     """float32, RATE_CLASSES tables of `width` magnitudes one after the other."""
     width: int
     offset_CR: Tensor
-    """int64: where the table of the weight's class begins."""
+    """Where the table of the weight's class begins; CMR for several matrices."""
 
     def of(self, column: int, magnitude_NR: Tensor) -> Tensor:
         """Returns bits_NR of candidate magnitudes of a column's weights."""
-        return self.bits_F[self.offset_CR[column] + magnitude_NR.long()]
+        place_NR = (magnitude_NR + self.offset_CR[column]).int()
+        return self.bits_F.index_select(0, place_NR.flatten()).view_as(place_NR)
 
 
 def expected_classes(level_RC: Tensor) -> Tensor:
@@ -60,24 +62,30 @@ def learn_costs(level_RC: Tensor, most: int) -> CodeCosts:
     counts_KM = counts_KM + PRIOR_COUNT * overall_M / overall_M.sum()
     bits_KM = -torch.log2(counts_KM / counts_KM.sum(1, keepdim=True))
     bits_KM[:, 1:] += 1.0
-    return CodeCosts(bits_KM.flatten().float(), width, (class_RC * width).T.contiguous())
+    return CodeCosts(bits_KM.flatten().float(), width, (class_RC * width).T.float())
+
+
+def join_costs(costs: Sequence[CodeCosts]) -> CodeCosts:
+    """Returns the costs of several matrices of one shape and width of tables."""
+    size = len(costs[0].bits_F)
+    offset_CMR = torch.stack([one.offset_CR + number * size for number, one in enumerate(costs)], 1)
+    return CodeCosts(torch.cat([one.bits_F for one in costs]), costs[0].width, offset_CMR)
 
 
 def cheapest_level(
-    ratio_1R: Tensor, low: Tensor | float, high: Tensor | float, costs: CodeCosts, column: int, price_1R: Tensor
+    ratio_MR: Tensor, low: Tensor | float, high: Tensor | float, costs: CodeCosts, column: int, price_MR: Tensor
 ) -> Tensor:
-    """Returns level_1R of least (ratio - level)^2 + price * bits in a column, among 0 and the three next to the ratio.
+    """Returns level_MR of least (ratio - level)^2 + price * bits in a column, among 0 and the three next to the ratio.
 
     Magnitudes floor|ratio| - 1, + 0 and + 1, within low..high; of equal costs the smallest magnitude wins.
     """
-    size_1R, positive_1R = ratio_1R.abs(), ratio_1R >= 0
-    most_1R = torch.where(positive_1R, high, -low)
-    floor_1R = size_1R.floor()
-    magnitude_NR = torch.cat([torch.zeros_like(floor_1R), floor_1R - 1, floor_1R, floor_1R + 1])
-    magnitude_NR = torch.minimum(magnitude_NR.clamp_(min=0), most_1R)
-    cost_NR = (size_1R - magnitude_NR).square_().add_(price_1R * costs.of(column, magnitude_NR))
-    best_1R = magnitude_NR.gather(0, cost_NR.argmin(0, keepdim=True))
-    return torch.where(positive_1R, best_1R, -best_1R)
+    size_MR = ratio_MR.abs()
+    next_N11 = torch.tensor([-math.inf, -1, 0, 1], device=ratio_MR.device).view(4, 1, 1)
+    magnitude_NMR = (size_MR.floor() + next_N11).clamp_(min=0)
+    magnitude_NMR = torch.minimum(magnitude_NMR, torch.where(ratio_MR >= 0, high, -low))
+    cost_NMR = (size_MR - magnitude_NMR).square_().add_(price_MR * costs.of(column, magnitude_NMR))
+    magnitude_NMR.masked_fill_(cost_NMR > cost_NMR.amin(0), math.inf)
+    return magnitude_NMR.amin(0).copysign(ratio_MR)
 
 
 def class_entropy(level_RC: Tensor) -> float:

@@ -77,3 +77,7 @@ def quantize_trellis(weight_RC: Tensor, factor_CC: Tensor, scales: StepSizes) ->
         codes_RC[:, block], errors_RB, state_R = found
         weight_RC[:, later] -= errors_RB @ factor_CC[block, later]
     return QuantizedTensor(codes_RC.cpu(), scale_S1.cpu(), 8, column_C.cpu(), trellis=True)
+
+
+def quantize_trellises(weights, factors, scales):
+    return [quantize_trellis(*one) for one in zip(weights, factors, scales, strict=True)]

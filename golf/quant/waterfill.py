@@ -12,7 +12,7 @@ the product of a scale for the row and one for the column. Both lie on a logarit
 send. R rows, C columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from golf.quant.gptq import (
 from golf.quant.grid import FP16_MAX, FP16_TINY, QuantizedTensor, dequantize_tensor
 from golf.quant.rate import HIGH_RATE_SLOPE, class_entropy
 from golf.quant.tensor_classes import QuantError
-from golf.quant.trellis_search import quantize_trellis
+from golf.quant.trellis_search import quantize_trellises
 
 UP_SUFFIX, DOWN_SUFFIX = ".mlp.fc.weight", ".mlp.proj.weight"
 
@@ -126,27 +126,8 @@ class PreparedMatrix:
         return StepSizes(nearest_on_log_grid(row_R).unsqueeze(1), column_C)
 
     def quantize(self, level: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True) -> QuantizedTensor:
-        """Quantizes by GPTQ with the steps of `level`, choosing each code by its error and its bits at the level's
-        price.
-
-        Where they cost less, returns the codes of a trellis (its search takes ten times as long).
-        """
-        scales = self.step_sizes(level)
-        plain = self.quantize_plain(scales, level, rd_lambda)
-        if not trellis:
-            return plain
-        woven = quantize_trellis(self.weight_RC, self.problem.factor_CC, scales)
-        return min(plain, woven, key=lambda entry: self.cost(entry, level))
-
-    def quantize_plain(self, scales: StepSizes, level: float, rd_lambda: float) -> QuantizedTensor:
-        grid, price = ColumnGrid(scales, self.weight_RC.device), None
-        level_RC = self.problem.round_columns(grid)
-        for _ in range(RATE_PASSES if rd_lambda else 0):
-            price = rate_price(level_RC, rd_lambda * (HIGH_RATE_SLOPE * level), self.row_weight_R)
-            level_RC = self.problem.round_columns(grid, price)
-        level_RC = self.problem.descend(level_RC, grid, price)
-        codes_RC, column_scale_C = level_RC.to(torch.int8).cpu(), scales.column_scale_C.cpu()
-        return QuantizedTensor(codes_RC, scales.scale_SG.cpu(), CODE_BITS, column_scale_C)
+        """Returns quantize_matrices of this one alone."""
+        return quantize_matrices([self], level, rd_lambda, trellis)[0]
 
     def cost(self, entry: QuantizedTensor, level: float) -> float:
         """Returns nats per token: the predicted loss, and the codes' bits at the level's price."""
@@ -168,6 +149,48 @@ class PreparedMatrix:
         """Returns the predicted added loss, nats per token."""
         error_RC = restored_RC.to(self.weight_RC.device).double() - self.weight_RC.double()
         return 0.5 * float(((error_RC @ self.hessian_CC) * error_RC).sum(1) @ self.row_weight_R)
+
+
+def quantize_matrices(
+    matrices: Sequence[PreparedMatrix], level: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True
+) -> list[QuantizedTensor]:
+    """Quantizes matrices of one shape by GPTQ with the steps of `level`, choosing each code by its error and its bits at
+    the level's price.
+
+    Takes the codes of a trellis where they cost less. A matrix gets the same codes in any company.
+    """
+    scales = [matrix.step_sizes(level) for matrix in matrices]
+    plain = quantize_plain(matrices, scales, level, rd_lambda)
+    if not trellis:
+        return plain
+    factors = [matrix.problem.factor_CC for matrix in matrices]
+    woven = quantize_trellises([matrix.weight_RC for matrix in matrices], factors, scales)
+    return [
+        min(entries, key=lambda entry, matrix=matrix: matrix.cost(entry, level))
+        for matrix, *entries in zip(matrices, plain, woven, strict=True)
+    ]
+
+
+def quantize_plain(
+    matrices: Sequence[PreparedMatrix], scales: Sequence[StepSizes], level: float, rd_lambda: float
+) -> list[QuantizedTensor]:
+    """Quantizes matrices of one shape without trellises."""
+    grid, price = ColumnGrid(scales, matrices[0].weight_RC.device), None
+    problems = [matrix.problem for matrix in matrices]
+    problem = GptqProblem(
+        torch.cat([one.weight_CMR for one in problems], 1), [one.factor_CC for one in problems],
+        [one.damped[0] for one in problems],
+    )  # fmt: skip
+    level_MRC = problem.round_columns(grid)
+    for _ in range(RATE_PASSES if rd_lambda else 0):
+        slope = rd_lambda * (HIGH_RATE_SLOPE * level)
+        price = rate_price(level_MRC, slope, [matrix.row_weight_R for matrix in matrices])
+        level_MRC = problem.round_columns(grid, price)
+    code_MRC = problem.descend(level_MRC, grid, price).to(torch.int8).cpu().contiguous()
+    return [
+        QuantizedTensor(code_RC, one.scale_SG.cpu(), CODE_BITS, one.column_scale_C.cpu())
+        for code_RC, one in zip(code_MRC, scales, strict=True)
+    ]
 
 
 def prepare_matrix(weight_RC: Tensor, statistics: LayerStatistics, damping: float = 0.01) -> PreparedMatrix:

@@ -33,7 +33,7 @@ def quantize_once(trainer: Trainer) -> QuantizedState:
     alone = replace(trainer.runtime, rank=0, world_size=1)
     calibration = calibrate_run(state, config, trainer.batches.stream, alone, rows=REHEARSED_ROWS)
     search = LevelSearch(
-        state, calibration.statistics, config.quant, config.model, log=lambda line: None, device=trainer.runtime.device
+        state, calibration.statistics, config.quant, config.model, log=lambda line: None, runtime=alone
     )
     return search.quantize(FIRST_GUESS)
 

@@ -36,7 +36,6 @@ def quantize_weights(
     if config.quant.quantizer == "waterfill":
         with calibrating():
             calibration = calibrate_run(saved.state, config, stream, runtime, seconds_left(config, train_seconds))
-        if not runtime.is_main:
-            return None, calibration.record
-        return fill_limit(calibration.statistics, *given, runtime.print, runtime.device), calibration.record
+        fitted = fill_limit(calibration.statistics, *given, runtime.print, runtime)
+        return fitted if runtime.is_main else None, calibration.record
     return fit_to_limit(*given, runtime.print) if runtime.is_main else None, NO_CALIBRATION

@@ -83,7 +83,7 @@ def fit_weights(
     if request.target_bpb is None:
         fitted = fill_limit(
             statistics, saved.state, quant, saved.model, saved.tokenizer_sha256, request.goal_bytes, 0, log,
-            runtime.device,
+            runtime,
         )  # fmt: skip
     else:
         fitted = fit_to_score(saved, statistics, quant, request, runtime, log)
@@ -102,7 +102,7 @@ def fit_to_score(
         return score_artifact(read_artifact(data), request.tokenizer, paths, score, runtime)[0].val_bpb
 
     search = LevelSearch(
-        saved.state, statistics, quant, saved.model, saved.tokenizer_sha256, log, trellis=True, device=runtime.device
+        saved.state, statistics, quant, saved.model, saved.tokenizer_sha256, log, trellis=True, runtime=runtime
     )
     found = smallest_at_score(search, score_of, request.target_bpb, log)
     data, sizes = pack_artifact(found.stored, saved.model, saved.tokenizer_sha256, quant.codec)

@@ -68,6 +68,9 @@ class SpecGrid(ColumnGrid):
     its weights as they have been moved by then. Groups are neighbours in the matrix, in whatever order they come.
     """
 
+    run = 1
+    """Every column is begun by itself: neighbours in the order may be of different groups."""
+
     def __init__(self, weight_RC: Tensor, spec: QuantSpec, scales: StepSizes | None, order_C: Tensor):
         columns, self.spec, self.place_C = weight_RC.size(1), spec, order_C.argsort()
         if scales is None and spec.granularity == "group":
@@ -82,7 +85,7 @@ class SpecGrid(ColumnGrid):
         given_C = self.given_column_scale_C
         self.column_scale_C = torch.ones_like(weight_RC[0]) if given_C is None else given_C[order_C]
 
-    def begin_column(self, column: int, moved: Callable[[Tensor], Tensor]) -> None:
+    def begin_run(self, column: int, moved: Callable[[Tensor], Tensor]) -> None:
         """Chooses the steps of the column's group where they have still to be chosen."""
         group = self.group_C[column]
         if self.steps_G[group] is None:
@@ -90,10 +93,10 @@ class SpecGrid(ColumnGrid):
             step_R1, zero_R1 = choose_steps(weight_NR.T.float(), self.spec)
             self.steps_G[group] = step_R1.T, None if zero_R1 is None else zero_R1.T
 
-    def column(self, column: int) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """Returns step_1S of a column, and its smallest and largest level."""
-        step_1S, zero_1S = self.steps_G[self.group_C[column]]
-        return step_1S * self.column_scale_C[column], *level_range(self.spec, zero_1S)
+    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Returns step_11S of a column, and its smallest and largest level."""
+        step_1S, zero_1S = self.steps_G[self.group_C[start]]
+        return (step_1S * self.column_scale_C[start])[None], *level_range(self.spec, zero_1S)
 
     def nearest(self, ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
         """Returns nearest_level of the spec."""
@@ -128,7 +131,7 @@ def price_of_codes(problem: GptqProblem, level_RC: Tensor, grid: SpecGrid, optio
         power_C = problem.factor_CC.diagonal().square().reciprocal()[grid.place_C]
         slope = float(HIGH_RATE_SLOPE * (weight_R[:, None] * step_SC.square() * power_C).mean())
     most = grid_clip(grid.spec.bits) if grid.spec.symmetric else 2**grid.spec.bits - 1
-    return rate_price(level_RC, options.rd_lambda * slope, weight_R, most)
+    return rate_price([level_RC], options.rd_lambda * slope, [weight_R], most)
 
 
 def quantize_matrix(
@@ -150,14 +153,14 @@ def quantize_matrix(
     weight_RC = weight_RC.detach().float()
     problem, order_C = ordered_problem(weight_RC, hessian_CC, options)
     grid = SpecGrid(weight_RC, spec, scales, order_C)
-    level_RC, price = problem.round_columns(grid), None
+    (level_RC,), price = problem.round_columns(grid), None
     if options.rd_lambda > 0 and not (spec.bits == 1 and spec.symmetric):
         for _ in range(options.rate_passes):
             price = price_of_codes(problem, level_RC, grid, options)
             grid = SpecGrid(weight_RC, spec, scales, order_C)
-            level_RC = problem.round_columns(grid, price)
+            (level_RC,) = problem.round_columns(grid, price)
     if options.descent_passes > 0:
-        level_RC = problem.descend(level_RC, grid, price, options.descent_passes)
+        (level_RC,) = problem.descend(level_RC[None], grid, price, options.descent_passes)
     return stored_form(level_RC[:, grid.place_C], *grid.parts(), spec, grid.given_column_scale_C)
 
 
