@@ -86,6 +86,7 @@ class Trainer:
         """Training time that kills wasted: it is on the clock, its steps are not in the weights."""
         self.stop_agreed = False
         self.runs_ahead, self.waits = runtime.device.type == "cuda", True
+        """Whether a step may be queued before the last is read, and whether whoever takes the reports wants none."""
         self.queued: deque[tuple[int, StepFacts, float, Tensor, torch.Event]] = deque()
         """Number, facts but for the norm, learning-rate scale, loss and norm, and end of each step not yet read."""
 
