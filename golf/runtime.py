@@ -1,14 +1,13 @@
 """Provides a process's ranks, device, seeds, clock and log.
 
 Only this module starts torch.distributed. Everything works the same with one process (world size 1, no process group)
-and under torchrun (NCCL on CUDA, gloo on CPU).
+and under torchrun (NCCL between CUDA devices, gloo between hosts).
 """
 
 import contextlib
 import functools
 import hashlib
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -19,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -94,34 +92,31 @@ class Runtime:
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` over all ranks, in place, and returns it."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+            dist.all_reduce(tensor)
         return tensor
+
+    def values_of_ranks(self, *values: float) -> list[list[float]]:
+        """Returns each value on every rank, by one message between the hosts, which waits for no device."""
+        table_VR = torch.zeros(len(values), self.world_size, dtype=torch.float64)
+        table_VR[:, self.rank] = torch.tensor(values, dtype=torch.float64)
+        return self.sum_over_ranks(table_VR).tolist()
 
     def max_over_ranks(self, *values: float) -> list[float]:
         """Returns the largest of each value over all ranks, in one message."""
-        if self.world_size == 1:
-            return list(values)
-        values_N = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(values_N, op=dist.ReduceOp.MAX)
-        return values_N.tolist()
+        return [max(row) for row in self.values_of_ranks(*values)]
 
     def barrier(self) -> None:
         self.max_over_ranks(0.0)
 
     def text_of_main(self, text: str) -> str:
         """Returns the main rank's `text` on every rank."""
-        if self.world_size == 1:
-            return text
-        data_N = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        size = int(self.max_over_ranks(len(data_N) if self.is_main else 0)[0])
-        data_N = data_N if self.is_main else torch.zeros(size, dtype=torch.uint8, device=self.device)
-        dist.broadcast(data_N, src=0)
-        return bytes(data_N.tolist()).decode()
+        data = text.encode() if self.is_main else b""
+        size = int(*self.max_over_ranks(len(data)))
+        return bytes(map(int, self.max_over_ranks(*data.ljust(size, b"\0")))).decode()
 
     def synchronize(self) -> None:
         """Waits until the device has finished its queued work, so that a clock reading means something."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize(self.device)
 
     def print(self, line: str) -> None:
         """Writes one line to the log (main rank only)."""
@@ -196,13 +191,11 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
     torch.use_deterministic_algorithms(device.type == "cpu")
     if run.threads:
         torch.set_num_threads(run.threads)
-    random.seed(run.seed)
-    np.random.seed(run.seed)
     torch.manual_seed(run.seed)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         store, rank, world_size = next(rendezvous("env://", rank, world_size))
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = dist.PrefixStore(stage, store)
         # Long enough for the main rank to prepare a corpus while the others wait.
         dist.init_process_group(backend, timeout=timedelta(hours=2), world_size=world_size, rank=rank, store=store)

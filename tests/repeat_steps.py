@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from golf.config.config import build_config
+from golf.optim.optimizers import Optimizers
 from golf.run.datasets import open_training_data
 from golf.run.trainer import Trainer, new_trainer
 from golf.runtime import start_runtime
@@ -21,7 +22,7 @@ from golf.runtime import start_runtime
 
 def train_again(trainer: Trainer, weights: dict[str, torch.Tensor]) -> str:
     trainer.model.load_state_dict(weights)
-    trainer.optimizers = trainer.new_optimizers()
+    trainer.optimizers = Optimizers(trainer.model, trainer.config.optim, trainer.runtime)
     losses, steps = [], trainer.config.train.iterations
     for trainer.step in range(steps):
         loss, _, _ = trainer.take_step(trainer.step / steps)

@@ -5,14 +5,12 @@ the files of all ranks are there. The training waits only while its tensors are 
 """
 
 import json
-import random
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -38,26 +36,21 @@ class TrainingState:
     numbers: dict[str, Any]
 
 
+def tensors_under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def generator_tensors() -> dict[str, Tensor]:
-    """Returns the states of all random number generators that a run may draw from."""
-    states = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["rng.cuda"] = torch.cuda.get_rng_state()
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    states["rng.numpy"] = torch.from_numpy(keys.astype(np.int64))
-    states["rng.numpy_rest"] = torch.tensor([position, has_gauss, gauss], dtype=torch.float64)
-    states["rng.python"] = torch.tensor(random.getstate()[1], dtype=torch.int64)
-    return states
+    """Returns the states of torch's generators; nobody draws from Python's and NumPy's (a test looks)."""
+    on_cuda = {"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return on_cuda | {"rng.torch": torch.get_rng_state()}
 
 
 def restore_generators(tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["rng.torch"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    position, has_gauss, gauss = tensors["rng.numpy_rest"].tolist()
-    keys = tensors["rng.numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
-    random.setstate((3, tuple(tensors["rng.python"].tolist()), None))
 
 
 def checkpoint_path(folder: Path, step: int, rank: int, world_size: int) -> Path:
@@ -66,7 +59,7 @@ def checkpoint_path(folder: Path, step: int, rank: int, world_size: int) -> Path
 
 def features_of(numbers: dict[str, Any]) -> dict[str, Any]:
     """Returns the feature audit in a checkpoint's numbers, under its present or its older name."""
-    return numbers["features"] if "features" in numbers else numbers["witness"]
+    return numbers.get("features", numbers.get("witness"))
 
 
 class CheckpointWriter:
@@ -84,7 +77,10 @@ class CheckpointWriter:
         raises."""
         self.wait()
         path = checkpoint_path(self.folder, step, self.rank, self.world_size)
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
+        # From CUDA into pinned memory, which torch takes for copies that do not block.
+        tensors = {name: part.detach().to("cpu", copy=True, non_blocking=True) for name, part in state.tensors.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.pending = self.thread.submit(self.put, path, tensors, {"numbers": json.dumps(state.numbers)})
         return path
 
@@ -112,8 +108,8 @@ class CheckpointWriter:
 
 def checkpoint_files(folder: Path, rank: int) -> list[Path]:
     """Returns the files of one rank, oldest first."""
-    matches = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob("step*.safetensors")]
-    return [path for match, path in sorted(matches, key=lambda pair: pair[1].name) if match and int(match[2]) == rank]
+    paths = sorted(folder.glob(f"step*-rank{rank}of*.safetensors"))
+    return [path for path in paths if CHECKPOINT_NAME.fullmatch(path.name)]
 
 
 def newest_checkpoint(folder: Path) -> list[Path]:
@@ -141,8 +137,5 @@ def read_checkpoint(files: list[Path]) -> TrainingState:
 
 def final_weights(state: TrainingState, audit: FeatureAudit) -> dict[str, Tensor]:
     """Returns the final weights: the average where there is one, else the last."""
-    last, mean = (
-        {name.removeprefix(kind): tensor for name, tensor in state.tensors.items() if name.startswith(kind)}
-        for kind in ("model.", "average.")
-    )
+    last, mean = (tensors_under(kind, state.tensors) for kind in ("model.", "average."))
     return averaged_weights(last, mean, state.numbers["average"][0], audit)

@@ -37,9 +37,17 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
     """Trains until the budget is used up, with periodic checkpoints. Raises Interrupted, after a last checkpoint."""
     config, runtime, folder = trainer.config, trainer.runtime, session.folder
     progress, saved_at, report = ProgressLine(shown=runtime.is_main), trainer.clock.seconds, None
+
+    def holds_out(step: int) -> bool:
+        return config.train.holdout_every > 0 and step % config.train.holdout_every == 0
+
     for report in trainer.steps(lambda: session.interruption.requested):
         log_step(report, trainer, folder, progress)
-        if config.train.holdout_every and report.step % config.train.holdout_every == 0:
+        due = 0 < config.run.checkpoint_seconds <= report.elapsed - saved_at and report.progress < LAST_CHECKPOINT
+        trainer.waits = due or trainer.stop_agreed or holds_out(report.step + 1)
+        if trainer.queued:  # the state is no longer this step's
+            continue
+        if holds_out(report.step):
             with session.ledger.phase("hold out"):
                 eval_holdout(trainer, data, report, folder)
         if trainer.stop_agreed:
@@ -49,14 +57,13 @@ def take_steps(trainer: Trainer, data: TrainingData, session: Session, writer: C
             runtime.barrier()  # a launcher ends all ranks when the first one exits
             session.interruption.check(f"after step {report.step}; go on with --resume {folder.path.name}")
             raise Interrupted(f"another process was stopped after step {report.step}")
-        due = 0 < config.run.checkpoint_seconds <= report.elapsed - saved_at
-        if due and report.progress < LAST_CHECKPOINT:
+        if due:
             with trainer.clock:  # the copy delays training, so it counts
                 writer.write(trainer.state(), report.step)
             saved_at = report.elapsed
             session.ledger.flush()
     progress.clear()
-    if report and (report.step < config.train.iterations or not config.train.iterations):
+    if report and not 0 < config.train.iterations <= report.step:
         runtime.print(stop_line(report, config))
 
 

@@ -6,7 +6,7 @@ B batch rows, T time.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from golf.optim.optimizers import Optimizers, average_gradients
 from golf.optim.schedule import learning_rate_scale, training_budget
 from golf.quant.grid import RowGrids
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization, remove_fake_quantization
-from golf.run.checkpoint import TrainingState, features_of, generator_tensors, restore_generators
+from golf.run.checkpoint import TrainingState, features_of, generator_tensors, restore_generators, tensors_under
 from golf.run.feature_audit import FeatureAudit
 from golf.run.proofs import MOST_BATCHES, verify_features
 from golf.runtime import Runtime, Stopwatch
@@ -79,7 +79,7 @@ class Trainer:
         for length in filter(None, (config.model.train_seq_len, config.train.short_seq_len)):
             model.keep_rotary(length)
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if runtime.compiles else model
-        self.optimizers = self.new_optimizers()
+        self.optimizers = Optimizers(model, config.optim, runtime)
         self.average = WeightAverage(config.average)
         self.budget = training_budget(config)
         self.micro_steps = count_micro_steps(config, runtime.world_size)
@@ -91,9 +91,10 @@ class Trainer:
         self.lost_seconds = 0.0
         """Training time that kills wasted: it is on the clock, its steps are not in the weights."""
         self.stop_agreed = False
-
-    def new_optimizers(self) -> Optimizers:
-        return Optimizers(self.model, self.config.optim, self.runtime)
+        self.runs_ahead, self.waits = runtime.device.type == "cuda", True
+        """Whether a step may be queued before the last is read, and whether whoever takes the reports wants none."""
+        self.queued: deque[tuple[int, StepFacts, float, Tensor, torch.Event]] = deque()
+        """Number, facts but for the norm, learning-rate scale, loss and norm, and end of each step not yet read."""
 
     def warm_up(self) -> None:
         """Compiles and touches everything that training will run, then restores weights and optimizers."""
@@ -108,7 +109,7 @@ class Trainer:
             self.model.load_state_dict(before)
             self.verify_features(at_start=True)
             self.model.load_state_dict(before)
-        self.optimizers = self.new_optimizers()
+        self.optimizers = Optimizers(self.model, self.config.optim, self.runtime)
 
     def phase(self, progress: float) -> tuple[bool, int]:
         """Returns (whether weights pass through the export grid, tokens in a row) at a share of the budget."""
@@ -123,12 +124,11 @@ class Trainer:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             return (batch for step in range(MOST_BATCHES) for batch in self.micro_batches(step))
 
-        facts = self.facts(1.0, None)
-        for line in verify_features(self.audit, facts, self.forward, self.model, batches, at_start):
+        for line in verify_features(self.audit, self.facts(1.0), self.forward, self.model, batches, at_start):
             self.runtime.print(line)
 
-    def facts(self, progress: float, gradient_norm: float | None) -> StepFacts:
-        return StepFacts(progress, self.seq_len, self.fake_quantized, gradient_norm)
+    def facts(self, progress: float) -> StepFacts:
+        return StepFacts(progress, self.seq_len, self.fake_quantized, None)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Returns inputs_BT and targets_BT of each forward pass of `step`, which has the same tokens for every row
@@ -146,7 +146,7 @@ class Trainer:
         self.fake_quantized = wanted
 
     def accumulate_gradients(self, step: int) -> Tensor:
-        """Leaves the gradient of the global batch of `step` in .grad; returns its mean loss over all ranks."""
+        """Leaves the gradient of the global batch of `step` in .grad; returns this rank's share of its mean loss."""
         self.row_grids.renew()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for inputs_BT, targets_BT in self.micro_batches(step):
@@ -154,34 +154,63 @@ class Trainer:
             (loss / self.micro_steps).backward()
             loss_sum += loss.detach()
         average_gradients(self.optimizers.parameters, self.runtime.world_size)
-        return self.runtime.sum_over_ranks(loss_sum / (self.micro_steps * self.runtime.world_size))
+        return loss_sum / (self.micro_steps * self.runtime.world_size)
 
     def steps(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
-        """Trains until the budget is used up, and yields a report of each step, outside the clock.
+        """Trains until the budget is used up, and yields a report of each step.
+
+        Where nothing is `queued` then, the state is that of the step, and the clock stands still. On CUDA, unless
+        `waits` is set, the next step is queued before the numbers of the last are read: the device never waits for the
+        host, the clock goes on, and of the budget one more step is kept free.
 
         Once any rank's `stop_requested` returns True, `stop_agreed` is set on all of them, after the same step.
         """
         elapsed = self.clock.seconds
-        while not self.budget.exhausted(self.step, elapsed, STEP_MARGIN * max(self.recent_seconds)):
+        while True:
+            steps = len(self.queued)
+            over = self.budget.exhausted(self.step, elapsed, (steps + 1) * STEP_MARGIN * max(self.recent_seconds))
+            if not over and steps <= (self.runs_ahead and not self.waits):
+                self.queue_step(elapsed)
+            elif steps:
+                report = self.read_step(elapsed, stop_requested())
+                elapsed = report.elapsed
+                yield report
+            else:
+                return
+
+    def queue_step(self, elapsed: float) -> None:
+        """Starts a step and the copy of its numbers to the host; `elapsed` is the last time that ranks agreed on."""
+        progress = self.budget.progress(self.step, elapsed)
+        if self.queued:  # the weights of the step before are there now, and not when its numbers are read
+            self.average.observe_step(self.model, progress, self.step, self.audit)
+        else:
             self.clock.start()
-            progress = self.budget.progress(self.step, elapsed)
-            train_loss, gradient_norm, lr_scale = self.take_step(progress)
-            self.runtime.synchronize()
-            self.step += 1
-            now, stop = self.runtime.max_over_ranks(self.clock.seconds, float(stop_requested()))
-            self.average.observe_step(self.model, self.budget.progress(self.step, now), self.step, self.audit)
+        loss, norm, lr_scale = self.take_step(progress)
+        numbers_N = torch.stack([loss] if norm is None else [loss, norm.double()]).to("cpu", non_blocking=True)
+        done = torch.get_device_module(self.runtime.device).Event()
+        done.record()
+        self.step += 1
+        self.queued.append((self.step, self.facts(progress), lr_scale, numbers_N, done))
+
+    def read_step(self, elapsed: float, stop: bool) -> StepReport:
+        """Waits for the oldest queued step, and agrees with the other ranks on loss and time in one message."""
+        step, facts, lr_scale, numbers_N, done = self.queued.popleft()
+        done.synchronize()
+        loss, norm = (*numbers_N.tolist(), None)[:2]
+        loss, now, stop = self.runtime.values_of_ranks(loss, self.clock.seconds, stop)
+        loss, now, self.stop_agreed = sum(loss), max(now), any(stop)
+        progress = self.budget.progress(step, now)
+        if not self.queued:
+            self.average.observe_step(self.model, progress, step, self.audit)
             self.clock.stop()
-            self.recent_seconds.append(now - elapsed)
-            elapsed, self.stop_agreed = now, stop > 0
-            loss = train_loss.item()
-            if not math.isfinite(loss):  # the loss is the same on every rank, so all stop
-                raise TrainingError(f"the loss is {loss} at step {self.step}: lower matrix_lr or embed_lr")
-            norm = None if gradient_norm is None else gradient_norm.item()
-            self.audit.note_step(self.step, self.facts(progress, norm))
-            yield StepReport(self.step, loss, elapsed, self.budget.progress(self.step, elapsed), lr_scale)
+        self.recent_seconds.append(now - elapsed)
+        if not math.isfinite(loss):  # the loss is the same on every rank, so all stop
+            raise TrainingError(f"the loss is {loss} at step {step}: lower matrix_lr or embed_lr")
+        self.audit.note_step(step, replace(facts, gradient_norm=norm))
+        return StepReport(step, loss, now, progress, lr_scale)
 
     def take_step(self, progress: float) -> tuple[Tensor, Tensor | None, float]:
-        """Returns (loss, norm of the gradients where they are clipped, learning-rate scale)."""
+        """Returns (this rank's share of the loss, norm of gradients where they are clipped, learning-rate scale)."""
         fake_quantized, self.seq_len = self.phase(progress)
         self.set_fake_quantization(fake_quantized)
         train_loss = self.accumulate_gradients(self.step)
@@ -199,6 +228,7 @@ class Trainer:
 
     def state(self) -> TrainingState:
         """Returns all the state that resuming after the last step needs."""
+        assert not self.queued
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         tensors = self.optimizers.state_tensors(names) | generator_tensors()
         if self.runtime.is_main:  # equal on every rank
@@ -216,17 +246,14 @@ class Trainer:
 
     def load_state(self, state: TrainingState, latest: float) -> None:
         """Resumes from `state`, with the clock at `latest`, the last reading of a process that was killed later."""
-        device, numbers = self.runtime.device, state.numbers
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
-        for name, tensor in state.tensors.items():
-            kind, _, rest = name.partition(".")
-            parts.get(kind, {})[rest] = tensor
-        self.model.load_state_dict(parts["model"])
-        self.average.mean = {name: mean.to(device) for name, mean in parts["average"].items()}
+        tensors, numbers = state.tensors, state.numbers
+        self.model.load_state_dict(tensors_under("model.", tensors))
+        means = tensors_under("average.", tensors)
+        self.average.mean = {name: mean.to(self.runtime.device) for name, mean in means.items()}
         self.average.count, self.average.slots_used, self.average.last_step = numbers["average"]
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.optimizers.load_state_tensors(state.tensors, names)
-        restore_generators(state.tensors)
+        self.optimizers.load_state_tensors(tensors, names)
+        restore_generators(tensors)
         self.step, self.clock.total = numbers["step"], max(numbers["elapsed"], latest)
         self.lost_seconds = numbers["lost_seconds"] + self.clock.total - numbers["elapsed"]
         self.recent_seconds.extend(numbers["recent_seconds"])

@@ -44,6 +44,7 @@ def time_steps(config: Config, runtime: Runtime, steps: int) -> tuple[GPT, list[
         elapsed = [0.0]
         for report in trainer.steps():
             elapsed.append(report.elapsed)
+            trainer.waits = report.step + 1 >= steps
             if report.step == steps:
                 break
         states = gpu_states()
