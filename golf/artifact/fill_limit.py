@@ -25,7 +25,7 @@ from golf.config.quantization import QuantConfig
 from golf.quant.calibration import LayerStatistics
 from golf.quant.export import PruneReport, prune_state, quantize_state
 from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state, dequantize_tensor
-from golf.quant.spreading import batches, share_entries, spread_matrices
+from golf.quant.spreading import groups_of_shape, share_entries, spread_matrices
 from golf.quant.tensor_classes import bits_of, tensor_class, weight_site
 from golf.quant.waterfill import (
     PreparedMatrix,
@@ -210,7 +210,7 @@ class LevelSearch:
     def quantize(self, log_level: float) -> QuantizedState:
         """Returns all tensors quantized at a level; those that are no matrices as fp16."""
         mine: dict[str, QuantizedTensor] = {}
-        for names in batches({name: self.shapes[name] for name in self.matrices}, self.runtime.device):
+        for names in groups_of_shape({name: self.shapes[name] for name in self.matrices}, self.runtime.device):
             matrices = [self.matrices[name] for name in names]
             entries = quantize_matrices(matrices, 2.0**log_level, self.quant.rd_lambda, self.trellis)
             mine |= zip(names, entries, strict=True)
