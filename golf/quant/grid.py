@@ -5,6 +5,7 @@ Training and export use one rule, so that the trained weights are those that shi
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -141,18 +142,17 @@ def grid_row_kernel(table_N4, values, BLOCK: constexpr):
 
 
 @cache
-def compiled_row_kernel() -> Any:
-    """Returns the kernel, made by Triton, which CUDA alone has and whose import reads files."""
-    global tl, constexpr
-    tl = import_module("triton.language")
-    constexpr = tl.constexpr
-    return import_module("triton").jit(grid_row_kernel)
+def compiled_kernel(function: Callable) -> Any:
+    """Returns a kernel, made by Triton, which CUDA alone has and whose import reads files."""
+    language = import_module("triton.language")
+    function.__globals__.update(tl=language, constexpr=language.constexpr)
+    return import_module("triton").jit(function)
 
 
 def launch_rows(table_N4: Tensor, dtype: torch.dtype, columns: int) -> None:
     """Renews the values, of `dtype`, of all rows of the table in one kernel."""
     sample = torch.empty(0, dtype=dtype, device=table_N4.device)
-    compiled_row_kernel()[(len(table_N4),)](table_N4, sample, BLOCK=1 << (columns - 1).bit_length())
+    compiled_kernel(grid_row_kernel)[(len(table_N4),)](table_N4, sample, BLOCK=1 << (columns - 1).bit_length())
 
 
 PLAIN_PARTS = ("codes_RC", "scale_SG", "column_scale_C", "zero_SG")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from golf.config.site_quantizers import SiteQuantizer, parse_site
 from golf.quant.grid import FP16_MAX, FP16_TINY, group_width, spread_groups
+from golf.quant.site_kernel import in_one_kernel, site_rows
 
 SMALLEST_STEP = 1e-5
 """Floor of an activation's step, as in BitNet (arXiv 2310.11453)."""
@@ -52,7 +53,8 @@ def over_blocks(function: Callable[[Tensor], Tensor], x_RC: Tensor, site: SiteQu
 
 
 def block_sums(x_RC: Tensor, site: SiteQuantizer) -> Tensor:
-    return over_blocks(lambda part: part.sum(-1), x_RC, site)
+    """Returns SG; sums are float64 ones, so that their order changes nothing (but once in many millions of times)."""
+    return over_blocks(lambda part: part.sum(-1, dtype=torch.float64).float(), x_RC, site)
 
 
 def step_basis(x_RC: Tensor, site: SiteQuantizer, gamma: Tensor | None) -> Tensor:
@@ -61,7 +63,7 @@ def step_basis(x_RC: Tensor, site: SiteQuantizer, gamma: Tensor | None) -> Tenso
         return gamma.view(1, 1)
     if site.scale == "absmax":
         return over_blocks(lambda part: part.abs().amax(-1), x_RC, site)
-    return over_blocks(lambda part: part.abs().mean(-1), x_RC, site)
+    return over_blocks(lambda part: part.abs().mean(-1, dtype=torch.float64).float(), x_RC, site)
 
 
 def storable_scale(scale: Tensor, activation: bool) -> Tensor:
@@ -145,15 +147,19 @@ def activation_calls() -> int:
 # and approximates the division, and then nearly every value differs from the exported one.
 @torch.library.custom_op("golf::site_value", mutates_args=())
 def site_value(x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None) -> Tensor:
-    """Returns fp32 values on the grid, with the gradient that `text` names."""
+    """Returns values on the grid in the dtype of x_RC, with the gradient that `text` names."""
     SITE_CALLS[activation] += 1
-    grid = site_grid(x_RC.float(), parse_site(text, activation), activation, gamma)
-    return grid.codes_RC * grid.spread(grid.scale)
+    site = parse_site(text, activation)
+    if in_one_kernel(x_RC, site, backward=False):
+        basis = None if site.granularity == "row" else step_basis(x_RC, site, gamma)
+        return site_rows(x_RC, site, activation, basis)
+    grid = site_grid(x_RC.float(), site, activation, gamma)
+    return (grid.codes_RC * grid.spread(grid.scale)).to(x_RC.dtype)
 
 
 @site_value.register_fake
 def site_value_shape(x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None) -> Tensor:
-    return torch.empty_like(x_RC, dtype=torch.float32)
+    return torch.empty_like(x_RC, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("golf::site_gradient", mutates_args=())
@@ -161,23 +167,27 @@ def site_gradient(
     g_RC: Tensor, x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of `site_value` by x_RC and by gamma (0 where the operator has no gamma)."""
-    site, x_RC = parse_site(text, activation), x_RC.float()
+    site, dtype = parse_site(text, activation), x_RC.dtype
+    dgamma = x_RC.new_zeros((), dtype=torch.float32)
+    if in_one_kernel(x_RC, site, backward=True):
+        return site_rows(x_RC, site, activation, None, g_RC), dgamma
+    x_RC, g_RC = x_RC.float(), g_RC.float()
     grid = site_grid(x_RC, site, activation, gamma)
     step, scale = grid.spread(grid.step), grid.spread(grid.scale)
     u = x_RC / step
     by_codes_RC = g_RC * scale * surrogate_slope(u, site)
-    dx_RC, dgamma = by_codes_RC / step, g_RC.new_zeros(())
+    dx_RC = by_codes_RC / step
     if site.attached:
         through, dgamma = gradient_through_step(g_RC * grid.codes_RC, -by_codes_RC * u / step, x_RC, grid, site, gamma)
         dx_RC = dx_RC + through
-    return dx_RC, dgamma
+    return dx_RC.to(dtype), dgamma
 
 
 @site_gradient.register_fake
 def site_gradient_shape(
     g_RC: Tensor, x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(g_RC), g_RC.new_empty(())
+    return torch.empty_like(x_RC, memory_format=torch.contiguous_format), x_RC.new_empty((), dtype=torch.float32)
 
 
 def gradient_through_step(
@@ -226,7 +236,7 @@ def site_backward(ctx: Any, g_RC: Tensor) -> tuple[Tensor | None, ...]:
     if is_plain(parse_site(ctx.text, ctx.activation)):
         return g_RC.to(x_RC.dtype), None, None, None
     dx_RC, dgamma = site_gradient(g_RC.contiguous(), x_RC, ctx.text, ctx.activation, gamma)
-    return dx_RC.to(x_RC.dtype), None, None, None if gamma is None else dgamma.view_as(gamma)
+    return dx_RC, None, None, None if gamma is None else dgamma.view_as(gamma)
 
 
 def is_plain(site: SiteQuantizer) -> bool:
@@ -240,7 +250,7 @@ site_value.register_autograd(site_backward, setup_context=keep_site_inputs)
 def quantize_activation(x: Tensor, site: SiteQuantizer) -> Tensor:
     """Returns `x` on the grid of each token (or a token's head: the last axis), in its own dtype."""
     squashed = torch.tanh(x) if site.squash == "tanh" else torch.sigmoid(x) if site.squash == "sigmoid" else x
-    return site_value(squashed.reshape(-1, x.size(-1)), site.text, True, None).view(x.shape).to(x.dtype)
+    return site_value(squashed.reshape(-1, x.size(-1)), site.text, True, None).view(x.shape)
 
 
 def quantize_weight(weight_RC: Tensor, site: SiteQuantizer, shared: tuple[Tensor, ...] = ()) -> Tensor:

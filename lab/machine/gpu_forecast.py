@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import golf.model.gpt
 import golf.optim.optimizers
+import golf.quant.site_grid
 from golf.config.config import Config
 from golf.model.gpt import GPT
 from golf.optim.optimizers import Optimizers, average_gradients, newton_schulz
@@ -31,15 +32,16 @@ from golf.quant.qat import install_activation_quantizers, install_fake_quantizat
 from golf.run.trainer import count_micro_steps
 from golf.runtime import Runtime
 from lab.machine.fake_gpu import GPU
-from lab.machine.gpu_code import Graph, capture_graphs, generate_code, module_on_gpu
+from lab.machine.gpu_code import Graph, capture_graphs, generate_code, module_on_gpu, on_gpu
 
 MATRIX_FLOPS, MEMORY_BYTES, LINK_BYTES = 520e12, 2.5e12, 300e9
 """Assumed rates: of the large products (989e12 is the device's limit in bf16), of memory (limit 3.35e12), of a ring
 over NVLink."""
 ATTENTION_FLOPS = {"torch": 250e12, "cudnn": 400e12}
 """Assumed rates of attention at heads of 64: of FlashAttention 2, of cuDNN's kernels."""
-LAUNCH_SECONDS, HOST_SECONDS = 3e-6, 1e-3
-"""Least time of a kernel, and of what waits for the host in a step."""
+LAUNCH_SECONDS, HOST_SECONDS = 3e-6, 15e-6
+"""Least time of a kernel on the device, and assumed time of the host to launch one: it runs a step ahead, so that the
+device waits only where launching takes longer than the kernels."""
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 1, 3
 """Kernels of a layer's attention."""
 TENSORS_OF_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -166,6 +168,7 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
     graphs = capture_step(config, micro_steps, world_size)
     flops = [product_flops(graph) for graph, _ in graphs.values()]  # before they are lowered
     mask = max((masks(graph) for graph, _ in graphs.values()), default=0)
+    sites = site_part([graph for graph, _ in graphs.values()], micro_steps)
     for name, (graph, inputs) in graphs.items():
         code, sizes = generate_code(graph, inputs, name == "backward")
         launches["generated"] += len(re.findall(r"\.run\(", code))
@@ -173,6 +176,8 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
         programs.append(code)
         for node, size in sizes:
             kind = type(node.node).__name__
+            if str(getattr(node.node, "op_overload", "")).startswith("golf.site"):
+                continue  # counted by what it launches
             moved[{"ExternKernelOut": "products", "FallbackKernel": "attention"}.get(kind, "generated")] += size
     products, attended = (micro_steps * sum(part) for part in zip(*flops, strict=True))
     rate = ATTENTION_FLOPS[config.run.attention_kernels]
@@ -181,8 +186,28 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
         part("matrix products", micro_steps * launches["products"], micro_steps * moved["products"], products),
         part("attention", calls, micro_steps * moved["attention"], attended, rate),
         part("generated kernels", micro_steps * launches["generated"], micro_steps * moved["generated"]),
+        sites,
     ]
     return parts, programs, mask
+
+
+def site_part(graphs: list[torch.fx.GraphModule], micro_steps: int) -> Part:
+    """Returns what the operators of weights' and activations' own quantizers launch on the device."""
+    counter, mode = LaunchCounter(), FakeTensorMode()
+
+    def one_kernel(x: Tensor, site: Any, activation: bool, basis: Tensor | None = None, g: Tensor | None = None) -> Any:
+        counter.launches += 1
+        counter.moved += (2 + (g is not None)) * x.numel() * x.element_size()
+        return x if g is None else torch.detach(x)
+
+    with mode, mock.patch.object(golf.quant.site_grid, "site_rows", one_kernel):
+        for node in (node for graph in graphs for node in graph.graph.nodes):
+            name = str(node.target).split(".")[:2]
+            if name[0] == "golf" and (operator := getattr(golf.quant.site_grid, name[1], None)):
+                given = torch.fx.node.map_arg(node.args, lambda n: on_gpu(n.meta["val"], mode))
+                with counter:
+                    operator._init_fn(*given)
+    return part("site quantizers", micro_steps * counter.launches, micro_steps * counter.moved)
 
 
 def masks(graph: torch.fx.GraphModule) -> int:
@@ -303,7 +328,10 @@ def forecast_step(config: Config, world_size: int) -> Forecast:
     micro_steps = count_micro_steps(config, world_size)
     parts, programs, mask = graph_parts(config, micro_steps, world_size)
     sines = sum(len(POWERS_AND_SINES.findall(program)) for program in programs)
-    parts += [*update_parts(config, world_size), Part("host", 0, 0.0, 0.0, 1000 * HOST_SECONDS)]
+    parts += update_parts(config, world_size)
+    launching = 1000 * HOST_SECONDS * sum(part.launches for part in parts)
+    waiting = max(0.0, launching - sum(part.modelled_ms for part in parts))
+    parts.append(Part("host", 0, 0.0, 0.0, waiting))
     return Forecast(config.run.preset, world_size, micro_steps, parts, sines, mask, programs)
 
 

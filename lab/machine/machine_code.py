@@ -9,10 +9,15 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from golf.config.site_quantizers import parse_site
+from golf.quant.grid import compiled_kernel
+from golf.quant.site_kernel import kernel_options, launch_shape, site_row_kernel
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 PRELUDE = (
@@ -48,8 +53,8 @@ def count_kernel(name: str, text: str) -> KernelCode:
     """Compiles one kernel for an H100 and counts."""
     pointwise = name.startswith("triton_poi_")
     blocks = {"XBLOCK": POINTWISE_BLOCK if pointwise else ROWS_OF_PERSISTENT} | OTHER_BLOCKS
-    opcodes = [opcode for opcode in disassemble(name, text, blocks) if opcode != "NOP"]
-    spills = sum(opcode.startswith(("STL", "LDL")) for opcode in opcodes)
+    opcodes = disassemble(name, text, blocks)
+    spills = sum(map(is_spill, opcodes))
     lanes = 32 * WARPS
     flat = pointwise and "YBLOCK" not in text
     return KernelCode(name, len(opcodes), spills, len(opcodes) * lanes / POINTWISE_BLOCK if flat else None)
@@ -59,19 +64,42 @@ def disassemble(name: str, text: str, blocks: dict[str, int]) -> list[str]:
     """Returns a kernel's opcodes."""
     signature = dict(re.findall(r"'(\w+)': '([^']*)'", SIGNATURE.search(text)[1]))
     with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.py"), Path(folder, "kernel.cubin")
+        source = Path(folder, "kernel.py")
         source.write_text(PRELUDE + text[text.index("@triton.jit") :], encoding="utf-8")
         spec = importlib.util.spec_from_file_location("kernel", source)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        names = list(signature)
-        aligned = {(n,): [["tt.divisibility", 16]] for n, key in enumerate(names) if signature[key].startswith("*")}
-        fixed = {(names.index(key),): size for key, size in blocks.items() if key in names}
-        ast = ASTSource(getattr(module, name), signature, constexprs=fixed, attrs=aligned)
-        made = triton.compile(ast, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+        return opcodes_of(getattr(module, name), signature, blocks, {"num_warps": WARPS})
+
+
+def opcodes_of(
+    kernel: triton.JITFunction, signature: dict[str, str], fixed: dict[str, Any], options: dict[str, Any]
+) -> list[str]:
+    """Returns the opcodes of a kernel, whose pointers are aligned as torch aligns tensors."""
+    names = list(signature)
+    aligned = {(n,): [["tt.divisibility", 16]] for n, key in enumerate(names) if signature[key].startswith("*")}
+    constants = {(names.index(key),): value for key, value in fixed.items() if key in names}
+    ast = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    made = triton.compile(ast, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
         binary.write_bytes(made.asm["cubin"])
-        command = [DISASSEMBLER, "-c", binary]
-        return INSTRUCTION.findall(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        finished = subprocess.run([DISASSEMBLER, "-c", binary], capture_output=True, text=True, check=True)
+    return [opcode for opcode in INSTRUCTION.findall(finished.stdout) if opcode != "NOP"]
+
+
+def is_spill(opcode: str) -> bool:
+    return opcode.startswith(("STL", "LDL"))
+
+
+def site_kernel_opcodes(text: str, activation: bool, columns: int, backward: bool, dtype: str = "bf16") -> list[str]:
+    """Returns the opcodes of the kernel of a site's quantizer on rows of `columns`, as it is launched."""
+    site, kernel = parse_site(text, activation), compiled_kernel(site_row_kernel)
+    tile, options = launch_shape(columns)
+    fixed = kernel_options(site, activation, False, backward) | tile
+    types = {"gamma": "*fp32", "rows": "i32", "columns": "i32"}
+    signature = {name: "constexpr" if name in fixed else types.get(name, f"*{dtype}") for name in kernel.arg_names}
+    return opcodes_of(kernel, signature, fixed, options)
 
 
 def code_table(kernels: list[KernelCode]) -> str:
