@@ -41,14 +41,19 @@ def test_newton_schulz_keeps_the_singular_vectors():
     assert (core - core.diag().diag()).abs().max() < 1e-6
 
 
-CPU = Runtime(torch.device("cpu"))
-SETTINGS = OptimConfig(matrix_lr=0.02, muon_momentum_start=0.9, muon_weight_decay=0.04, muon_ns_steps=5)
+SETTINGS = OptimConfig(matrix_lr=0.02, muon_weight_decay=0.04, muon_ns_steps=5)
+
+
+def muon_of(matrices: list[nn.Parameter], rank: int = 0, world_size: int = 1) -> Muon:
+    muon = Muon(matrices, SETTINGS, Runtime(torch.device("cpu"), rank, world_size))
+    muon.param_groups[0]["muon_momentum"] = 0.9
+    return muon
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32)])
 def test_muon_agrees_with_torchs_own(shape):
     ours, theirs = (nn.Parameter(random_matrix(*shape)) for _ in range(2))
-    own = Muon([ours], SETTINGS, CPU)
+    own = muon_of([ours])
     reference = torch.optim.Muon(
         [theirs], lr=0.02, momentum=0.9, weight_decay=0.04, ns_steps=5, nesterov=True, adjust_lr_fn="original"
     )
@@ -101,11 +106,13 @@ def set_gradients_of(matrices: list[nn.Parameter], gradients: list[torch.Tensor]
 def test_muon_equals_its_rule_in_float64():
     matrices, gradients = random_training()
     expected = muon_in_float64(matrices, gradients)
-    muon = Muon(matrices, SETTINGS, CPU)
+    muon = muon_of(matrices)
     assert len(muon.stacks) == 4, "one for matrices of a shape, or its transpose"
     for step in gradients:
+        versions = [matrix._version for matrix in matrices]
         set_gradients_of(matrices, step)
         muon.step()
+        assert all(matrix._version > before for matrix, before in zip(matrices, versions, strict=True)), "grids need it"
     for matrix, reference in zip(matrices, expected, strict=True):
         assert (matrix - reference).norm() < 1e-6 * reference.norm()
 
@@ -127,12 +134,12 @@ def test_one_stack_for_all_shapes_gives_the_same_updates():
 @pytest.mark.parametrize("world_size", [2, 4, 8, 16])
 def test_ranks_of_muon_share_the_work_without_overlap(world_size, monkeypatch):
     matrices, (gradients,) = random_training(1)
-    alone = Muon(matrices, SETTINGS, CPU)
+    alone = muon_of(matrices)
     set_gradients_of(matrices, gradients)
     alone.step()
     expected = [matrix.detach().clone() for matrix in matrices]
     again, _ = random_training(1)
-    ranks = [Muon(again, SETTINGS, Runtime(torch.device("cpu"), rank, world_size)) for rank in range(world_size)]
+    ranks = [muon_of(again, rank, world_size) for rank in range(world_size)]
     held = [matrix for muon in ranks for matrix in muon.state]
     assert len(held) == len(again) == len(set(held))
     set_gradients_of(again, gradients)

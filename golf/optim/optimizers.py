@@ -32,7 +32,7 @@ def newton_schulz(x_MRC: Tensor, steps: int) -> Tensor:
     Costs least where R <= C. Zeros around a matrix stay zeros.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x_MRC = x_MRC / (x_MRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x_MRC = x_MRC / (x_MRC.norm(dim=2).norm(dim=1)[:, None, None] + 1e-7)
     diagonal_RR = x_MRC.new_full((x_MRC.size(1),), a).diag()
     for _ in range(steps):
         gram_MRR = x_MRC @ x_MRC.mT
@@ -78,7 +78,8 @@ class Muon(torch.optim.SGD):
     """Updates W <- (1 - lr wd) W - lr sqrt(max(1, R/C)) NewtonSchulz(Nesterov momentum of the gradient).
 
     Gradients must be averaged over ranks already. Iterates in bf16 on CUDA, where it is fastest and one stack for all
-    shapes the fewest kernels; in fp32 and by shapes on CPU. SGD has the last line of the rule as one kernel.
+    shapes the fewest kernels; in fp32 and by shapes on CPU. SGD does the last part of the rule, but not fused:
+    that would hide from grids that a weight has changed. A step needs the group's "muon_momentum".
     """
 
     def __init__(self, matrices: list[Tensor], config: OptimConfig, runtime: Runtime):
@@ -91,8 +92,7 @@ class Muon(torch.optim.SGD):
             share.append(torch.zeros(max(sizes) - size, device=runtime.device))
         *own, padding_N = shares[runtime.rank]
         self.order, self.padding_N = sum(shares, []), padding_N.to(runtime.compute_dtype)
-        super().__init__(self.order, config.matrix_lr, weight_decay=config.muon_weight_decay, fused=True)
-        self.param_groups[0]["muon_momentum"] = config.muon_momentum_start
+        super().__init__(self.order, config.matrix_lr, weight_decay=config.muon_weight_decay, foreach=True)
         self.stacks = []
         for _, group in groupby(own, lambda matrix: matrix.is_cuda or sorted(matrix.shape)):
             stack = list(group)
@@ -130,8 +130,8 @@ def muon_momentum(progress: float, config: OptimConfig) -> float:
 
 def build_adamw(parameters: list[Tensor], lr: float, weight_decay: float, config: OptimConfig) -> torch.optim.AdamW:
     """Returns AdamW with the betas and epsilon that all its groups share."""
-    betas = config.beta1, config.beta2
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, eps=config.adam_eps, fused=True)
+    betas, eps = (config.beta1, config.beta2), config.adam_eps
+    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=True)
 
 
 PARAMETER_GROUPS: dict[str, Callable[[list[Tensor], OptimConfig, Runtime], torch.optim.Optimizer]] = {
@@ -185,11 +185,11 @@ class Optimizers:
 
     def state_tensors(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
         """Returns all state as optimizer.<parameter>.<entry>; of Muon's, only what this rank holds."""
-        states = [state for optimizer in self.all for state in optimizer.state.items()]
         return {
-            f"optimizer.{names[p]}.{entry}": value.contiguous()
-            for p, values in states
-            for entry, value in values.items()
+            f"optimizer.{names[parameter]}.{entry}": value.contiguous()
+            for optimizer in self.all
+            for parameter, state in optimizer.state.items()
+            for entry, value in state.items()
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor], names: dict[Tensor, str]) -> None:
@@ -199,10 +199,11 @@ class Optimizers:
             held = optimizer.state if isinstance(optimizer, Muon) else optimizer.param_groups[0]["params"]
             for parameter in held:
                 start = f"optimizer.{names[parameter]}."
-                for key in tensors:
+                for key, value in tensors.items():
                     if key.startswith(start):
-                        value = tensors[key].to(parameter.device)
-                        optimizer.state[parameter].setdefault(key.removeprefix(start), value).copy_(value)
+                        optimizer.state[parameter].setdefault(
+                            key.removeprefix(start), value.to(parameter.device)
+                        ).copy_(value)
 
 
 def clip_gradients(gradients_KN: Tensor, most: float) -> Tensor:

@@ -214,10 +214,8 @@ class LaunchCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = str(function).partition(".")[2]
-        if name.startswith("_fused_sgd_"):  # which has no form for fake tensors
-            result = None
-        else:
-            result = function(*args, **(kwargs or {}))
+        unknown = name.startswith("_fused_sgd_")  # it has no form for fake tensors
+        result = None if unknown else function(*args, **(kwargs or {}))
         if str(function).startswith(("aten.", "c10d.")) and not FREE.match(name):
             lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
             tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
@@ -273,9 +271,9 @@ def update_parts(config: Config, world_size: int) -> list[Part]:
                 parameter.grad = torch.empty_like(parameter)
             compiled.clear()
             reduction = LaunchCounter()
-            with mock.patch.object(optimizers, "sum_gradients", reduction(optimizers.sum_gradients)):
-                with LaunchCounter() as whole:  # counts the reduction too
-                    optimizers.step(0.5, 1.0)
+            counted = mock.patch.object(optimizers, "sum_gradients", reduction(optimizers.sum_gradients))
+            with counted, LaunchCounter() as whole:  # which counts the reduction too
+                optimizers.step(0.5, 1.0)
     ring = 1000 * (world_size - 1) / LINK_BYTES  # milliseconds for a byte of each rank to reach all others
     summed = part("gradient reduction", reduction.launches, reduction.moved)
     graphs = [compiled_part(*call) for call in compiled]
