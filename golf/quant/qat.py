@@ -150,7 +150,7 @@ def verify_fake_quantization(forward: Callable, model: GPT, batch: tuple) -> Ver
     with spoilt(on_rows):
         loss = forward(*batch).item()
     grids = len(on_rows) + weight_calls() - before
-    effect = f"loss {loss:.4f} from {grids} of {len(modules)} grids alone, which move {moved:,} weights"
+    effect = f"loss {loss:.4f} from {grids} of {len(modules)} grids, which move {moved:,} weights"
     return math.isfinite(loss) and moved > 0 and grids == len(modules) > 0, effect
 
 
