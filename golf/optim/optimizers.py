@@ -1,11 +1,11 @@
 """Assigns each parameter its optimizer: matrices train by Muon, tables and vectors by AdamW.
 
-PARAMETER_GROUPS defines the groups as data: a module names its weight's group, and a group defines how its optimizer is
-built and which of its settings change during training. Muon takes momentum, then the nearest (semi-)orthogonal matrix
+PARAMETER_GROUPS defines the groups as data: a module names its weight's group, a group how its optimizer is built. The
+gradients of all lie in one tensor, so that reducing and clipping them are a few kernels each. Muon takes momentum, then the nearest (semi-)orthogonal matrix
 (Jordan et al. 2024, kellerjordan.github.io/posts/muon); it stacks matrices, so that the Newton-Schulz iteration is a
 few large batched products; under torchrun each rank iterates on its share.
 
-M matrices of a stack, R rows, C columns, N numbers of a rank's matrices.
+M matrices of a stack, R rows, C columns, N numbers of several tensors, K rows of them.
 """
 
 from collections.abc import Callable
@@ -134,7 +134,7 @@ def build_adamw(parameters: list[Tensor], lr: float, weight_decay: float, config
     return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=True)
 
 
-PARAMETER_GROUPS: dict[str, Callable[[list[Tensor], OptimConfig, Runtime], torch.optim.Optimizer]] = {
+PARAMETER_GROUPS = {
     "table": lambda own, c, runtime: build_adamw(own, c.embed_lr, c.embed_weight_decay, c),
     "matrix": Muon,
     "vector": lambda own, c, runtime: build_adamw(own, c.scalar_lr, c.scalar_weight_decay, c),
