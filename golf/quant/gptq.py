@@ -139,8 +139,10 @@ class ColumnRun:
 
 
 def add_products(sum_KMR: Tensor, factors: Sequence[Tensor], part_BMR: Tensor, sign: int) -> None:
-    """Adds sign * factor_KB @ part_BR to each matrix in place. One product a matrix: in a batch of products the order of
-    a sum may depend on their number."""
+    """Adds sign * factor_KB @ part_BR to each matrix in place.
+
+    One product a matrix: in a batch of products the order of a sum may depend on their number.
+    """
     for m, factor_KB in enumerate(factors):
         sum_KMR[:, m].addmm_(factor_KB, part_BMR[:, m], alpha=sign)
 

@@ -4,8 +4,8 @@ Every row keeps one survivor for each state, and each survivor feeds the errors 
 Survivors change places at every column, so what each has fed moves with it: within a run of a few columns at every
 column, and for the columns after it once, when the run ends.
 
-M matrices of one shape, R rows, C columns, B columns of a block, K of a run, S states of the trellis, Z parities, A arms
-that lead to a state.
+M matrices of one shape, R rows, C columns, B columns of a block, K of a run, S states of the trellis, Z parities, A
+arms that lead to a state.
 """
 
 from collections.abc import Sequence
@@ -118,8 +118,8 @@ def search_block(
 def quantize_trellises(
     weights: Sequence[Tensor], factors: Sequence[Tensor], scales: Sequence[StepSizes]
 ) -> list[QuantizedTensor]:
-    """Finds codes whose points are near each weight_RC, all of one shape, in the metric of H, with factor_CC the upper U
-    of H^-1 = U^T U.
+    """Finds codes whose points are near each weight_RC, all of one shape, in the metric of H, with factor_CC the upper
+    U of H^-1 = U^T U.
 
     Columns are in their natural order. `scales` are steps of the coarse grid, halved here. Runs in fp32: it only
     compares survivors, and stores whole numbers.
