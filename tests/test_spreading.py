@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from golf.quant.calibration import LayerStatistics
 from golf.quant.grid import same_stored
-from golf.quant.spreading import ROWS_TOGETHER, groups_of_shape, spread_matrices
+from golf.quant.spreading import ROWS_TOGETHER, batch_equal_shapes, spread_matrices
 from golf.quant.waterfill import prepare_matrix, quantize_matrices
 
 FRONTIER = {
@@ -67,12 +67,12 @@ def test_eight_ranks_share_the_work_of_the_frontier_about_evenly():
 
 
 def test_one_loop_takes_equal_shapes_and_a_bounded_number_of_rows_on_a_cpu():
-    groups = groups_of_shape(FRONTIER, torch.device("cpu"))
+    groups = batch_equal_shapes(FRONTIER, torch.device("cpu"))
     assert sorted(name for group in groups for name in group) == sorted(FRONTIER)
     for group in groups:
         (shape,) = {FRONTIER[name] for name in group}
         assert len(group) * shape[0] <= ROWS_TOGETHER or len(group) == 1
-    assert len(groups_of_shape(FRONTIER, torch.device("cuda"))) == len(set(FRONTIER.values())) == 5
+    assert len(batch_equal_shapes(FRONTIER, torch.device("cuda"))) == len(set(FRONTIER.values())) == 5
 
 
 def fit_on(ranks: int) -> list[str]:

@@ -4,11 +4,13 @@
     python tools/bench.py --loader
     python tools/bench.py --coders [--weights FILE.safetensors] [--share 1]
     python tools/bench.py --ternary
+    python tools/bench.py --fit 36
     python tools/bench.py --data [--text SOURCE] [--tokenizer MODEL] [--megabytes 10 100] [--workers 2]
 
 Training is timed at the preset's batch and length, scoring at its window and stride, both on random tokens; every
 figure is a median. With --coders: what every codec makes of the same codes. With --ternary: a
-product with ternary weights by additions alone, beside torch's. With --loader: how long a step waits for
+product with ternary weights by additions alone, beside torch's. With --fit: what each part of fitting so many million
+synthetic weights to a byte limit takes, on one thread. With --loader: how long a step waits for
 its batch, in every order. With --data: how fast data/prepare.py turns text into shards, against one bare SentencePiece
 thread in the same run. Run it on a quiet machine: two busy processes on two cores tell nothing.
 """
@@ -47,6 +49,7 @@ from golf.runtime import Log, Runtime, start_runtime
 from golf.score.scorer import compiled_losses, score_stream, sliding_settings
 from lab.bench.coder_bench import bench_coders, gptq_like_codes
 from lab.bench.data_bench import bench_data, bench_loader
+from lab.bench.fit_bench import bench_fit
 from lab.bench.ternary_product import bench_ternary
 from lab.cli import ToolOptions, run_command
 from lab.machine.step_times import random_tokens, time_steps
@@ -80,6 +83,8 @@ class Options(ToolOptions):
     """Time every codec on the same codes instead."""
     ternary: bool = False
     """Time products with ternary weights, 512 x 512, instead."""
+    fit: float = 0.0
+    """Fit so many million synthetic weights of the frontier's shapes to a limit instead."""
     weights: Path | None = None
     """With --coders: weights.safetensors of a run, quantized as it was configured; default: random codes."""
     share: float = 0.1
@@ -199,6 +204,17 @@ def work_on_ternary(options: Options) -> int:
     return 0
 
 
+def work_on_fit(options: Options) -> int:
+    """Fits on one thread, so that seconds of CPU are those of a core."""
+    torch.set_num_threads(1)
+    figures = bench_fit(options.fit, lambda line: print(line, file=sys.stderr, flush=True))
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        print_table(f"fit of {options.fit:g} million weights", figures)
+    return 0
+
+
 def work_on_loader(options: Options) -> int:
     """Times the loader on random documents of 800 tokens, in each order, at 10 million tokens a second."""
     with tempfile.TemporaryDirectory() as name:
@@ -227,6 +243,8 @@ def work(options: Options) -> int:
         return work_on_loader(options)
     if options.coders:
         return work_on_coders(options)
+    if options.fit:
+        return work_on_fit(options)
     if options.ternary:
         return work_on_ternary(options)
     if options.steps < 1:

@@ -139,8 +139,10 @@ class ColumnRun:
 
 
 def add_products(sum_KMR: Tensor, factors: Sequence[Tensor], part_BMR: Tensor, sign: int) -> None:
-    """Adds sign * factor_KB @ part_BR to each matrix in place. One product a matrix: in a batch of products the order of
-    a sum may depend on their number."""
+    """Adds sign * factor_KB @ part_BR to each matrix in place.
+
+    One product a matrix: in a batch of products the order of a sum may depend on their number.
+    """
     for m, factor_KB in enumerate(factors):
         sum_KMR[:, m].addmm_(factor_KB, part_BMR[:, m], alpha=sign)
 
@@ -188,7 +190,9 @@ class GptqProblem:
             return weight_CMR[place_K, 0] - factor_BK.T @ error_CMR[first:start, 0]
 
         def move(columns: slice, by: slice) -> None:
-            add_products(weight_CMR[columns], [factor_CC[by, columns].T for factor_CC in self.factors], error_CMR[by], -1)
+            add_products(
+                weight_CMR[columns], [factor_CC[by, columns].T for factor_CC in self.factors], error_CMR[by], -1
+            )
 
         for start, stop, first, last in self.runs(grid.run):
             grid.begin_run(start, partial(moved, start, first, last))
@@ -238,7 +242,9 @@ def gptq_problem(weight_RC: Tensor, hessian_CC: Tensor, damping: float) -> GptqP
     return GptqProblem(weight_RC.double().T.unsqueeze(1), [factor_CC], [damped_CC])
 
 
-def rate_price(levels: Sequence[Tensor], slope: float, row_weights: Sequence[Tensor], most: int = CODE_CLIP) -> RatePrice:
+def rate_price(
+    levels: Sequence[Tensor], slope: float, row_weights: Sequence[Tensor], most: int = CODE_CLIP
+) -> RatePrice:
     """Returns the costs of each matrix's codes, if like its level_RC, of magnitudes up to `most`, at `slope` of error,
     weighted by row_weight_R, for a bit."""
     costs = join_costs([learn_costs(level_RC, most) for level_RC in levels])

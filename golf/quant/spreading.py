@@ -29,7 +29,7 @@ def spread_matrices(shapes: Shapes, ranks: int) -> dict[str, int]:
     }
 
 
-def groups_of_shape(shapes: Shapes, device: torch.device) -> list[list[str]]:
+def batch_equal_shapes(shapes: Shapes, device: torch.device) -> list[list[str]]:
     """Returns the names in groups of equal shapes, which are small enough for the device."""
     found: dict[tuple[int, ...], list[list[str]]] = {}
     for name, shape in shapes.items():

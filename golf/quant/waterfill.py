@@ -110,14 +110,21 @@ class PreparedMatrix:
     """Holds a matrix with all that does not depend on the water level."""
 
     weight_RC: Tensor
-    problem: GptqProblem
+    factor_CC: Tensor
+    damped_CC: Tensor
+    damping_C: Tensor
+    """What `damped_CC` has more than the statistics on its diagonal."""
     row_weight_R: Tensor
-    hessian_CC: Tensor
+
+    @property
+    def problem(self) -> GptqProblem:
+        """Returns what GPTQ wants to know."""
+        return GptqProblem(self.weight_RC.double().T.unsqueeze(1), [self.factor_CC], [self.damped_CC])
 
     def step_sizes(self, level: float) -> StepSizes:
         """Returns scales of rows and columns at a water level, coarse enough for the weights to stay within int8
         codes."""
-        column_C = self.problem.factor_CC.diagonal()
+        column_C = self.factor_CC.diagonal()
         center = column_C.log().mean().exp()
         column_C = nearest_on_log_grid(column_C / center)
         row_R = (level / self.row_weight_R).sqrt() * center
@@ -148,14 +155,15 @@ class PreparedMatrix:
     def loss_added(self, restored_RC: Tensor) -> float:
         """Returns the predicted added loss, nats per token."""
         error_RC = restored_RC.to(self.weight_RC.device).double() - self.weight_RC.double()
-        return 0.5 * float(((error_RC @ self.hessian_CC) * error_RC).sum(1) @ self.row_weight_R)
+        cost_R = ((error_RC @ self.damped_CC) * error_RC).sum(1) - error_RC.square() @ self.damping_C
+        return 0.5 * float(cost_R @ self.row_weight_R)
 
 
 def quantize_matrices(
     matrices: Sequence[PreparedMatrix], level: float, rd_lambda: float = RD_LAMBDA, trellis: bool = True
 ) -> list[QuantizedTensor]:
-    """Quantizes matrices of one shape by GPTQ with the steps of `level`, choosing each code by its error and its bits at
-    the level's price.
+    """Quantizes matrices of one shape by GPTQ with the steps of `level`, choosing each code by its error and its bits
+    at the level's price.
 
     Takes the codes of a trellis where they cost less. A matrix gets the same codes in any company.
     """
@@ -163,7 +171,7 @@ def quantize_matrices(
     plain = quantize_plain(matrices, scales, level, rd_lambda)
     if not trellis:
         return plain
-    factors = [matrix.problem.factor_CC for matrix in matrices]
+    factors = [matrix.factor_CC for matrix in matrices]
     woven = quantize_trellises([matrix.weight_RC for matrix in matrices], factors, scales)
     return [
         min(entries, key=lambda entry, matrix=matrix: matrix.cost(entry, level))
@@ -171,16 +179,17 @@ def quantize_matrices(
     ]
 
 
+def join_problems(matrices: Sequence[PreparedMatrix]) -> GptqProblem:
+    """Returns the problems of matrices of one shape as one."""
+    weight_CMR = torch.cat([matrix.problem.weight_CMR for matrix in matrices], 1)
+    return GptqProblem(weight_CMR, [matrix.factor_CC for matrix in matrices], [matrix.damped_CC for matrix in matrices])
+
+
 def quantize_plain(
     matrices: Sequence[PreparedMatrix], scales: Sequence[StepSizes], level: float, rd_lambda: float
 ) -> list[QuantizedTensor]:
     """Quantizes matrices of one shape without trellises."""
-    grid, price = ColumnGrid(scales, matrices[0].weight_RC.device), None
-    problems = [matrix.problem for matrix in matrices]
-    problem = GptqProblem(
-        torch.cat([one.weight_CMR for one in problems], 1), [one.factor_CC for one in problems],
-        [one.damped[0] for one in problems],
-    )  # fmt: skip
+    grid, price, problem = ColumnGrid(scales, matrices[0].weight_RC.device), None, join_problems(matrices)
     level_MRC = problem.round_columns(grid)
     for _ in range(RATE_PASSES if rd_lambda else 0):
         slope = rd_lambda * (HIGH_RATE_SLOPE * level)
@@ -208,4 +217,5 @@ def prepare_matrix(weight_RC: Tensor, statistics: LayerStatistics, damping: floa
         LEAST_ROW_WEIGHT * statistics.row_weight_R.mean().clamp_min(1e-300)
     )
     problem = gptq_problem(weight_RC, statistics.hessian_CC, damping)
-    return PreparedMatrix(weight_RC, problem, row_weight_R, statistics.hessian_CC)
+    damping_C = problem.damped[0].diagonal() - statistics.hessian_CC.diagonal()
+    return PreparedMatrix(weight_RC, problem.factor_CC, problem.damped[0], damping_C, row_weight_R)
