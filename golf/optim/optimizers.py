@@ -1,9 +1,9 @@
 """Assigns each parameter its optimizer: matrices train by Muon, tables and vectors by AdamW.
 
 PARAMETER_GROUPS defines the groups as data: a module names its weight's group, a group how its optimizer is built. The
-gradients of all lie in one tensor, so that reducing and clipping them are a few kernels each. Muon takes momentum, then the nearest (semi-)orthogonal matrix
-(Jordan et al. 2024, kellerjordan.github.io/posts/muon); it stacks matrices, so that the Newton-Schulz iteration is a
-few large batched products; under torchrun each rank iterates on its share.
+gradients of all lie in one tensor, so that reducing and clipping them are a few kernels each. Muon takes momentum, then
+the nearest (semi-)orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon); it stacks matrices, so
+that the Newton-Schulz iteration is a few large batched products; under torchrun each rank iterates on its share.
 
 M matrices of a stack, R rows, C columns, N numbers of several tensors, K rows of them.
 """
