@@ -111,7 +111,7 @@ MACHINE_CODE = """
 import linecache, sys
 from lab.machine.fake_gpu import pretend
 pretend()
-import golf.quant.site_kernel as module
+import golf.quant.site_grid as module
 import lab.machine.machine_code
 from lab.bundle.packer import minify_source
 from lab.machine.machine_code import is_spill, site_kernel_opcodes

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from golf.config.config import Config, with_knobs
 from golf.model.init import build_model
 from golf.quant.grid import RowGrids, quantize_rows
-from golf.quant.site_grid import site_value
+from golf.quant.site_operator import site_value
 from golf.runtime import CUDNN_FIRST, Runtime, write_file_atomically
 from lab.machine.fingerprint import gpu_states, machine_fingerprint
 from lab.machine.step_times import random_tokens, time_steps
