@@ -1,12 +1,12 @@
-"""Runs the Triton kernel of golf/quant/site_kernel.py on the CPU, in Triton's interpreter, and compares it with the
+"""Runs the Triton kernel of golf/quant/site_grid.py on the CPU, in Triton's interpreter, and compares it with the
 plain form, bit for bit. A program of its own: the interpreter is chosen before triton is imported
 (TRITON_INTERPRET=1)."""
 
 import torch
 
 from golf.config.site_quantizers import parse_site
-from golf.quant.site_grid import is_plain, site_gradient, site_value, step_basis
-from golf.quant.site_kernel import site_rows
+from golf.quant.site_grid import site_rows, step_basis
+from golf.quant.site_operator import is_plain, site_gradient, site_value
 
 KINDS = [
     "int8", "int4", "int2", "ternary", "ternary-t0.7", "ternary-leastsq", "binary", "binary-leastsq", "ternary-absmax",

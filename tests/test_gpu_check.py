@@ -24,7 +24,13 @@ def setting(tmp_path) -> Setting:
     return Setting(build_config("leaderboard", {}, TOY), Runtime(torch.device("cpu")), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["device", "fake quantization equals the export", "attention kernels", "memory"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "device", "fake quantization equals the export", "activation quantizers equal the CPU's", "attention kernels",
+        "memory",
+    ],
+)  # fmt: skip
 def test_quick_checks_pass_on_a_cpu(setting, tmp_path, name):
     (row,) = run_checks(setting, tmp_path / "out.json", only=(name,), tell=lambda line: None)
     assert row["verdict"] == "PASS", row["text"]

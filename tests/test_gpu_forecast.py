@@ -119,21 +119,27 @@ def test_a_kernel_of_ours_equals_the_plain_form(repository, program, said):
 
 
 MACHINE_CODE = """
-import sys
+import linecache, sys
 from lab.machine.fake_gpu import pretend
 pretend()
+import golf.quant.site_grid as module
+import lab.machine.machine_code
+from lab.bundle.packer import minify_source
 from lab.machine.machine_code import is_spill, site_kernel_opcodes
-for text in sys.argv[1:]:
-    for columns in (64, 512, 1536, 4096):
-        for backward in (False, True):
-            opcodes = site_kernel_opcodes(text, True, columns, backward)
-            assert opcodes and not any(map(is_spill, opcodes)), (text, columns, backward)
+cases = [(text, columns, back) for text in sys.argv[1:] for columns in (64, 512, 1536, 4096) for back in (False, True)]
+found = {case: site_kernel_opcodes(case[0], True, *case[1:]) for case in cases}
+assert all(found.values()) and [case for case in cases if any(map(is_spill, found[case]))] == []
+packed = minify_source(open(module.__file__).read())  # the kernel as it ships
+linecache.cache["packed"] = len(packed), None, packed.splitlines(True), "packed"
+exec(compile(packed, "packed", "exec"), vars(module))
+lab.machine.machine_code.site_row_kernel = module.site_row_kernel
+assert all(site_kernel_opcodes(case[0], True, *case[1:]) == found[case] for case in cases if case[1] == 512)
 """
 
 
 @needs_triton
 @pytest.mark.slow
-def test_the_kernel_of_a_site_spills_no_register(repository):
+def test_the_kernel_of_a_site_spills_no_register_and_is_the_same_when_packed(repository):
     texts = (
         "int8",
         "unsigned8-clipped",

@@ -185,6 +185,11 @@ def is_kernel(root: Path, path: Path) -> bool:
     return "kernels" in path.relative_to(root).with_suffix("").parts
 
 
+def has_constants(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """A kernel of Triton beside its plain form: what is read in one pass can't be taken apart."""
+    return any(isinstance(a.annotation, ast.Name) and a.annotation.id == "constexpr" for a in function.args.args)
+
+
 def files_are_short(root: Path) -> Iterator[str]:
     for path in program_files(root) + sorted((root / "tests").glob("*.py")):
         lines = len(path.read_text(encoding="utf-8").splitlines())
@@ -197,7 +202,7 @@ def functions_are_short(root: Path) -> Iterator[str]:
         for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(root, path):
                 lines = node.end_lineno - node.lineno + 1
-                if lines > MOST_LINES_OF_FUNCTION:
+                if lines > MOST_LINES_OF_FUNCTION and not has_constants(node):
                     yield f"{place(root, path, node)}: {node.name} has {lines} lines: over {MOST_LINES_OF_FUNCTION}"
 
 

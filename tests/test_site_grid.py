@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 
 from golf.config.site_quantizers import SiteQuantizer, parse_site
 from golf.quant.grid import QuantizedTensor, dequantize_tensor, grid_values
-from golf.quant.site_grid import (
-    quantize_activation,
-    quantize_weight,
-    shared_gamma,
-    site_grid,
-    site_value,
-    surrogate_slope,
-    weight_codes,
-)
+from golf.quant.site_grid import site_grid, surrogate_slope, weight_codes
+from golf.quant.site_operator import quantize_activation, quantize_weight, shared_gamma, site_value
 from lab.rates.grids import QuantSpec, round_to_nearest
 
 torch.set_num_threads(1)

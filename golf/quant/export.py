@@ -17,7 +17,8 @@ from torch import Tensor
 from golf.config.features import Feature, register_feature
 from golf.config.quantization import QuantConfig
 from golf.quant.grid import FP16_MAX, QuantizedState, QuantizedTensor, grid_clip, quantize_rows
-from golf.quant.site_grid import shared_gamma, weight_codes
+from golf.quant.site_grid import weight_codes
+from golf.quant.site_operator import shared_gamma
 from golf.quant.tensor_classes import FP16_BITS, QuantError, bits_of, shared_weights, tensor_class, weight_site
 
 

@@ -16,7 +16,7 @@ from golf.config.site_quantizers import activation_sites, parse_site
 from golf.model.gpt import GPT, acts_always
 from golf.model.layers import ActivationSite, Linear
 from golf.quant.grid import RowGrids, through_grid
-from golf.quant.site_grid import activation_calls, quantize_activation, quantize_weight, weight_calls
+from golf.quant.site_operator import activation_calls, quantize_activation, quantize_weight, weight_calls
 from golf.quant.tensor_classes import FP16_BITS, bits_of, shared_weights, weight_site
 from golf.runtime import Runtime
 

@@ -5,7 +5,11 @@
 The scale is the step, except for `leastsq` (the scale that fits the codes best) and thresholds other than 1/2. Scales
 of weights are fp16, so that training uses what is exported, bit for bit; those of activations are fp32.
 
-R rows, C columns, S rows of scales (R or 1), G groups of columns, P positions (with heads).
+The plain form comes first, then the one kernel that stands for it on CUDA: operations round as in the plain form, so
+values and gradients are equal bit for bit, but for slopes that are powers (fork, dge), which are the device's
+approximations there, good to about 1e-6.
+
+R rows, C columns, S rows of scales (R or 1), G groups of columns.
 """
 
 from collections.abc import Callable
@@ -15,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golf.config.site_quantizers import SiteQuantizer, parse_site
-from golf.quant.grid import FP16_MAX, FP16_TINY, group_width, spread_groups
-from golf.quant.site_kernel import in_one_kernel, site_rows
+from golf.config.site_quantizers import SiteQuantizer
+from golf.quant.grid import FP16_MAX, FP16_TINY, compiled_kernel, constexpr, group_width, spread_groups, tl
 
 SMALLEST_STEP = 1e-5
 """Floor of an activation's step, as in BitNet (arXiv 2310.11453)."""
@@ -128,68 +131,6 @@ def surrogate_slope(u: Tensor, site: SiteQuantizer) -> Tensor:
     return torch.where(inside, slope, 0.0)
 
 
-SITE_CALLS = {False: 0, True: 0}
-"""Calls of the operator in this process, for weights (False) and activations (True)."""
-
-
-def weight_calls() -> int:
-    """Returns the calls for weights so far."""
-    return SITE_CALLS[False]
-
-
-def activation_calls() -> int:
-    """Returns the calls for activations so far; a compiled graph calls the operator too, so they show what it really
-    does."""
-    return SITE_CALLS[True]
-
-
-# Custom operators, which torch.compile calls but does not rewrite: inductor keeps the fp16 rounding of a scale in fp32
-# and approximates the division, and then nearly every value differs from the exported one.
-@torch.library.custom_op("golf::site_value", mutates_args=())
-def site_value(x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None) -> Tensor:
-    """Returns values on the grid in the dtype of x_RC, with the gradient that `text` names."""
-    SITE_CALLS[activation] += 1
-    site = parse_site(text, activation)
-    if in_one_kernel(x_RC, site, backward=False):
-        basis = None if site.granularity == "row" else step_basis(x_RC, site, gamma)
-        return site_rows(x_RC, site, activation, basis)
-    grid = site_grid(x_RC.float(), site, activation, gamma)
-    return (grid.codes_RC * grid.spread(grid.scale)).to(x_RC.dtype)
-
-
-@site_value.register_fake
-def site_value_shape(x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None) -> Tensor:
-    return torch.empty_like(x_RC, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("golf::site_gradient", mutates_args=())
-def site_gradient(
-    g_RC: Tensor, x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of `site_value` by x_RC and by gamma (0 where the operator has no gamma)."""
-    site, dtype = parse_site(text, activation), x_RC.dtype
-    dgamma = x_RC.new_zeros((), dtype=torch.float32)
-    if in_one_kernel(x_RC, site, backward=True):
-        return site_rows(x_RC, site, activation, None, g_RC), dgamma
-    x_RC, g_RC = x_RC.float(), g_RC.float()
-    grid = site_grid(x_RC, site, activation, gamma)
-    step, scale = grid.spread(grid.step), grid.spread(grid.scale)
-    u = x_RC / step
-    by_codes_RC = g_RC * scale * surrogate_slope(u, site)
-    dx_RC = by_codes_RC / step
-    if site.attached:
-        through, dgamma = gradient_through_step(g_RC * grid.codes_RC, -by_codes_RC * u / step, x_RC, grid, site, gamma)
-        dx_RC = dx_RC + through
-    return dx_RC.to(dtype), dgamma
-
-
-@site_gradient.register_fake
-def site_gradient_shape(
-    g_RC: Tensor, x_RC: Tensor, text: str, activation: bool, gamma: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_RC, memory_format=torch.contiguous_format), x_RC.new_empty((), dtype=torch.float32)
-
-
 def gradient_through_step(
     by_scale_RC: Tensor, by_step_RC: Tensor, x_RC: Tensor, grid: SiteGrid, site: SiteQuantizer, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -226,44 +167,150 @@ def share_out(gradient_SG: Tensor, chosen_RC: Tensor, site: SiteQuantizer) -> Te
     return spread_groups(gradient_SG / count_SG, chosen_RC.size(1)) * chosen_RC
 
 
-def keep_site_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x_RC, ctx.text, ctx.activation, gamma = inputs
-    ctx.save_for_backward(x_RC, gamma)
-
-
-def site_backward(ctx: Any, g_RC: Tensor) -> tuple[Tensor | None, ...]:
-    x_RC, gamma = ctx.saved_tensors
-    if is_plain(parse_site(ctx.text, ctx.activation)):
-        return g_RC.to(x_RC.dtype), None, None, None
-    dx_RC, dgamma = site_gradient(g_RC.contiguous(), x_RC, ctx.text, ctx.activation, gamma)
-    return dx_RC, None, None, None if gamma is None else dgamma.view_as(gamma)
-
-
-def is_plain(site: SiteQuantizer) -> bool:
-    """Returns whether the gradient is the identity: straight through, with step and scale equal, and detached."""
-    return site.gradient == "ste" and not site.attached and site.scale != "leastsq" and site.threshold == 0.5
-
-
-site_value.register_autograd(site_backward, setup_context=keep_site_inputs)
-
-
-def quantize_activation(x: Tensor, site: SiteQuantizer) -> Tensor:
-    """Returns `x` on the grid of each token (or a token's head: the last axis), in its own dtype."""
-    squashed = torch.tanh(x) if site.squash == "tanh" else torch.sigmoid(x) if site.squash == "sigmoid" else x
-    return site_value(squashed.reshape(-1, x.size(-1)), site.text, True, None).view(x.shape)
-
-
-def quantize_weight(weight_RC: Tensor, site: SiteQuantizer, shared: tuple[Tensor, ...] = ()) -> Tensor:
-    """Returns fp32 weights on the grid that export keeps; `shared` holds all the matrices that share a step."""
-    return site_value(weight_RC, site.text, False, shared_gamma(shared) if shared else None)
-
-
-def shared_gamma(weights: tuple[Tensor, ...]) -> Tensor:
-    """Returns the mean magnitude over several matrices, in fp16, as unquantized matrices are exported."""
-    return sum(weight.half().float().abs().sum() for weight in weights) / sum(weight.numel() for weight in weights)
-
-
 def weight_codes(weight_RC: Tensor, site: SiteQuantizer, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns int8 codes_RC and fp16 scale_SG of an fp32 matrix, for the artifact."""
     grid = site_grid(weight_RC.float(), site, False, gamma)
     return grid.codes_RC.to(torch.int8), grid.scale.half()
+
+
+# ---- the kernel ----
+
+TILE, LANES_OF_WARP = 1024, 32
+"""Elements that one program holds, where a row is no longer."""
+
+
+def site_row_kernel(
+    x, g, gamma, out, rows, columns, BLOCK_R: constexpr, BLOCK_C: constexpr, BACKWARD: constexpr, GIVEN: constexpr,
+    HALF: constexpr, RULE: constexpr, BINARY: constexpr, LOW: constexpr, HIGH: constexpr, TWICE: constexpr,
+    GRADIENT: constexpr, EXPONENT: constexpr, LARGEST: constexpr, ATTACHED: constexpr,
+):  # fmt: skip
+    """Puts BLOCK_R rows on their grids, or turns the gradients g of their values into those of x.
+
+    GIVEN: the mean or largest magnitude is read from gamma; HALF: scales are fp16, as weights have them.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = tl.arange(0, BLOCK_C)[None, :]
+    inside, place = (row < rows) & (column < columns), row * columns + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    zero, width = tl.zeros_like(value), (columns + tl.zeros([BLOCK_R, 1], tl.float32)).to(tl.float64)
+    zero_R1 = tl.zeros([BLOCK_R, 1], tl.float32)
+    high_R1, magnitude, least = zero_R1 + HIGH, tl.abs(value), 2.0**-14 if HALF else 1e-5
+    largest = tl.max(magnitude, axis=1, keep_dims=True)
+    up = tl.max(tl.where(inside, value, float("-inf")), axis=1, keep_dims=True)
+    low_end = tl.min(tl.where(inside, value, float("inf")), axis=1, keep_dims=True)
+    basis = tl.load(gamma) + zero_R1 if GIVEN else largest
+    if not GIVEN and (RULE == "absmean" or RULE == "leastsq"):
+        basis = (tl.sum(magnitude.to(tl.float64), axis=1, keep_dims=True) / width).to(tl.float32)
+    if RULE == "absmax":
+        basis = tl.div_rn(basis, high_R1)
+    if RULE == "twosided":
+        basis = tl.div_rn(tl.where(value > 0, up, -low_end), zero + HIGH)
+    basis = tl.maximum(basis, least, propagate_nan=tl.PropagateNan.ALL)
+    if HALF:
+        basis = tl.minimum(basis, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16).to(tl.float32)
+    if RULE == "unit":
+        basis = zero_R1 + 1 / HIGH
+    scale, step = basis, basis
+    if RULE == "absmean" or RULE == "leastsq":
+        step = basis * TWICE
+    u = tl.div_rn(value, zero + step)
+    # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, ties to even, and leaves no -0.
+    code = (tl.minimum(tl.maximum(u, LOW), HIGH) + 12582912.0) - 12582912.0
+    if BINARY:
+        code = tl.where(value < 0, zero - 1, zero + 1)
+    code = tl.where(inside, code, 0.0)
+    squares = tl.maximum(tl.sum(code * code, axis=1, keep_dims=True), 1.0)
+    if RULE == "leastsq":
+        product = tl.sum((value * code).to(tl.float64), axis=1, keep_dims=True).to(tl.float32)
+        scale = tl.maximum(tl.div_rn(product, squares), least, propagate_nan=tl.PropagateNan.ALL)
+        if HALF:
+            scale = tl.minimum(scale, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16).to(tl.float32)
+    if not BACKWARD:
+        # Only NaN differs from itself; tl.minimum and tl.maximum would make a number of it.
+        result = tl.where(u == u, code * scale, u)
+    else:
+        gradient = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
+        within = (u >= LOW * 1.0009765625) & (u <= HIGH * 1.0009765625)  # OUTER_EDGE
+        by_code = gradient * scale
+        if GRADIENT == "clipped":
+            by_code = by_code * tl.where(within, zero + 1, 0.0)
+        if GRADIENT == "fork":
+            distance = tl.abs(u - tl.floor(u) - 0.5)
+            by_code = by_code * tl.minimum(0.2 * tl.exp2(EXPONENT * tl.log2(distance)), LARGEST)
+        if GRADIENT == "dge":
+            between = (u - LOW) * 0.5 if BINARY else u - LOW
+            distance = tl.abs(2 * (between - tl.floor(between)) - 1)
+            slope = tl.minimum(tl.exp2(EXPONENT * tl.log2(distance)) * (1 + EXPONENT), LARGEST)
+            by_code = by_code * tl.where(within, slope, 0.0)
+        result = tl.div_rn(by_code, zero + step)
+        if ATTACHED:
+            by_scale, by_step = gradient * code, tl.div_rn(-by_code * u, zero + step)
+            if RULE == "twosided":
+                both = tl.div_rn(by_scale + by_step, zero + HIGH)
+                rise = tl.where((value > 0) & (up > HIGH * 1e-5), both, 0.0)
+                fall = tl.where((value <= 0) & (-low_end > HIGH * 1e-5), both, 0.0)
+                rise_R1 = tl.sum(rise.to(tl.float64), axis=1, keep_dims=True).to(tl.float32)
+                fall_R1 = tl.sum(fall.to(tl.float64), axis=1, keep_dims=True).to(tl.float32)
+                at_up, at_low = (inside & (value == up)).to(tl.float32), (inside & (value == low_end)).to(tl.float32)
+                count_up = tl.maximum(tl.sum(at_up, axis=1, keep_dims=True), 1.0)
+                count_low = tl.maximum(tl.sum(at_low, axis=1, keep_dims=True), 1.0)
+                result += tl.div_rn(rise_R1, count_up) * at_up - tl.div_rn(fall_R1, count_low) * at_low
+            else:
+                sign = tl.where(value > 0, zero + 1, tl.where(value < 0, zero - 1, 0.0))
+                part, through = by_scale + by_step, zero
+                if RULE == "absmean":
+                    part = by_scale + TWICE * by_step
+                if RULE == "leastsq":
+                    part = TWICE * by_step
+                    fitted = tl.sum(by_scale.to(tl.float64), axis=1, keep_dims=True).to(tl.float32)
+                    through = tl.div_rn(fitted, squares) * code
+                total = tl.sum(part.to(tl.float64), axis=1, keep_dims=True).to(tl.float32)
+                if RULE == "absmax":
+                    chosen = (inside & (magnitude == largest)).to(tl.float32)
+                    count = tl.maximum(tl.sum(chosen, axis=1, keep_dims=True), 1.0)
+                    share = tl.div_rn(tl.div_rn(total, high_R1), count) * chosen
+                else:
+                    share = tl.div_rn(total, width.to(tl.float32)) + zero
+                result += through + share * sign
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+
+
+def in_one_kernel(x_RC: Tensor, site: SiteQuantizer, backward: bool) -> bool:
+    """Returns whether the kernel computes this quantizer where the tensor is: rows apart, or forward a given step."""
+    apart = site.granularity == "row" or not backward and site.granularity in ("tensor", "qkvo")
+    return x_RC.is_cuda and apart and (site.granularity == "row" or site.scale != "leastsq")
+
+
+def site_rows(
+    x_RC: Tensor, site: SiteQuantizer, activation: bool, basis: Tensor | None = None, g_RC: Tensor | None = None
+) -> Tensor:
+    """Returns the values of x on its grid, or from their gradients g those of x, in the dtype of x, by one kernel.
+
+    `basis` is the mean or largest magnitude where several rows share a step.
+    """
+    x_RC, out_RC = x_RC.contiguous(), torch.empty_like(x_RC, memory_format=torch.contiguous_format)
+    rows, columns = x_RC.shape
+    tile, options = launch_shape(columns)
+    compiled_kernel(site_row_kernel)[(-(-rows // tile["BLOCK_R"]),)](
+        x_RC, x_RC if g_RC is None else g_RC.contiguous(), x_RC if basis is None else basis, out_RC, rows, columns,
+        **kernel_options(site, activation, basis is not None, g_RC is not None), **tile, **options,
+    )  # fmt: skip
+    return out_RC
+
+
+def launch_shape(columns: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the tile of a program, and how it is compiled: eight elements a thread, no product fused with a sum."""
+    block = 1 << (columns - 1).bit_length()
+    rows = max(1, TILE // block)
+    warps = min(32, max(4, rows * block // 8 // LANES_OF_WARP))
+    return {"BLOCK_R": rows, "BLOCK_C": block}, {"num_warps": warps, "enable_fp_fusion": False}
+
+
+def kernel_options(site: SiteQuantizer, activation: bool, given: bool, backward: bool) -> dict[str, Any]:
+    """Returns what of a quantizer the kernel is compiled for."""
+    exponent = -0.8 if site.gradient == "fork" else 1 / site.power - 1 if site.power else 0.0
+    return dict(
+        BACKWARD=backward, GIVEN=given, HALF=not activation, RULE=site.scale, BINARY=site.is_binary,
+        LOW=float(site.low), HIGH=float(site.high), TWICE=2 * site.threshold, GRADIENT=site.gradient,
+        EXPONENT=exponent, LARGEST=site.largest_slope, ATTACHED=site.attached,
+    )  # fmt: skip

@@ -37,7 +37,7 @@ exec(compile(s,f,"exec"))
 
 def minify_source(source: str) -> str:
     """The same program without what only people read. Raises BundleError where it is not Python 3.10."""
-    parse_oldest(source, "bundle")
+    tree = parse_oldest(source, "bundle")
     # The printer would use the f-strings of the Python that runs it (3.12 may nest equal quotes, PEP 701).
     oldest = mock.patch.object(expression_printer, "sys", SimpleNamespace(version_info=OLDEST_PYTHON))
     with oldest:
@@ -52,9 +52,16 @@ def minify_source(source: str) -> str:
             remove_literal_statements=True,
             hoist_literals=False,
             rename_locals=True,
+            # Under another name, which takes an assignment, Triton would make a tensor of a kernel's constant.
+            preserve_locals=[part.arg for part in ast.walk(tree) if isinstance(part, ast.arg) and is_constant(part)],
             rename_globals=False,
             preserve_shebang=False,
         )
+
+
+def is_constant(parameter: ast.arg) -> bool:
+    """Returns whether a parameter is one of a Triton kernel that has to be known when that is compiled."""
+    return isinstance(parameter.annotation, ast.Name) and parameter.annotation.id == "constexpr"
 
 
 def pack_source(source: str) -> bytes:

@@ -27,6 +27,7 @@ from golf.model.block import causal_attention, visible_keys
 from golf.model.init import build_model
 from golf.model.segments import flash_runs, segment_attention, segment_bounds
 from golf.quant.grid import RowGrids, quantize_rows
+from golf.quant.site_operator import site_value
 from golf.runtime import CUDNN_FIRST, Runtime, write_file_atomically
 from lab.machine.fingerprint import gpu_states, machine_fingerprint
 from lab.machine.step_times import random_tokens, time_steps
@@ -98,6 +99,26 @@ def check_fake_quantization(setting: Setting) -> Seen:
         wrong = int((values_RC.cpu() != expected[place // 2].to(values_RC.dtype)).sum())
         require(wrong == 0, f"{wrong} of {values_RC.numel()} weights at {bits} bits differ from the exported ones")
     return Seen(f"{len(grids.values)} matrices of 2 to 8 bits equal the export, bit for bit")
+
+
+SITE_TEXTS = ("int8", "unsigned8", "ternary", "ternary-leastsq-clipped-attached", "twosided8-attached", "int4-attached")
+
+
+def check_site_quantizers(setting: Setting) -> Seen:
+    """Compares activations on their grids, and gradients through them, with those of the CPU, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    for text in SITE_TEXTS:
+        for columns in (64, 512, 1536):
+            x_RC, g_RC = torch.randn(2, 1000, columns, generator=generator)
+            found = []
+            for device in (torch.device("cpu"), setting.runtime.device):
+                leaf_RC = x_RC.to(device, copy=True).requires_grad_()
+                values_RC = site_value(leaf_RC, text, True, None)
+                values_RC.backward(g_RC.to(device))
+                found.append((values_RC.detach().cpu(), leaf_RC.grad.cpu()))
+            wrong = [int((one != other).sum()) for one, other in zip(*found, strict=True)]
+            require(wrong == [0, 0], f"{text}, rows of {columns}: {wrong} values and gradients differ from the CPU's")
+    return Seen(f"{len(SITE_TEXTS)} quantizers of activations equal the CPU's, bit for bit")
 
 
 def check_rotary_kernels(setting: Setting) -> Seen:
@@ -242,6 +263,7 @@ def check_marked_tests(setting: Setting) -> Seen:
 CHECKS: dict[str, Callable[[Setting], Seen]] = {
     "device": check_device,
     "fake quantization equals the export": check_fake_quantization,
+    "activation quantizers equal the CPU's": check_site_quantizers,
     "rotary tables are inputs": check_rotary_kernels,
     "attention kernels": check_attention,
     "segments equal the mask": check_segments,

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 import golf.model.gpt
 import golf.optim.optimizers
-import golf.quant.site_grid
+import golf.quant.site_operator
 from golf.config.config import Config
 from golf.model.gpt import GPT
 from golf.optim.optimizers import Optimizers, clip_gradients, orthogonal_updates
@@ -201,10 +201,10 @@ def site_part(graphs: list[torch.fx.GraphModule], micro_steps: int) -> Part:
         counter.moved += (2 + (g is not None)) * x.numel() * x.element_size()
         return x if g is None else torch.detach(x)
 
-    with mode, mock.patch.object(golf.quant.site_grid, "site_rows", one_kernel):
+    with mode, mock.patch.object(golf.quant.site_operator, "site_rows", one_kernel):
         for node in (node for graph in graphs for node in graph.graph.nodes):
             name = str(node.target).split(".")[:2]
-            if name[0] == "golf" and (operator := getattr(golf.quant.site_grid, name[1], None)):
+            if name[0] == "golf" and (operator := getattr(golf.quant.site_operator, name[1], None)):
                 given = torch.fx.node.map_arg(node.args, lambda n: on_gpu(n.meta["val"], mode))
                 with counter:
                     operator._init_fn(*given)

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from golf.config.site_quantizers import parse_site
 from golf.quant.grid import compiled_kernel
-from golf.quant.site_kernel import kernel_options, launch_shape, site_row_kernel
+from golf.quant.site_grid import kernel_options, launch_shape, site_row_kernel
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 PRELUDE = (
