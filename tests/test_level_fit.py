@@ -130,3 +130,17 @@ def test_calibration_takes_its_time_from_the_training():
     assert training_budget(Knobs()).seconds == 600.0
     endless = replace(config, train=replace(config.train, max_wallclock_seconds=0.0))
     assert training_budget(endless).seconds == 0.0
+
+
+def test_a_sample_of_rows_finds_the_level_of_all(trained, monkeypatch):
+    state, statistics = trained
+    weights = sum(state[name].numel() for name in statistics)
+    monkeypatch.setattr("golf.artifact.fill_limit.SAMPLE_WEIGHTS", weights // 3)
+    lines = []
+    fitted = fit(trained, 11_000, log=lines.append)
+    assert 11_000 - NEAR_ENOUGH <= len(fitted.data) <= 11_000
+    sampled = [line for line in lines if "by one row in 3" in line]
+    first = next(line for line in lines if line.startswith("fit: level") and line not in sampled)
+    level, size = sampled[-1].split()[2], int(first.split()[3].replace(",", ""))
+    assert first.split()[2] == level and abs(size / 11_000 - 1) < 0.15  # so few codes that each coder starts anew
+    assert fitted.stored["tok_emb.weight"].codes_RC.shape == state["tok_emb.weight"].shape

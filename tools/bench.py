@@ -49,7 +49,7 @@ from golf.runtime import Log, Runtime, start_runtime
 from golf.score.scorer import compiled_losses, score_stream, sliding_settings
 from lab.bench.coder_bench import bench_coders, gptq_like_codes
 from lab.bench.data_bench import bench_data, bench_loader
-from lab.bench.fit_bench import bench_fit
+from lab.bench.fit_bench import bench_fit, frontier_shapes
 from lab.bench.ternary_product import bench_ternary
 from lab.cli import ToolOptions, run_command
 from lab.machine.step_times import random_tokens, time_steps
@@ -207,7 +207,7 @@ def work_on_ternary(options: Options) -> int:
 def work_on_fit(options: Options) -> int:
     """Fits on one thread, so that seconds of CPU are those of a core."""
     torch.set_num_threads(1)
-    figures = bench_fit(options.fit, lambda line: print(line, file=sys.stderr, flush=True))
+    figures = bench_fit(frontier_shapes(options.fit), lambda line: print(line, file=sys.stderr, flush=True))
     if options.json:
         print(json.dumps(figures))
     else:

@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from golf.artifact.container import pack_artifact
+from golf.artifact.container import encode_streams, pack_artifact
 from golf.artifact.sizes import SizeReport
 from golf.config.knobs import UserError
 from golf.config.model import ModelConfig
@@ -154,6 +154,8 @@ FIRST_GUESS = -21.0
 NEAR_ENOUGH = 500
 """Bytes below the goal at which the search ends (a limit of 16,000,000 is filled to 0.003 %)."""
 MOST_PACKINGS = 16
+SAMPLE_WEIGHTS = 2**22
+"""Weights, about, on whose rows the level of a larger model is searched first."""
 
 
 def single_process() -> Runtime:
@@ -166,7 +168,10 @@ class LevelArtifact:
     """Holds the model at one water level."""
 
     log_level: float
+    size: int
+    """Bytes; of a sample of rows those that all would take."""
     data: bytes
+    """Empty for a sample."""
     sizes: SizeReport
     stored: QuantizedState
     loss_added: float
@@ -190,6 +195,8 @@ class LevelSearch:
     first_guess: float = FIRST_GUESS
     near_enough: int = NEAR_ENOUGH
     runtime: Runtime = field(default_factory=single_process)
+    stride: int = 1
+    """Of so many rows, one is quantized: the others cost about as much."""
     tried: dict[float, LevelArtifact] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -209,11 +216,12 @@ class LevelSearch:
     def quantize(self, log_level: float) -> QuantizedState:
         """Returns all tensors quantized at a level; those that are no matrices as fp16."""
         mine: dict[str, QuantizedTensor] = {}
-        for names in batch_equal_shapes({name: self.shapes[name] for name in self.matrices}, self.runtime.device):
-            matrices = [self.matrices[name] for name in names]
+        shapes = {name: (-(-rows // self.stride), columns) for name, (rows, columns) in self.shapes.items()}
+        for names in batch_equal_shapes({name: shapes[name] for name in self.matrices}, self.runtime.device):
+            matrices = [self.matrices[name].sample(self.stride) for name in names]
             entries = quantize_matrices(matrices, 2.0**log_level, self.quant.rd_lambda, self.trellis)
             mine |= zip(names, entries, strict=True)
-        codes = share_entries(mine, self.shapes, self.runtime)
+        codes = share_entries(mine, shapes, self.runtime)
         return {name: codes[name] if name in codes else part.detach().cpu().half() for name, part in self.state.items()}
 
     def of_all(self, value_of: Callable[[PreparedMatrix, QuantizedTensor], float], stored: QuantizedState) -> float:
@@ -226,11 +234,21 @@ class LevelSearch:
         """Returns the artifact at a level, quantized and packed once."""
         if log_level not in self.tried:
             stored = self.quantize(log_level)
+            if self.stride > 1:
+                self.tried[log_level] = self.sampled(log_level, stored)
+                return self.tried[log_level]
             data, sizes = pack_artifact(stored, self.model, self.tokenizer_sha256, self.quant.codec, verify=False)
             loss = self.of_all(lambda matrix, entry: matrix.loss_added(dequantize_tensor(entry)), stored)
-            self.tried[log_level] = LevelArtifact(log_level, data, sizes, stored, loss)
+            self.tried[log_level] = LevelArtifact(log_level, len(data), data, sizes, stored, loss)
             self.log(f"fit: level 2^{log_level:.4f}: {len(data):,} bytes, {loss:.5f} nats per token expected")
         return self.tried[log_level]
+
+    def sampled(self, log_level: float, stored: QuantizedState) -> LevelArtifact:
+        """Returns what all rows would take, by a sample's streams: codes and scales are as many times more."""
+        streams, _ = encode_streams(stored, self.quant.codec)
+        size = sum(one.compressed_bytes * (self.stride if one.role in ("codes", "scales") else 1) for one in streams)
+        self.log(f"fit: level 2^{log_level:.4f}: about {size:,} bytes by one row in {self.stride}")
+        return LevelArtifact(log_level, size, b"", SizeReport(self.quant.codec, tuple(streams), size), stored, math.nan)
 
     def fill(self, goal: int) -> LevelArtifact:
         """Returns the largest artifact within `goal` bytes, up to `near_enough`; a smaller one where no finer step
@@ -241,13 +259,13 @@ class LevelSearch:
         over = within = None  # the nearest level that is too large, and that fits
         guess = self.first_guess
         for packing in range(MOST_PACKINGS):
-            size = len(self.at(guess).data)
+            size = self.at(guess).size
             over, within = (over, guess) if size <= goal else (guess, within)
             if goal - self.near_enough <= size <= goal or (within == FINEST and size <= goal) or over == COARSEST:
                 break
             guess = self.next_guess(goal, over, within, halve=packing % 4 == 3)
         if within is None:
-            smallest = min(len(one.data) for one in self.tried.values())
+            smallest = min(one.size for one in self.tried.values())
             raise FitError(
                 f"the artifact can't fit in {goal:,} bytes: {smallest:,} is the smallest, with nearly all codes zero; "
                 "train a smaller model"
@@ -262,11 +280,11 @@ class LevelSearch:
         """
         if over is None or within is None:
             known = over if within is None else within
-            octaves = 16 * (len(self.tried[known].data) - goal) / self.tried[known].sizes.weights
+            octaves = 16 * (self.tried[known].size - goal) / (self.stride * self.tried[known].sizes.weights)
             return min(max(known + 1.2 * octaves + math.copysign(0.05, octaves), FINEST), COARSEST)
         if halve:
             return (over + within) / 2
-        most, least = (math.log(len(self.tried[level].data)) for level in (over, within))
+        most, least = (math.log(self.tried[level].size) for level in (over, within))
         share = (most - math.log(goal - self.near_enough / 2)) / (most - least)
         return over + min(max(share, 0.02), 0.98) * (within - over)
 
@@ -279,15 +297,18 @@ def fill_limit(
     """Returns the artifact that fills the limit, less a reserve, on every rank. Deterministic: the bytes do not depend
     on the number of ranks. Raises FitError, QuantError.
 
-    The level is first searched with plain grids, which are quick, and from there on with trellises.
+    The level is first searched roughly: on some rows where there are many weights, else with plain grids, which are
+    quick. From there on all rows are quantized with trellises.
     """
     goal = limit_bytes_model - reserve_bytes
-    roughly = max(NEAR_ENOUGH, goal // 50)
+    stride = max(1, sum(state[name].numel() for name in statistics) // SAMPLE_WEIGHTS)
+    roughly = max(NEAR_ENOUGH, goal // (50 if stride == 1 else 500))
     search = LevelSearch(
-        state, statistics, quant, model, tokenizer_sha256, log, near_enough=roughly, runtime=runtime or single_process()
-    )
+        state, statistics, quant, model, tokenizer_sha256, log, stride > 1, near_enough=roughly,
+        runtime=runtime or single_process(), stride=stride,
+    )  # fmt: skip
     search.first_guess, packings = search.fill(goal).log_level, len(search.tried)
-    search.trellis, search.near_enough, search.tried = True, NEAR_ENOUGH, {}
+    search.trellis, search.near_enough, search.stride, search.tried = True, NEAR_ENOUGH, 1, {}
     found, packings = search.fill(goal), packings + len(search.tried)
     zeros = sum(int((found.stored[name].codes_RC == 0).sum()) for name in statistics)
     codes = sum(found.stored[name].codes_RC.numel() for name in statistics)

@@ -13,7 +13,7 @@ send. R rows, C columns.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -115,6 +115,10 @@ class PreparedMatrix:
     damping_C: Tensor
     """What `damped_CC` has more than the statistics on its diagonal."""
     row_weight_R: Tensor
+
+    def sample(self, stride: int) -> "PreparedMatrix":
+        """Returns every `stride`-th row as a matrix."""
+        return replace(self, weight_RC=self.weight_RC[::stride], row_weight_R=self.row_weight_R[::stride])
 
     @property
     def problem(self) -> GptqProblem:

@@ -33,9 +33,10 @@ VIEWS = {"view", "_unsafe_view", "select", "slice", "unsqueeze", "squeeze", "exp
          "diagonal", "split", "split_with_sizes", "detach", "alias", "unbind", "as_strided"}  # fmt: skip
 
 
-def frontier_shapes(layers: int) -> ModelConfig:
-    """Returns a model of the frontier's shapes: 512 wide, MLP four times as wide, 8,192 tokens; 36 million weights at
-    11 layers."""
+def frontier_shapes(megaweights: float) -> ModelConfig:
+    """Returns a model of the frontier's shapes: 512 wide, MLP four times as wide, 8,192 tokens; 11 layers for 36
+    million weights."""
+    layers = max(1, round(11 * megaweights / 36))
     return ModelConfig(
         vocab_size=8192, num_layers=layers, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=4.0,
         bigram_vocab_size=0, bigram_dim=0, smear_gate=False,
@@ -110,7 +111,6 @@ class PartTimes:
 
     def __init__(self) -> None:
         self.cpu, self.wall, self.calls = Counter[str](), Counter[str](), Counter[str]()
-        self.by_matrix = Counter[str]()
 
     @contextmanager
     def replacing(self, module: Any, name: str, part: str) -> Iterator[None]:
@@ -136,13 +136,12 @@ PARTS = (
 )  # fmt: skip
 
 
-def bench_fit(megaweights: float, log: Callable[[str], None]) -> dict[str, float]:
-    """Fits synthetic weights of the frontier's shapes and returns seconds by part, bytes, memory and launches.
+def bench_fit(model: ModelConfig, log: Callable[[str], None]) -> dict[str, float]:
+    """Fits synthetic weights of a model and returns seconds by part, bytes, memory and launches.
 
     The seconds on MODELLED_RANKS are modelled: packing and what else every rank does, and the share of the rest that
     the rank with the most work has.
     """
-    model = frontier_shapes(max(1, round(11 * megaweights / 36)))
     quant = QuantConfig(qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="rans")
     state, statistics = synthetic_weights(model)
     weights = sum(state[name].numel() for name in statistics)
@@ -156,8 +155,8 @@ def bench_fit(megaweights: float, log: Callable[[str], None]) -> dict[str, float
     figures = {"weights": weights, "limit_bytes": goal, "bytes": len(fitted.data), "wall_s": wall, "cpu_s": cpu}
     figures |= {f"{part}_cpu_s": seconds for part, seconds in times.cpu.items()}
     figures |= {f"{part}_wall_s": seconds for part, seconds in times.wall.items()}
-    spread = times.wall["prepare"] + times.wall["quantize"]
-    figures["modelled_s_on_8_ranks"] = wall - spread + spread * largest_share(state, statistics)
+    spread = times.cpu["prepare"] + times.cpu["quantize"]
+    figures["modelled_s_on_8_ranks"] = cpu - spread + spread * largest_share(state, statistics)
     figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures["peak_mib_before"] = before / 1024
     return figures | {f"modelled_launches_a_column_{part}": count for part, count in launches_per_column().items()}
