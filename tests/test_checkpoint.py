@@ -16,7 +16,7 @@ from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
 from golf.model.init import build_model
-from golf.optim.optimizers import Muon, Optimizers
+from golf.optim.optimizers import Optimizers, parameters_of_group
 from golf.run.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -186,8 +186,7 @@ def test_momentum_of_another_ranks_matrix_is_not_taken_over(stream):
     model = build_model(config.model, 0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ranks = [Optimizers(model, config.optim, Runtime(torch.device("cpu"), rank, 2)) for rank in range(2)]
-    muon = next(optimizer for _, optimizer in ranks[0].all if isinstance(optimizer, Muon))
-    matrices = [matrix for group in muon.param_groups for matrix in group["params"]]
+    matrices = parameters_of_group(model, "matrix")
     everything = {f"optimizer.{names[matrix]}.momentum": torch.full_like(matrix, 3.0) for matrix in matrices}
     kept = []
     for optimizers in ranks:

@@ -4,12 +4,21 @@ import pytest
 import torch
 from torch import nn
 
+import golf.optim.optimizers
 from golf.config.config import build_config
 from golf.config.training import AverageConfig, OptimConfig, TrainConfig
 from golf.model.init import build_model
 from golf.optim.average import WeightAverage
-from golf.optim.optimizers import Muon, muon_momentum, newton_schulz, parameters_of_group
+from golf.optim.optimizers import (
+    Muon,
+    clip_gradients,
+    muon_momentum,
+    newton_schulz,
+    orthogonal_updates,
+    parameters_of_group,
+)
 from golf.optim.schedule import Budget, learning_rate_scale
+from golf.runtime import Runtime
 
 
 def random_matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -32,31 +41,131 @@ def test_newton_schulz_keeps_the_singular_vectors():
     assert (core - core.diag().diag()).abs().max() < 1e-6
 
 
-def test_muon_agrees_with_torchs_own():
-    ours, theirs = (nn.Parameter(random_matrix(32, 64)) for _ in range(2))
-    settings = dict(lr=0.02, momentum=0.9, weight_decay=0.04, ns_steps=5)
-    own = Muon([ours], **settings)
-    reference = torch.optim.Muon([theirs], nesterov=True, adjust_lr_fn="original", **settings)
+SETTINGS = OptimConfig(matrix_lr=0.02, muon_weight_decay=0.04, muon_ns_steps=5)
+
+
+def muon_of(matrices: list[nn.Parameter], rank: int = 0, world_size: int = 1) -> Muon:
+    muon = Muon(matrices, SETTINGS, Runtime(torch.device("cpu"), rank, world_size))
+    muon.param_groups[0]["muon_momentum"] = 0.9
+    return muon
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32)])
+def test_muon_agrees_with_torchs_own(shape):
+    ours, theirs = (nn.Parameter(random_matrix(*shape)) for _ in range(2))
+    own = muon_of([ours])
+    reference = torch.optim.Muon(
+        [theirs], lr=0.02, momentum=0.9, weight_decay=0.04, ns_steps=5, nesterov=True, adjust_lr_fn="original"
+    )
     for step in range(5):
-        ours.grad = theirs.grad = random_matrix(32, 64, seed=10 + step)
+        ours.grad = random_matrix(*shape, seed=10 + step)
+        theirs.grad = ours.grad.clone()
         own.step()
         reference.step()
-    moved = (theirs - random_matrix(32, 64)).norm()
+    moved = (theirs - random_matrix(*shape)).norm()
     assert (ours - theirs).norm() < 0.02 * moved  # torch iterates in bf16, we in fp32
 
 
-def test_ranks_of_muon_share_the_work_without_overlap():
-    matrices = [nn.Parameter(random_matrix(8, 8, seed)) for seed in range(5)]
-    for seed, matrix in enumerate(matrices):
-        matrix.grad = random_matrix(8, 8, 100 + seed)
-    settings = dict(lr=0.1, momentum=0.9, weight_decay=0.0, ns_steps=5)
-    alone = Muon(matrices, **settings)
-    everything = alone.own_updates(alone.param_groups[0])
-    for world_size in (2, 4, 8):
-        for rank in range(world_size):
-            shared = Muon(matrices, **settings, rank=rank, world_size=world_size)
-            own = shared.own_updates(shared.param_groups[0])
-            torch.testing.assert_close(own, everything[rank::world_size], atol=1e-6, rtol=1e-5)
+SHAPES = [(8, 8)] * 5 + [(8, 24), (24, 8), (4, 8), (8, 4), (16, 2)]
+
+
+def muon_in_float64(weights: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Trains matrices one by one by the rule of Muon's docstring."""
+    trained = []
+    for place, weight in enumerate(weights):
+        weight_RC, momentum_RC = weight.detach().double(), torch.zeros(weight.shape, dtype=torch.float64)
+        for step in gradients:
+            gradient_RC = step[place].double()
+            momentum_RC = 0.9 * momentum_RC + gradient_RC
+            nesterov_RC = gradient_RC + 0.9 * momentum_RC
+            x_RC = nesterov_RC.T if weight.size(0) > weight.size(1) else nesterov_RC
+            x_RC = x_RC / x_RC.norm()
+            for _ in range(5):
+                gram_RR = x_RC @ x_RC.T
+                x_RC = 3.4445 * x_RC + (-4.7750 * gram_RR + 2.0315 * gram_RR @ gram_RR) @ x_RC
+            x_RC = x_RC.T if weight.size(0) > weight.size(1) else x_RC
+            scale = max(1.0, weight.size(0) / weight.size(1)) ** 0.5
+            weight_RC = (1 - 0.02 * 0.04) * weight_RC - 0.02 * scale * x_RC
+        trained.append(weight_RC)
+    return trained
+
+
+def random_training(steps: int = 3) -> tuple[list[nn.Parameter], list[list[torch.Tensor]]]:
+    matrices = [nn.Parameter(random_matrix(*shape, seed)) for seed, shape in enumerate(SHAPES)]
+    gradients = [
+        [random_matrix(*shape, 100 * step + seed) for seed, shape in enumerate(SHAPES)] for step in range(1, steps + 1)
+    ]
+    return matrices, gradients
+
+
+def set_gradients_of(matrices: list[nn.Parameter], gradients: list[torch.Tensor]) -> None:
+    for matrix, gradient in zip(matrices, gradients, strict=True):
+        matrix.grad = gradient.clone()
+
+
+def test_muon_equals_its_rule_in_float64():
+    matrices, gradients = random_training()
+    expected = muon_in_float64(matrices, gradients)
+    muon = muon_of(matrices)
+    assert len(muon.stacks) == 4, "one for matrices of a shape, or its transpose"
+    for step in gradients:
+        versions = [matrix._version for matrix in matrices]
+        set_gradients_of(matrices, step)
+        muon.step()
+        assert all(matrix._version > before for matrix, before in zip(matrices, versions, strict=True)), "grids need it"
+    for matrix, reference in zip(matrices, expected, strict=True):
+        assert (matrix - reference).norm() < 1e-6 * reference.norm()
+
+
+def test_one_stack_for_all_shapes_gives_the_same_updates():
+    """As on CUDA: zeros around a matrix change nothing."""
+    _, (gradients,) = random_training(1)
+    momenta = [torch.zeros(len(gradients), 8, 24), *(torch.zeros(1, *sorted(shape)) for shape in SHAPES)]
+    rest = torch.tensor(0.9), 5, torch.zeros(3)
+    together = orthogonal_updates([(gradients, momenta[0])], *rest)
+    alone = orthogonal_updates([([g], one) for g, one in zip(gradients, momenta[1:], strict=True)], *rest)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert len(together) == 3 + sum(g.numel() for g in gradients) and together[-3:].eq(0).all()
+    for one, shape, alone_MRC in zip(momenta[0], SHAPES, momenta[1:], strict=True):
+        rows, columns = sorted(shape)
+        assert torch.equal(one[:rows, :columns], alone_MRC[0]) and one.count_nonzero() == rows * columns
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8, 16])
+def test_ranks_of_muon_share_the_work_without_overlap(world_size, monkeypatch):
+    matrices, (gradients,) = random_training(1)
+    alone = muon_of(matrices)
+    set_gradients_of(matrices, gradients)
+    alone.step()
+    expected = [matrix.detach().clone() for matrix in matrices]
+    again, _ = random_training(1)
+    ranks = [muon_of(again, rank, world_size) for rank in range(world_size)]
+    held = [matrix for muon in ranks for matrix in muon.state]
+    assert len(held) == len(again) == len(set(held))
+    set_gradients_of(again, gradients)
+    given = [[([matrix.grad for matrix in stack], one) for stack, one in muon.stacks] for muon in ranks]
+    sent = [
+        orthogonal_updates(own, torch.tensor(0.9), 5, muon.padding_N) for own, muon in zip(given, ranks, strict=True)
+    ]
+    assert len({len(part_N) for part_N in sent}) == 1
+    ranks[0].update = lambda *given: sent[0]
+    monkeypatch.setattr(golf.optim.optimizers, "gather_updates", lambda whole_N, own_N: whole_N.copy_(torch.cat(sent)))
+    ranks[0].step()
+    for matrix, reference in zip(again, expected, strict=True):
+        torch.testing.assert_close(matrix.detach(), reference, atol=1e-6, rtol=1e-5)
+
+
+def test_clipping_goes_by_the_float64_norm():
+    flat_N = random_matrix(900, 1000).flatten()
+    gradients_KN = torch.cat([flat_N, torch.zeros(-len(flat_N) % 4096)]).view(-1, 4096)
+    norm = clip_gradients(gradients_KN, 0.3)
+    reference = flat_N.double().norm()
+    assert abs(norm - reference) < 3e-7 * reference < abs(flat_N.norm() - reference), "one fp32 sum is off by 1e-5"
+    clipped_N = gradients_KN.flatten()[: len(flat_N)].double()
+    torch.testing.assert_close(clipped_N, flat_N.double() * 0.3 / (reference + 1e-6), atol=0, rtol=1e-6)
+    before = gradients_KN.clone()
+    clip_gradients(gradients_KN, 1.0)
+    assert torch.equal(before, gradients_KN), "a small gradient is left alone"
 
 
 def test_every_parameter_is_in_exactly_one_group():

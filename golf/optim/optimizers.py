@@ -1,16 +1,15 @@
 """Assigns each parameter its optimizer: matrices train by Muon, tables and vectors by AdamW.
 
-PARAMETER_GROUPS defines the groups as data: a module names its weight's group, and a group defines how its optimizer is
-built and which of its settings change during training. Muon takes momentum, then the nearest (semi-)orthogonal matrix
-(Jordan et al. 2024, kellerjordan.github.io/posts/muon); it stacks matrices of one shape, so that the Newton-Schulz
-iteration is a few large batched products; under torchrun each rank iterates on its share.
+PARAMETER_GROUPS defines the groups as data: a module names its weight's group, a group how its optimizer is built. The
+gradients of all lie in one tensor, so that reducing and clipping them are a few kernels each. Muon takes momentum, then the nearest (semi-)orthogonal matrix
+(Jordan et al. 2024, kellerjordan.github.io/posts/muon); it stacks matrices, so that the Newton-Schulz iteration is a
+few large batched products; under torchrun each rank iterates on its share.
 
-M matrices of a shape, R rows, C columns.
+M matrices of a stack, R rows, C columns, N numbers of several tensors, K rows of them.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,91 +22,103 @@ from golf.config.training import OptimConfig
 from golf.model.gpt import GPT
 from golf.runtime import Runtime
 
-gather_stacks = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+gather_updates = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Has a new name since torch 2.13, which warns of the old one."""
-NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def newton_schulz(update_MRC: Tensor, steps: int) -> Tensor:
+def newton_schulz(x_MRC: Tensor, steps: int) -> Tensor:
     """Drives all singular values of every matrix towards 1 (into about 0.7 to 1.2) with a quintic iteration.
 
-    Computes in the dtype of `update_MRC`: bf16 on CUDA, where it is fastest, fp32 on CPU, where bf16 is slower.
+    Costs least where R <= C. Zeros around a matrix stay zeros.
     """
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    tall = update_MRC.size(-2) > update_MRC.size(-1)
-    x_MRC = update_MRC.mT if tall else update_MRC
-    x_MRC = x_MRC / (x_MRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x_MRC = x_MRC / (x_MRC.norm(dim=2).norm(dim=1)[:, None, None] + 1e-7)
+    diagonal_RR = x_MRC.new_full((x_MRC.size(1),), a).diag()
     for _ in range(steps):
         gram_MRR = x_MRC @ x_MRC.mT
-        polynomial_MRR = b * gram_MRR + c * (gram_MRR @ gram_MRR)
-        x_MRC = a * x_MRC + polynomial_MRR @ x_MRC
-    return x_MRC.mT if tall else x_MRC
+        x_MRC = (diagonal_RR + b * gram_MRR + c * (gram_MRR @ gram_MRR)) @ x_MRC
+    return x_MRC
 
 
-class Muon(torch.optim.Optimizer):
+def turned(like: Tensor, x_RC: Tensor) -> Tensor:
+    """Returns `x_RC`, transposed where `like` has more rows than columns."""
+    return x_RC.mT if like.size(0) > like.size(1) else x_RC
+
+
+def place_of(like: Tensor, x_RC: Tensor) -> Tensor:
+    """Returns the view of a matrix of a stack, which may be larger, that holds a matrix in the shape of `like`."""
+    rows, columns = sorted(like.shape)
+    return turned(like, x_RC.narrow(0, 0, rows).narrow(1, 0, columns))
+
+
+def orthogonal_updates(
+    stacks: list[tuple[list[Tensor], Tensor]], momentum: Tensor, ns_steps: int, padding_N: Tensor
+) -> Tensor:
+    """Adds each stack of gradients to its momentum_MRC; returns the orthogonalised updates one after the other, and
+    `padding_N`, in whose dtype they are computed."""
+    parts = []
+    for own, momentum_MRC in stacks:
+        _, rows, columns = momentum_MRC.shape
+        nesterov_MRC = torch.stack(
+            [F.pad(turned(x, x), (0, columns - max(x.shape), 0, rows - min(x.shape))) for x in own]
+        )
+        momentum_MRC.mul_(momentum).add_(nesterov_MRC)
+        nesterov_MRC.addcmul_(momentum_MRC, momentum)
+        update_MRC = newton_schulz(nesterov_MRC.to(padding_N.dtype), ns_steps)
+        parts += [(max(x.shape) / x.size(1)) ** 0.5 * x.flatten() for x in map(place_of, own, update_MRC)]
+    return torch.cat([*parts, padding_N])
+
+
+def compiled_on_gpu(function: Callable, runtime: Runtime) -> Callable:
+    """Returns a function compiled, but for a CPU, where it takes a minute and saves nothing, as it is."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if runtime.compiles_scoring else function
+
+
+class Muon(torch.optim.SGD):
     """Updates W <- (1 - lr wd) W - lr sqrt(max(1, R/C)) NewtonSchulz(Nesterov momentum of the gradient).
 
-    Gradients must be averaged over ranks already. `momentum` may be changed between steps.
+    Gradients must be averaged over ranks already. Iterates in bf16 on CUDA, where it is fastest and one stack for all
+    shapes the fewest kernels; in fp32 and by shapes on CPU. SGD does the last part of the rule, but not fused:
+    that would hide from grids that a weight has changed. A step needs the group's "muon_momentum".
     """
 
-    def __init__(
-        self,
-        matrices: list[Tensor],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        ns_steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-        orthogonalize: Callable[[Tensor, int], Tensor] = newton_schulz,
-    ):
-        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
-        for matrix in matrices:
-            by_shape[matrix.shape].append(matrix)
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
-        super().__init__([{"params": stack} for stack in by_shape.values()], defaults)
-        self.rank, self.world_size, self.orthogonalize = rank, world_size, orthogonalize
+    def __init__(self, matrices: list[Tensor], config: OptimConfig, runtime: Runtime):
+        matrices = sorted(matrices, key=lambda matrix: sorted(matrix.shape), reverse=True)
+        self.ns_steps, self.ranks = config.muon_ns_steps, runtime.world_size
+        self.update = compiled_on_gpu(orthogonal_updates, runtime)
+        shares = [matrices[rank :: self.ranks] for rank in range(self.ranks)]
+        sizes = [sum(map(Tensor.numel, share)) for share in shares]
+        for share, size in zip(shares, sizes, strict=True):  # all ranks send equally much
+            share.append(torch.zeros(max(sizes) - size, device=runtime.device))
+        *own, padding_N = shares[runtime.rank]
+        self.order, self.padding_N = sum(shares, []), padding_N.to(runtime.compute_dtype)
+        super().__init__(self.order, config.matrix_lr, weight_decay=config.muon_weight_decay, foreach=True)
+        self.stacks = []
+        for _, group in groupby(own, lambda matrix: matrix.is_cuda or sorted(matrix.shape)):
+            stack = list(group)
+            rows, columns = min(stack[0].shape), max(max(matrix.shape) for matrix in stack)
+            momentum_MRC = torch.zeros(len(stack), rows, columns, device=runtime.device)
+            self.stacks.append((stack, momentum_MRC))
+            for matrix, x_RC in zip(stack, momentum_MRC, strict=True):
+                self.state[matrix]["momentum"] = place_of(matrix, x_RC)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        assert closure is None
-        for group in self.param_groups:
-            updates = self.gather_updates(self.own_updates(group), len(group["params"]))
-            rows, columns = group["params"][0].shape
-            scale = max(1.0, rows / columns) ** 0.5
-            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(group["params"], updates, alpha=-group["lr"] * scale)
+    def step(self):
+        gradients = [([matrix.grad for matrix in stack], momentum_MRC) for stack, momentum_MRC in self.stacks]
+        momentum = torch.tensor(self.param_groups[0]["muon_momentum"])
+        updates_N = own_N = self.update(gradients, momentum, self.ns_steps, self.padding_N)
+        if self.ranks > 1:
+            updates_N = own_N.new_empty(self.ranks * len(own_N))
+            gather_updates(updates_N, own_N)
+        set_gradients(self.order, updates_N.float())
+        super().step()
 
-    def held_parameters(self) -> list[Tensor]:
-        """Returns the matrices whose momentum this rank keeps: every world_size-th of each shape, from `rank` on."""
-        return [matrix for group in self.param_groups for matrix in group["params"][self.rank :: self.world_size]]
 
-    def own_updates(self, group: dict) -> Tensor:
-        """Returns orthogonalised updates_MRC of this rank's matrices: every world_size-th, from `rank` on."""
-        own, first = group["params"][self.rank :: self.world_size], group["params"][0]
-        dtype = torch.bfloat16 if first.is_cuda else torch.float32  # equal on every rank, empty messages included
-        if not own:
-            return first.new_empty(0, *first.shape, dtype=dtype)
-        gradients = [matrix.grad for matrix in own]
-        for matrix in own:
-            if not self.state[matrix]:
-                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-        buffers = [self.state[matrix]["momentum"] for matrix in own]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, gradients)
-        nesterov_MRC = torch.stack(torch._foreach_add(gradients, buffers, alpha=group["momentum"]))
-        return self.orthogonalize(nesterov_MRC.to(dtype), group["ns_steps"])
-
-    def gather_updates(self, own_MRC: Tensor, count: int) -> list[Tensor]:
-        """Returns the updates of all `count` matrices, in their order, as fp32."""
-        if self.world_size == 1:
-            return list(own_MRC.float())
-        share = -(-count // self.world_size)
-        padded_MRC = F.pad(own_MRC, (0, 0, 0, 0, 0, share - own_MRC.size(0)))
-        everyone_MRC = own_MRC.new_empty(self.world_size * share, *own_MRC.shape[1:])
-        gather_stacks(everyone_MRC, padded_MRC)
-        updates = everyone_MRC.float().unbind()
-        return [updates[i % self.world_size * share + i // self.world_size] for i in range(count)]
+def set_gradients(parameters: list[Tensor], flat_N: Tensor) -> None:
+    """Makes parts of a flat tensor, one after the other, the gradients of parameters."""
+    parts = flat_N.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def muon_momentum(progress: float, config: OptimConfig) -> float:
@@ -117,99 +128,89 @@ def muon_momentum(progress: float, config: OptimConfig) -> float:
     return (1 - share) * config.muon_momentum_start + share * config.muon_momentum
 
 
-def build_muon(matrices: list[Tensor], config: OptimConfig, runtime: Runtime) -> Muon:
-    """Returns the matrices' optimizer; compiles its iteration on CUDA only (five shapes take a minute on a CPU)."""
-    compiled = runtime.compiles and runtime.device.type == "cuda"
-    return Muon(
-        matrices, config.matrix_lr, config.muon_momentum_start, config.muon_weight_decay, config.muon_ns_steps,
-        runtime.rank, runtime.world_size,
-        torch.compile(newton_schulz, dynamic=False, fullgraph=True) if compiled else newton_schulz,
-    )  # fmt: skip
-
-
 def build_adamw(parameters: list[Tensor], lr: float, weight_decay: float, config: OptimConfig) -> torch.optim.AdamW:
     """Returns AdamW with the betas and epsilon that all its groups share."""
-    betas = config.beta1, config.beta2
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, eps=config.adam_eps, fused=True)
+    betas, eps = (config.beta1, config.beta2), config.adam_eps
+    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=True)
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Describes parameters that learn by one rule."""
-
-    trains_as: str
-    """Group name that a module gives its weight; parameters of modules that give none are in "vector"."""
-    build: Callable[[list[Tensor], OptimConfig, Runtime], torch.optim.Optimizer]
-    settings: Callable[[float, OptimConfig], dict[str, float]] = lambda progress, config: {}
-    """Returns settings of the optimizer, beside the learning rate, at a share of the budget."""
-
-
-PARAMETER_GROUPS = (
-    ParameterGroup("table", lambda own, c, runtime: build_adamw(own, c.embed_lr, c.embed_weight_decay, c)),
-    ParameterGroup("matrix", build_muon, lambda progress, config: {"momentum": muon_momentum(progress, config)}),
-    ParameterGroup("vector", lambda own, c, runtime: build_adamw(own, c.scalar_lr, c.scalar_weight_decay, c)),
-)
-"""Groups in the order in which gradients are clipped and parameters updated."""
+PARAMETER_GROUPS = {
+    "table": lambda own, c, runtime: build_adamw(own, c.embed_lr, c.embed_weight_decay, c),
+    "matrix": Muon,
+    "vector": lambda own, c, runtime: build_adamw(own, c.scalar_lr, c.scalar_weight_decay, c),
+}
+"""Makes the optimizer of each group that a module may name for its weight; parameters of modules that name none are in
+"vector". The order is that of gradients in their message, and of updates."""
 
 
 def parameters_of_group(model: GPT, trains_as: str) -> list[Tensor]:
     """Returns a group's parameters in the order of the model; frozen ones are in no group."""
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
-    named = [(getattr(owners[name], "trains_as", "vector"), part) for name, part in model.named_parameters()]
-    return [parameter for group, parameter in named if group == trains_as and parameter.requires_grad]
+    modules = [module for module in model.modules() if getattr(module, "trains_as", "vector") == trains_as]
+    return [part for module in modules for part in module.parameters(recurse=False) if part.requires_grad]
 
 
 class Optimizers:
     """Runs a model's optimizers under one learning-rate scale and one gradient clip."""
 
     def __init__(self, model: GPT, config: OptimConfig, runtime: Runtime):
-        self.config, self.parameters = config, []
-        self.all: list[tuple[ParameterGroup, torch.optim.Optimizer]] = []
-        for group in PARAMETER_GROUPS:
-            own = parameters_of_group(model, group.trains_as)
+        self.config, self.runtime, self.parameters = config, runtime, []
+        self.all: list[torch.optim.Optimizer] = []
+        for name, build in PARAMETER_GROUPS.items():
+            own = parameters_of_group(model, name)
             self.parameters += own
-            self.all.append((group, group.build(own, config, runtime)))
-        self.base_lr = [[part["lr"] for part in optimizer.param_groups] for _, optimizer in self.all]
+            self.all.append(build(own, config, runtime))
+        total = sum(map(Tensor.numel, self.parameters))
+        self.gradients_KN = torch.zeros(total // 4096 + 1, 4096, device=runtime.device)
+        self.message_N = self.gradients_KN.flatten().narrow(0, 0, total)
+
+    def sum_gradients(self) -> None:
+        """Sums the gradients over ranks in one fp32 message, and leaves views of it in their place."""
+        torch.cat([parameter.grad.flatten() for parameter in self.parameters], out=self.message_N)
+        self.runtime.sum_over_ranks(self.message_N)
+        set_gradients(self.parameters, self.message_N)
 
     def step(self, progress: float, lr_scale: float) -> Tensor | None:
-        """Clips gradients, updates every parameter and clears the gradients; returns their norm where it is clipped."""
-        for (group, optimizer), base in zip(self.all, self.base_lr, strict=True):
-            for part, lr in zip(optimizer.param_groups, base, strict=True):
-                part |= {"lr": lr * lr_scale} | group.settings(progress, self.config)
+        """Sums gradients over ranks, clips them, updates every parameter and clears the gradients; returns their norm
+        where it is clipped."""
+        momentum = muon_momentum(progress, self.config)
+        for optimizer in self.all:  # AdamW does not look at momentum
+            optimizer.param_groups[0] |= {"lr": optimizer.defaults["lr"] * lr_scale, "muon_momentum": momentum}
+        self.sum_gradients()
         clip = self.config.grad_clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True) if clip > 0 else None
-        for _, optimizer in self.all:
+        norm = compiled_on_gpu(clip_gradients, self.runtime)(self.gradients_KN, clip) if clip > 0 else None
+        for optimizer in self.all:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         return norm
 
     def state_tensors(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
         """Returns all state as optimizer.<parameter>.<entry>; of Muon's, only what this rank holds."""
-        states = [state for _, optimizer in self.all for state in optimizer.state.items()]
-        return {f"optimizer.{names[p]}.{entry}": value for p, values in states for entry, value in values.items()}
+        return {
+            f"optimizer.{names[parameter]}.{entry}": value.contiguous()
+            for optimizer in self.all
+            for parameter, state in optimizer.state.items()
+            for entry, value in state.items()
+        }
 
     def load_state_tensors(self, tensors: dict[str, Tensor], names: dict[Tensor, str]) -> None:
         """Restores state from state_tensors' output, which may include entries of every rank."""
-        for _, optimizer in self.all:
-            if isinstance(optimizer, Muon):  # another rank's momentum would become stale here and be saved again
-                held = optimizer.held_parameters()
-            else:
-                held = [parameter for part in optimizer.param_groups for parameter in part["params"]]
+        for optimizer in self.all:
+            # Another rank's momentum would become stale here and be saved again.
+            held = optimizer.state if isinstance(optimizer, Muon) else optimizer.param_groups[0]["params"]
             for parameter in held:
                 start = f"optimizer.{names[parameter]}."
-                own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-                optimizer.state[parameter].update({key: value.to(parameter.device) for key, value in own.items()})
+                for key, value in tensors.items():
+                    if key.startswith(start):
+                        optimizer.state[parameter].setdefault(
+                            key.removeprefix(start), value.to(parameter.device)
+                        ).copy_(value)
 
 
-def average_gradients(parameters: list[Tensor], world_size: int) -> None:
-    """Replaces every gradient by its mean over ranks, in one fp32 message."""
-    if world_size == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world_size)
-    dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+def clip_gradients(gradients_KN: Tensor, most: float) -> Tensor:
+    """Scales gradients to a norm of at most `most`; returns the norm that they had."""
+    norm = gradients_KN.norm(dim=1).norm()  # in one go, an fp32 sum of a million squares is off by 1e-5
+    gradients_KN.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def momentum_acts(config: Any, facts: StepFacts) -> tuple[bool, str]:

@@ -19,7 +19,7 @@ from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.optim.average import WeightAverage
-from golf.optim.optimizers import Optimizers, average_gradients
+from golf.optim.optimizers import Optimizers
 from golf.optim.schedule import learning_rate_scale, training_budget
 from golf.quant.grid import RowGrids
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization, remove_fake_quantization
@@ -140,14 +140,13 @@ class Trainer:
         self.fake_quantized = wanted
 
     def accumulate_gradients(self, step: int) -> Tensor:
-        """Leaves the gradient of the global batch of `step` in .grad; returns its mean loss over all ranks."""
+        """Leaves this rank's part of the gradient of `step` in .grad; returns the mean loss over all ranks."""
         self.row_grids.renew()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for inputs_BT, targets_BT in self.micro_batches(step):
             loss = self.forward(inputs_BT, targets_BT)
-            (loss / self.micro_steps).backward()
+            (loss / (self.micro_steps * self.runtime.world_size)).backward()
             loss_sum += loss.detach()
-        average_gradients(self.optimizers.parameters, self.runtime.world_size)
         return self.runtime.sum_over_ranks(loss_sum / (self.micro_steps * self.runtime.world_size))
 
     def steps(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:

@@ -9,9 +9,9 @@ B rows, T tokens of a row, M matrices of a shape, R rows, C columns.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import golf.model.block
 import golf.optim.optimizers
 from golf.config.config import Config
 from golf.model.gpt import GPT
-from golf.optim.optimizers import Optimizers, average_gradients, newton_schulz
+from golf.optim.optimizers import Optimizers, clip_gradients, orthogonal_updates
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization
 from golf.run.trainer import count_micro_steps
 from golf.runtime import Runtime
@@ -202,9 +203,19 @@ class LaunchCounter(TorchDispatchMode):
         super().__init__()
         self.launches, self.moved = 0, 0
 
+    def __call__(self, function: Callable) -> Callable:
+        """Returns a function whose kernels are counted."""
+
+        def counted(*given: Any) -> Any:
+            with self:
+                return function(*given)
+
+        return counted
+
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
         name = str(function).partition(".")[2]
+        unknown = name.startswith("_fused_sgd_")  # it has no form for fake tensors
+        result = None if unknown else function(*args, **(kwargs or {}))
         if str(function).startswith(("aten.", "c10d.")) and not FREE.match(name):
             lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
             tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
@@ -237,36 +248,50 @@ def fake_group(world_size: int) -> Iterator[None]:
 
 def update_parts(config: Config, world_size: int) -> list[Part]:
     """Returns fake quantization, the reduction of the gradients, clipping and the optimizers, of one step."""
-    mode, iterated = FakeTensorMode(allow_non_fake_inputs=True), []
+    mode, compiled, sent = FakeTensorMode(allow_non_fake_inputs=True), [], []
     with torch.device("meta"):
         model = GPT(config.model, torch.bfloat16)
     model = module_on_gpu(model, mode)
 
-    def iterate(update_MRC: Tensor, steps: int) -> Tensor:
-        iterated.append((tuple(update_MRC.shape), steps))
-        return torch.empty_like(update_MRC)
+    def clip(gradients_KN: Tensor, most: float) -> Tensor:
+        compiled.append((clip_gradients, (gradients_KN, most)))
+        return gradients_KN.new_empty(())
 
-    with mode, fake_group(world_size), mock.patch.object(golf.optim.optimizers, "newton_schulz", iterate):
+    def update(stacks: list[tuple[list[Tensor], Tensor]], momentum: Tensor, steps: int, padding_N: Tensor) -> Tensor:
+        compiled.append((orthogonal_updates, (stacks, momentum, steps, padding_N)))
+        sent.append(padding_N.new_empty(len(padding_N) + sum(part.numel() for own, _ in stacks for part in own)))
+        return sent[-1]
+
+    patches = mock.patch.multiple(golf.optim.optimizers, clip_gradients=clip, orthogonal_updates=update)
+    with mode, fake_group(world_size), patches:
         grids = install_fake_quantization(model, config.quant)[1] if config.quant.qat_enabled else None
         optimizers = Optimizers(model, config.optim, Runtime(GPU, 0, world_size))
         for _ in range(2):  # the first step makes the state
             for parameter in optimizers.parameters:
                 parameter.grad = torch.empty_like(parameter)
-            iterated.clear()
-            with LaunchCounter() as reduction:
-                average_gradients(optimizers.parameters, world_size)
-            with LaunchCounter() as update:
+            compiled.clear()
+            reduction = LaunchCounter()
+            counted = mock.patch.object(optimizers, "sum_gradients", reduction(optimizers.sum_gradients))
+            with counted, LaunchCounter() as whole:  # which counts the reduction too
                 optimizers.step(0.5, 1.0)
-    message = 4 * sum(parameter.numel() for parameter in optimizers.parameters)
-    iteration = iteration_part(iterated)
-    reduced = part("gradient reduction", reduction.launches, reduction.moved)
-    on_wire = 2 * (world_size - 1) / world_size * message / LINK_BYTES
+    ring = 1000 * (world_size - 1) / LINK_BYTES  # milliseconds for a byte of each rank to reach all others
+    summed = part("gradient reduction", reduction.launches, reduction.moved)
+    graphs = [compiled_part(*call) for call in compiled]
+    updated = part(
+        "clipping and optimizers", whole.launches - reduction.launches + sum(graph.launches for graph in graphs),
+        whole.moved - reduction.moved + 1e9 * sum(graph.gigabytes for graph in graphs),
+        1e12 * sum(graph.teraflops for graph in graphs),
+    )  # fmt: skip
     return [
         quantization_part(grids),
-        Part(*list(vars(reduced).values())[:-1], reduced.modelled_ms + 1000 * on_wire),
-        part("clipping and optimizers", update.launches + iteration.launches, update.moved + 1e9 * iteration.gigabytes,
-             1e12 * iteration.teraflops),
-    ]  # fmt: skip
+        on_wire(summed, 2 * ring * 4 * optimizers.message_N.numel() / world_size),
+        on_wire(updated, ring * sent[-1].numel() * sent[-1].element_size()),
+    ]
+
+
+def on_wire(computed: Part, milliseconds: float) -> Part:
+    """Returns a part that waits for a message as well."""
+    return replace(computed, modelled_ms=computed.modelled_ms + milliseconds)
 
 
 def quantization_part(grids: Any) -> Part:
@@ -276,18 +301,17 @@ def quantization_part(grids: Any) -> Part:
     return part("fake quantization", len({kept.dtype for _, kept in pairs}), moved)
 
 
-def iteration_part(iterated: list[tuple[tuple[int, ...], int]]) -> Part:
-    """Returns what Muon's compiled iteration costs for these shapes."""
-    launches, moved, flops = 0, 0, 0.0
-    for shape, steps in iterated:
-        given = shape, steps
-        graphs = capture_graphs(lambda: newton_schulz, lambda g=given: (torch.zeros(g[0], dtype=torch.bfloat16), g[1]))
-        graph, inputs = graphs["inference"]
-        flops += product_flops(graph)[0]
-        code, sizes = generate_code(graph, inputs, False)
-        launches += len(re.findall(r"\.run\(|extern_kernels\.\w+\(", code))
-        moved += sum(size for _, size in sizes)
-    return part("iteration", launches, moved, flops)
+def compiled_part(function: Callable, given: tuple) -> Part:
+    """Returns what a function that is compiled on CUDA costs for inputs like these."""
+
+    def inputs() -> tuple:
+        return tree_map(lambda v: torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v, given)
+
+    graph, flat = capture_graphs(lambda: function, inputs)["inference"]
+    flops = product_flops(graph)[0]
+    code, sizes = generate_code(graph, flat, False)
+    launches = len(re.findall(r"\.run\(|extern_kernels\.\w+\(", code))
+    return part(function.__name__, launches, sum(size for _, size in sizes), flops)
 
 
 def forecast_step(config: Config, world_size: int) -> Forecast:
