@@ -150,13 +150,15 @@ def test_averaging_and_quantization_follow_the_time_one_step_late(start):
     assert trainer.average.count >= 5 and trainer.average.last_step == trainer.step
 
 
-def test_one_message_a_step(start, monkeypatch):
-    """The other message of a step on several ranks is that of the gradients."""
+def test_two_messages_a_step(start, monkeypatch):
+    """All gradients are one, and what the hosts agree on is the other."""
     messages, send = [], Runtime.sum_over_ranks
     monkeypatch.setattr(Runtime, "sum_over_ranks", lambda self, t: (messages.append(tuple(t.shape)), send(self, t))[1])
     trainer = start()
     list(trainer.steps())
-    assert messages == [(3, 1)] * 12, "loss, time and stop of one rank"
+    gradients = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert messages.count((3, 1)) == 12, "loss, time and stop of one rank"
+    assert messages.count((gradients,)) == 12 and len(messages) == 24
 
 
 def test_a_loss_that_is_no_number_stops_one_step_late(start):
