@@ -11,7 +11,7 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
@@ -82,11 +82,16 @@ def pack_artifact(
     description = encode_zlib(describe_artifact(model, tokenizer_sha256, ordered))
     data = frame_artifact(codec, [description, *fields])
     if verify:
-        artifact, seconds = unpack_artifact(data)
-        if not same_stored_state(artifact.state, stored):
-            raise ArtifactError(f"packing failed: what codec {codec} gave back is not what it was given")
-        sizes = [replace(size, decode_seconds=spent) for size, spent in zip(sizes, seconds, strict=True)]
+        sizes = read_back(data, stored, sizes)
     return data, SizeReport(codec, tuple(sizes), len(data))
+
+
+def read_back(data: bytes, stored: QuantizedState, sizes: Iterable[StreamSize]) -> list[StreamSize]:
+    """Returns the sizes with the seconds that reading takes. Raises ArtifactError unless `data` gives `stored` back."""
+    artifact, seconds = unpack_artifact(data)
+    if not same_stored_state(artifact.state, stored):
+        raise ArtifactError(f"packing failed: what codec {artifact.codec} gave back is not what it was given")
+    return [replace(size, decode_seconds=spent) for size, spent in zip(sizes, seconds, strict=True)]
 
 
 def encode_streams(stored: QuantizedState, codec: str) -> tuple[list[StreamSize], list[bytes]]:

@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from golf.artifact.container import encode_streams, pack_artifact
+from golf.artifact.container import encode_streams, pack_artifact, read_back
 from golf.artifact.sizes import SizeReport
 from golf.config.knobs import UserError
 from golf.config.model import ModelConfig
@@ -319,6 +319,5 @@ def fill_limit(
     )
     log(f"fit: {len(found.data):,} bytes in {packings} packings: {action}")
     moved = int(search.of_all(PreparedMatrix.codes_not_nearest, found.stored))
-    data, sizes = pack_artifact(found.stored, model, tokenizer_sha256, quant.codec)  # reads back and compares
-    assert data == found.data
-    return FittedArtifact(data, sizes, found.stored, [], [action], codes_not_nearest=moved)
+    sizes = replace(found.sizes, streams=tuple(read_back(found.data, found.stored, found.sizes.streams)))
+    return FittedArtifact(found.data, sizes, found.stored, [], [action], codes_not_nearest=moved)
