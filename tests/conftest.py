@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
 from golf.config.config import KNOBS
 from golf.config.presets import RETIRED_KNOBS
+from golf.data.loader import TokenStream
+from golf.data.shards import write_shard
 
 for variable in [*map(str.upper, KNOBS), *RETIRED_KNOBS]:  # a SEED of the caller's shell must not reach a test
     os.environ.pop(variable, None)
@@ -86,6 +89,14 @@ def run_command_here(
         return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
+    """5,000 training tokens of 2 to 63, each near the one before it."""
+    path = tmp_path_factory.mktemp("shards") / "tiny_train_000000.bin"
+    write_shard(path, np.random.default_rng(0).integers(-2, 3, 5000).cumsum() % 62 + 2)
+    return TokenStream([path])
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 import golf.run.checkpoint
 from golf.config.config import Config, build_config
 from golf.data.loader import TokenStream
-from golf.data.shards import write_shard
 from golf.model.init import build_model
 from golf.optim.optimizers import Optimizers, parameters_of_group
 from golf.run.checkpoint import (
@@ -62,13 +60,6 @@ class SteadyStopwatch(Stopwatch):
 COPY = 2.8
 
 
-@pytest.fixture(scope="module")
-def stream(tmp_path_factory) -> TokenStream:
-    path = tmp_path_factory.mktemp("shards") / "tiny_train_000000.bin"
-    write_shard(path, np.random.default_rng(0).integers(-2, 3, 5000).cumsum() % 62 + 2)
-    return TokenStream([path])
-
-
 @pytest.fixture
 def folder(tmp_path) -> RunFolder:
     (tmp_path / "checkpoints").mkdir()
@@ -79,10 +70,10 @@ def tiny_config(**overrides: str) -> Config:
     return build_config("local", {}, TINY | overrides)
 
 
-def new_trainer(stream: TokenStream, config: Config | None = None) -> Trainer:
+def new_trainer(tiny_stream: TokenStream, config: Config | None = None) -> Trainer:
     config = config or tiny_config()
     runtime = Runtime(torch.device("cpu"), log=Log())
-    trainer = Trainer(build_model(config.model, config.run.seed), config, runtime, stream, SteadyStopwatch())
+    trainer = Trainer(build_model(config.model, config.run.seed), config, runtime, tiny_stream, SteadyStopwatch())
     trainer.warm_up()
     return trainer
 
@@ -108,8 +99,8 @@ def written(folder: Path, state: TrainingState, step: int) -> list[Path]:
 # ---- state -> file -> state ----
 
 
-def test_a_state_comes_back_bit_for_bit(stream, folder):
-    trainer = new_trainer(stream)
+def test_a_state_comes_back_bit_for_bit(tiny_stream, folder):
+    trainer = new_trainer(tiny_stream)
     take(trainer, 8)
     state = trainer.state()
     kinds = {name.partition(".")[0] for name in state.tensors}
@@ -124,9 +115,9 @@ def test_a_state_comes_back_bit_for_bit(stream, folder):
     assert set(back.tensors) == set(state.tensors) and back.numbers == state.numbers
 
 
-def test_what_is_written_is_the_state_at_that_moment(stream, folder, monkeypatch):
+def test_what_is_written_is_the_state_at_that_moment(tiny_stream, folder, monkeypatch):
     """Training goes on while the thread writes."""
-    trainer = new_trainer(stream)
+    trainer = new_trainer(tiny_stream)
     take(trainer, 2)
     state = trainer.state()
     before = {name: tensor.clone() for name, tensor in state.tensors.items()}
@@ -160,17 +151,17 @@ def test_nobody_draws_from_the_generators_that_no_checkpoint_holds(repository):
 
 
 @pytest.mark.parametrize("parted_at", [[3], [5, 9], [12]])
-def test_steps_in_parts_are_the_steps_of_one_process(stream, folder, parted_at):
+def test_steps_in_parts_are_the_steps_of_one_process(tiny_stream, folder, parted_at):
     """QAT starts after step 6, and the averaging of weights after step 3."""
-    whole = new_trainer(stream)
+    whole = new_trainer(tiny_stream)
     losses = take(whole, 99)
     whole.finish()
-    parts, trainer = [], new_trainer(stream)
+    parts, trainer = [], new_trainer(tiny_stream)
     for step in parted_at:
         parts += take(trainer, step - trainer.step)
         files = written(folder.checkpoints, trainer.state(), step)
         trainer.batches.close()
-        trainer = new_trainer(stream)
+        trainer = new_trainer(tiny_stream)
         trainer.load_state(read_checkpoint(files), latest=0.0)
         assert trainer.step == step
     parts += take(trainer, 99)
@@ -183,7 +174,7 @@ def test_steps_in_parts_are_the_steps_of_one_process(stream, folder, parted_at):
     assert one.numbers["features"]["qat"]["first"] == 7 and one.numbers["average"][0] == 6
 
 
-def test_momentum_of_another_ranks_matrix_is_not_taken_over(stream):
+def test_momentum_of_another_ranks_matrix_is_not_taken_over(tiny_stream):
     """It would grow old here, be written into this rank's next checkpoint, and win over the fresh one."""
     config = tiny_config()
     model = build_model(config.model, 0)
@@ -306,11 +297,11 @@ def test_a_damaged_file_is_one_clear_line(folder, damage):
 
 
 @pytest.fixture
-def start(stream, folder, monkeypatch) -> Callable[..., tuple[Trainer, SimpleNamespace]]:
+def start(tiny_stream, folder, monkeypatch) -> Callable[..., tuple[Trainer, SimpleNamespace]]:
     """A trainer that took up what there is, with what `take_steps` needs of a session."""
 
     def build(**knobs: str) -> tuple[Trainer, SimpleNamespace]:
-        trainer = new_trainer(stream, tiny_config(**knobs))
+        trainer = new_trainer(tiny_stream, tiny_config(**knobs))
         take_up_checkpoint(trainer, folder)
         session = SimpleNamespace(folder=folder, interruption=Interruption(), ledger=Ledger("setup"))
         return trainer, session

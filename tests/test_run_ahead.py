@@ -6,13 +6,10 @@ A device that computes while the host goes on stands in for CUDA: its time is co
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from golf.config.config import build_config
-from golf.data.loader import TokenStream
-from golf.data.shards import write_shard
 from golf.model.init import build_model
 from golf.optim.schedule import Budget
 from golf.run.checkpoint import CheckpointWriter, newest_checkpoint, read_checkpoint
@@ -56,15 +53,8 @@ class Event:
         self.device.now = max(self.device.now, self.done)
 
 
-@pytest.fixture(scope="module")
-def stream(tmp_path_factory) -> TokenStream:
-    path = tmp_path_factory.mktemp("shards") / "tiny_train_000000.bin"
-    write_shard(path, np.random.default_rng(0).integers(-2, 3, 5000).cumsum() % 62 + 2)
-    return TokenStream([path])
-
-
 @pytest.fixture
-def start(stream, monkeypatch) -> Callable[..., Trainer]:
+def start(tiny_stream, monkeypatch) -> Callable[..., Trainer]:
     """Makes trainers on a device whose steps take so many seconds; they run ahead unless told otherwise."""
     torch.set_num_threads(1)
 
@@ -72,7 +62,7 @@ def start(stream, monkeypatch) -> Callable[..., Trainer]:
         config, device = build_config("local", {}, TINY | knobs), Device(seconds)
         runtime = Runtime(torch.device("cpu"))
         clock = Stopwatch(lambda: device.now)
-        trainer = Trainer(build_model(config.model, 0), config, runtime, stream, clock)
+        trainer = Trainer(build_model(config.model, 0), config, runtime, tiny_stream, clock)
         monkeypatch.setattr(torch.cpu, "Event", lambda: Event(device))
         take_step = trainer.take_step
         trainer.take_step = lambda progress: (device.queue(trainer.step), take_step(progress))[1]
@@ -82,9 +72,9 @@ def start(stream, monkeypatch) -> Callable[..., Trainer]:
     return build
 
 
-def test_on_a_cpu_nothing_is_queued_ahead(stream):
+def test_on_a_cpu_nothing_is_queued_ahead(tiny_stream):
     config = build_config("local", {}, TINY)
-    trainer = Trainer(build_model(config.model, 0), config, Runtime(torch.device("cpu")), stream)
+    trainer = Trainer(build_model(config.model, 0), config, Runtime(torch.device("cpu")), tiny_stream)
     trainer.waits = False
     for report in trainer.steps():
         assert not trainer.queued and trainer.step == report.step and trainer.clock.started is None
