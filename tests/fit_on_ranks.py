@@ -16,7 +16,7 @@ from golf.model.init import build_model
 from golf.quant.calibration import LayerStatistics
 from golf.quant.spreading import spread_matrices
 from golf.quant.tensor_classes import tensor_class
-from golf.runtime import Log, start_runtime
+from golf.runtime import Log, leave, start_runtime
 
 MODEL = ModelConfig(
     vocab_size=96, num_layers=3, model_dim=48, num_heads=2, num_kv_heads=1, mlp_mult=4, bigram_vocab_size=64,
@@ -53,3 +53,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -23,7 +23,7 @@ import train_gpt
 from golf.run.frozen_code import Program
 from golf.run.session import StageBook
 from golf.run.trainer import Trainer
-from golf.runtime import Stopwatch
+from golf.runtime import Stopwatch, leave
 from golf.score.journal import ScoreJournal
 
 KIND, _, WHERE = sys.argv[1].partition(":")
@@ -111,4 +111,4 @@ def stay_watched() -> None:
 
 for watch in (watch_stages, watch_training, watch_scoring, stay_watched):
     watch()
-sys.exit(train_gpt.run_program(sys.argv[2:]))
+leave(train_gpt.run_program(sys.argv[2:]))

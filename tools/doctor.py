@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golf.config.config import Config, build_config
 from golf.config.knobs import EXIT_FINDINGS
 from golf.run.command import parse_overrides
-from golf.runtime import Log, Runtime, start_runtime
+from golf.runtime import Log, Runtime, leave, start_runtime
 from lab.cli import ToolOptions, run_command
 from lab.machine.diagnosis import (
     MachineFinding,
@@ -205,4 +205,4 @@ def work(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Options, __doc__, work))
+    leave(run_command(Options, __doc__, work))

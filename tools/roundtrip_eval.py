@@ -22,7 +22,7 @@ from golf.config.config import Config, check_config
 from golf.config.model import ModelConfig
 from golf.config.scoring import ScoreConfig
 from golf.data.shards import expand_glob
-from golf.runtime import Log, start_runtime
+from golf.runtime import Log, leave, start_runtime
 from golf.score.roundtrip import score_artifact
 from golf.score.scorer import Score
 from lab.cli import DeviceOptions, run_command
@@ -111,4 +111,4 @@ def work(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Options, __doc__, work))
+    leave(run_command(Options, __doc__, work))
