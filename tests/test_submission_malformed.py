@@ -37,7 +37,7 @@ def as_script(source: str):
 
 
 MALFORMED = {
-    "deep JSON": (swap("name", "[" * 9000 + "]" * 9000), "S02-json-invalid"),
+    "deep JSON": (swap("name", "[" * 100_000 + "]" * 100_000), "S02-json-invalid"),
     "10^400": (swap("val_bpb", "1" + "0" * 400), "S04-json-type"),
     "10^400 bytes": (swap("bytes_total", "1" + "0" * 400), "S04-json-type"),
     "surrogate": (swap("author", r'"\ud800"'), "S02-json-invalid"),
