@@ -36,6 +36,7 @@ from golf.score.scorer import ScoreSettings, check_settings, compiled_losses, sl
 from lab.cli import ToolOptions, run_command
 from lab.prepare.text_tokenizer import TextTokenizer, load_text_tokenizer
 from lab.probe.data_probes import ProbeError, probe_access, probe_bytes, probe_disjoint, read_run_record
+from lab.probe.mixture_adapter import MixtureScorer
 from lab.probe.probes import FAIL, Probe, probe_scorer
 from lab.probe.scorer_adapter import ArtifactScorer, probe_plan, probe_stream_tokens
 
@@ -127,9 +128,10 @@ def probe_run(run: ScoredRun, full: bool) -> list[Probe]:
     settings, runtime = score_settings(run), single_runtime(run.config.run)
     model = restore_model(run.artifact, runtime)
     forward = compiled_losses(model) if runtime.compiles_scoring else None
-    scorer = ArtifactScorer(model, run.counter, settings, forward)
+    network = ArtifactScorer(model, run.counter, settings, forward)
+    scorer = MixtureScorer(network, run.config.score) if run.config.score.mixture else network
     tokens_N1 = run.tokens_N1[: probe_stream_tokens(settings, runtime.device)]
-    points = scorer.points(len(tokens_N1) - 1, SEED, windows=8 if full else 1)
+    points = network.points(len(tokens_N1) - 1, SEED, windows=8 if full else 1)
     *rules, single_pass, isolation = probe_scorer(scorer, tokens_N1, points, SEED)
     whole = probe_plan(len(run.tokens_N1) - 1, run.figures["val_tokens"], settings, single_pass)
     found_bytes = probe_bytes(run.tokenizer, run.tokens_N1, run.figures, full, run.counter)

@@ -12,7 +12,7 @@ Shares and weights are learned online, by the gradient of each target's log-prob
 context is known by a hash of its own tokens alone; its successors are a list, in which the target is looked for.
 Nothing depends on a target before it is scored. Loops are plain Python, which numba compiles (`compiled`).
 
-N targets of a document, S scopes, K orders above 0, E entries.
+M targets.
 """
 
 import functools
@@ -222,39 +222,32 @@ def predict(scopes, weights, contexts, found, tokens, target, network, vocabular
     return mix(weight, weights.weight_by_hit[hit], rate, np.array([network, everything, document, corrected]))
 
 
-def score_document(everything, document, weights, tokens, network_N, vocabulary, discount, rate, hit, mixed_N):
-    """Writes the mixture's probabilities of a document's targets to `mixed_N`, given the network's: each is scored,
-    then counted.
+def score_targets(
+    everything, document, weights, tokens, begin, network_M, vocabulary, discount, rate, hit, mixed_M
+):
+    """Writes the mixture's probabilities of M targets of a document from `begin` on to `mixed_M`, given the network's:
+    each is scored, then counted.
 
-    `tokens` (N + 1) begin with the document's start. Returns the class of the last target's probability.
+    `tokens` begin with the document's start. Returns the class of the last target's probability.
     """
     scopes, orders = (everything, document), weights.share.shape[1] - 1
     contexts, found = np.zeros((2, orders + 1), np.int64), np.zeros((2, orders + 1, 3), np.int64)
-    for n in range(len(network_N)):
+    for m in range(len(network_M)):
+        n = begin + m
         before, target = tokens[: n + 1], tokens[n + 1]
-        mixed_N[n] = predict(
-            scopes, weights, contexts, found, before, target, network_N[n], vocabulary, discount, rate, hit
+        mixed_M[m] = predict(
+            scopes, weights, contexts, found, before, target, network_M[m], vocabulary, discount, rate, hit
         )
-        hit = hit_class(mixed_N[n])
+        hit = hit_class(mixed_M[m])
         for order in range(min(orders, n + 1) + 1):
             for scope in range(2):
                 count_target(scopes[scope], contexts[scope, order], target)
     return hit
 
 
-def predict_each(everything, document, weights, tokens, candidates_M, network_M, vocabulary, discount, hit, mixed_M):
-    """Writes what each candidate would get as the target behind `tokens` to `mixed_M`; learns nothing."""
-    scopes, orders = (everything, document), weights.share.shape[1] - 1
-    contexts, found = np.zeros((2, orders + 1), np.int64), np.zeros((2, orders + 1, 3), np.int64)
-    for m in range(len(candidates_M)):
-        mixed_M[m] = predict(
-            scopes, weights, contexts, found, tokens, candidates_M[m], network_M[m], vocabulary, discount, 0.0, hit
-        )
-
-
 KERNELS = (
     mix_hash, find_context, count_of, count_target, count_level, spread_of, hit_class, look_up, discounted,
-    longest_known, correct, mix, predict, score_document, predict_each,
+    longest_known, correct, mix, predict, score_targets,
 )  # fmt: skip
 """Functions that call only those before them."""
 

@@ -77,6 +77,8 @@ class Score:
     """Wall clock of the slowest rank, with the journaled seconds of killed processes."""
     forward_share: float
     """Share of the main rank's seconds that its device spent in the batched forward."""
+    network_nats: float | None = None
+    """What the network alone would have got, where its probabilities were mixed with counts."""
 
     @property
     def val_loss(self) -> float:
@@ -147,12 +149,13 @@ def score_stream(
     announce: bool = True,
     journal: ScoreJournal | None = None,
     check: Callable[[], None] = lambda: None,
+    recorder: Recorder | None = None,
 ) -> Score:
     """Scores every target of `tokens` (N + 1 integers, a document start first) once, over all ranks.
 
     `forward` replaces `model.token_losses` for the windows that share a shape (pass its compiled form); `announce`
     prints a forecast of the time and progress. Chunks that a started `journal` holds are not scored again; `check` is
-    called between chunks, and may raise. Raises ScoreError.
+    called between chunks, and may raise; a `recorder` gets what this process scores. Raises ScoreError.
     """
     started = time.perf_counter()
     job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
@@ -161,7 +164,7 @@ def score_stream(
     progress = ScoreProgress(runtime, len(job.plan), job.plan.length, end - begin) if announce else None
     earlier_seconds = journal.seconds if journal else 0.0
     with evaluation_mode(model):
-        local = score_chunks(job, begin, end, timer, progress, journal, check)
+        local = score_chunks(job, begin, end, timer, progress, journal, check, recorder)
     seconds = time.perf_counter() - started
     total = sum_sums(local, runtime)
     assert total.tokens == len(tokens) - 1, f"{total.tokens} targets scored of {len(tokens) - 1}"
@@ -280,6 +283,7 @@ def score_chunks(
     progress: ScoreProgress | None,
     journal: ScoreJournal | None,
     check: Callable[[], None],
+    recorder: Recorder | None,
 ) -> ScoreSums:
     """Returns the sums of windows begin .. end - 1 on this rank, chunk by chunk, in evaluation_mode."""
     total = ScoreSums()
@@ -288,7 +292,7 @@ def score_chunks(
         if sums and progress:
             progress.skip(last - first)
         if sums is None:
-            sums = score_windows(job, first, last, timer, progress)
+            sums = score_windows(job, first, last, timer, progress, recorder)
             if journal:
                 journal.add(first, last, sums, time.perf_counter() - started)
             check()
