@@ -62,7 +62,9 @@ def run_sh(
 ) -> subprocess.CompletedProcess[str]:
     path = f"{project / 'bin'}:/usr/bin:/bin"
     environment = (
-        os.environ | {"PATH": path, "PYTHONPATH": str(project / "fake"), "CUDA_VISIBLE_DEVICES": ""} | variables
+        {name: value for name, value in os.environ.items() if name not in ("PYTHON", "TORCH_INDEX_URL")}
+        | {"PATH": path, "PYTHONPATH": str(project / "fake"), "CUDA_VISIBLE_DEVICES": ""}
+        | variables
     )
     command = ["bash", str(project / "run.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or project, env=environment, timeout=600)
