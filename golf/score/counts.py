@@ -49,11 +49,14 @@ class MixtureWeights(NamedTuple):
     share: np.ndarray
     """Of a context's counts in the corrected distribution: scope, order, class of count, class of distinct."""
     share_by_hit: np.ndarray
+    share_by_token: np.ndarray
+    """Scope and last token."""
     seen: np.ndarray
     """Times that an entry of `share` was trained."""
     weight: np.ndarray
     """Of the four distributions, by the longest known context over all and in the document."""
     weight_by_hit: np.ndarray
+    weight_by_token: np.ndarray
 
 
 def new_tables(targets: int, orders: int) -> CountTables:
@@ -67,14 +70,14 @@ def new_tables(targets: int, orders: int) -> CountTables:
     )  # fmt: skip
 
 
-def new_weights(orders: int) -> MixtureWeights:
+def new_weights(orders: int, vocabulary: int) -> MixtureWeights:
     """Returns weights that trust a context the more, the oftener it was seen and the fewer successors it had."""
     seen = np.arange(COUNT_LEVELS)[:, None] + 0.5
     trust = seen * (0.8 - 0.2 * np.arange(SPREADS)) / (seen + 1)
     share = np.broadcast_to(np.log(trust / (1 - trust)), (2, orders + 1, COUNT_LEVELS, SPREADS))
     return MixtureWeights(
-        share.copy(), np.zeros((2, orders + 1, HITS)), np.zeros(share.shape),
-        np.zeros((orders + 2, orders + 2, 4)), np.zeros((HITS, 4)),
+        share.copy(), np.zeros((2, orders + 1, HITS)), np.zeros((2, vocabulary)), np.zeros(share.shape),
+        np.zeros((orders + 2, orders + 2, 4)), np.zeros((HITS, 4)), np.zeros((vocabulary, 4)),
     )  # fmt: skip
 
 
@@ -178,9 +181,12 @@ def longest_known(found, longest):
     return known
 
 
-def correct(found, longest, discount, rate, hit, weights, probability):
-    """Returns the network's `probability` of the target corrected by its counts; trains the shares unless `rate` is
-    0."""
+def correct(found, longest, discount, rate, hit, last, weights, probability):
+    """Returns the network's `probability` of the target corrected by its counts; trains the shares.
+
+    No share may change before the last is used: it would know the target.
+    """
+    by_token = weights.share_by_token[0, last], weights.share_by_token[1, last]
     for order in range(1, longest + 1):
         for scope in range(2):
             total, distinct, count = found[scope, order]
@@ -189,37 +195,40 @@ def correct(found, longest, discount, rate, hit, weights, probability):
             counted = max(count - discount, 0.0) / (total - discount * distinct)
             level, spread = count_level(total), spread_of(total, distinct)
             logit = weights.share[scope, order, level, spread] + weights.share_by_hit[scope, order, hit]
-            share = 1 / (1 + np.exp(-logit))
+            share = 1 / (1 + np.exp(-logit - by_token[scope]))
             mixed = (1 - share) * probability + share * counted
-            if rate > 0:
-                slope = (counted - probability) / mixed * share * (1 - share)
-                weights.seen[scope, order, level, spread] += 1
-                faster = max(rate, 0.2 / np.sqrt(weights.seen[scope, order, level, spread] + 1))
-                weights.share[scope, order, level, spread] += faster * slope
-                weights.share_by_hit[scope, order, hit] += rate * slope
+            slope = (counted - probability) / mixed * share * (1 - share)
+            weights.seen[scope, order, level, spread] += 1
+            faster = max(rate, 0.2 / np.sqrt(weights.seen[scope, order, level, spread] + 1))
+            weights.share[scope, order, level, spread] += faster * slope
+            weights.share_by_hit[scope, order, hit] += rate * slope
+            weights.share_by_token[scope, last] += rate * slope
             probability = mixed
     return probability
 
 
-def mix(weight, weight_by_hit, rate, probability_4):
+def mix(weight, weight_by_hit, weight_by_token, rate, probability_4):
     """Returns the weighted mean of the four probabilities of the target, and trains the weights."""
-    share_4 = np.exp(weight + weight_by_hit)
+    share_4 = np.exp(weight + weight_by_hit + weight_by_token)
     share_4 /= share_4.sum()
     mixed = (share_4 * probability_4).sum()
     slope_4 = rate * share_4 * (probability_4 / mixed - 1)
     weight += slope_4
     weight_by_hit += slope_4
+    weight_by_token += slope_4
     return mixed
 
 
 def predict(scopes, weights, contexts, found, tokens, target, network, vocabulary, discount, rate, hit):
-    """Returns the mixture's probability of `target` behind `tokens`, given the network's; trains unless `rate` is 0."""
+    """Returns the mixture's probability of `target` behind `tokens`, given the network's; trains the weights."""
     longest = look_up(scopes, contexts, found, tokens, target)
     everything = discounted(found[0], longest, discount, 1.0 / vocabulary)
     document = discounted(found[1], longest, discount, everything)
-    corrected = correct(found, longest, discount, rate, hit, weights, network)
+    last = tokens[len(tokens) - 1]
+    corrected = correct(found, longest, discount, rate, hit, last, weights, network)
     weight = weights.weight[longest_known(found[0], longest), longest_known(found[1], longest)]
-    return mix(weight, weights.weight_by_hit[hit], rate, np.array([network, everything, document, corrected]))
+    probability_4 = np.array([network, everything, document, corrected])
+    return mix(weight, weights.weight_by_hit[hit], weights.weight_by_token[last], rate, probability_4)
 
 
 def score_targets(

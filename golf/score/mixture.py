@@ -65,10 +65,10 @@ def stream_documents(tokens_N1: np.ndarray, bos_id: int) -> list[tuple[int, int]
 
 
 def stream_parts(tokens_N1: np.ndarray, bos_id: int, parts: int) -> list[list[tuple[int, int]]]:
-    """Returns the documents of each part: a document belongs where its middle lies."""
+    """Returns the documents of each part: a document belongs where it begins."""
     found: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
     for begin, end in stream_documents(tokens_N1, bos_id):
-        found[parts * (begin + end) // (2 * len(tokens_N1))].append((begin, end))
+        found[parts * begin // len(tokens_N1)].append((begin, end))
     return found
 
 
@@ -78,7 +78,7 @@ class CountMixture:
     def __init__(self, targets: int, vocabulary: int, score: ScoreConfig):
         self.kernels, self.vocabulary, self.score = compiled(), vocabulary, score
         self.everything = new_tables(targets, score.mixture_orders)
-        self.weights = new_weights(score.mixture_orders)
+        self.weights = new_weights(score.mixture_orders, vocabulary)
         self.document, self.hit = self.everything, 0
 
     def open_document(self, targets: int) -> None:
