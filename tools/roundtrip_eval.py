@@ -69,12 +69,11 @@ def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, p
         "val_bpb": score.val_bpb,
         "tokens": score.tokens,
         "bytes": score.bytes,
-        **({"network_bpb": replace(score, nats=score.network_nats).val_bpb} if config.mixture else {}),
+        "network_bpb": score.network_bpb,
         "documents": score.documents,
         "seconds": score.seconds,
         "windows": score.windows,
         "window_tokens_per_second": score.window_tokens / score.seconds,
-        "forward_share": score.forward_share,
         "device": device,
         "processes": processes,
         "artifact_sha256": artifact.sha256,
@@ -86,7 +85,7 @@ def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, p
 
 def print_table(values: dict[str, object]) -> None:
     table = Table("measure", "value", title="score of the reloaded artifact")
-    decimals = {"val_loss": 8, "val_bpb": 8, "seconds": 1, "window_tokens_per_second": 0, "forward_share": 3}
+    decimals = {"val_loss": 8, "val_bpb": 8, "seconds": 1, "window_tokens_per_second": 0}
     for name, value in values.items():
         shown = f"{value:,.{decimals.get(name, 3)}f}" if isinstance(value, float) else value
         table.add_row(name, f"{shown:,}" if isinstance(shown, int) else str(shown))

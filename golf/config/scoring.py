@@ -22,10 +22,6 @@ class ScoreConfig:
     """Mix the network's probabilities with counts of what was scored before, score first."""
     mixture_orders: int = 6
     """Longest context that is counted, in tokens."""
-    mixture_discount: float = 0.6
-    """Taken from every count and given to what a context has not been followed by, 0 to 1."""
-    mixture_rate: float = 0.1
-    """Step size of the mixture's weights."""
     mixture_parts: int = 1
     """Parts of the stream with counts of their own, which ranks take in turn: as many as there are ranks, or 1."""
     max_eval_seconds: float = 600.0
@@ -42,6 +38,5 @@ def score_rules(config: Any) -> list[Rule]:
             "eval_rope=ntk acts only where eval_seq_len is beyond train_seq_len: set eval_rope=none",
         ),
         (1 <= score.mixture_orders <= 16, "mixture_orders must be 1 to 16: a context of one token at least is counted"),
-        (0 < score.mixture_discount < 1, "mixture_discount must be between 0 and 1"),
         (score.mixture_parts >= 1, "mixture_parts must be at least 1"),
     ]

@@ -4,7 +4,6 @@ import hashlib
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,12 +71,6 @@ def pruning_record(fitted: FittedArtifact) -> dict[str, Any]:
     }
 
 
-def network_score(score: Score) -> dict[str, float]:
-    """Returns the score of the network alone, which was mixed with counts."""
-    network = replace(score, nats=score.network_nats)
-    return {"val_loss": network.val_loss, "val_bpb": network.val_bpb}
-
-
 def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str, Any]:
     """Returns the content of score.json: the artifact's score, and that of the weights before quantization."""
     return {
@@ -93,11 +86,11 @@ def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str
         "eval_windows": score.windows,
         "eval_seconds": score.seconds,
         "eval_tokens_per_second": score.window_tokens / score.seconds,
-        **({"network": network_score(score)} if score.network_nats is not None else {}),
+        "network_bpb": score.network_bpb,
         "unquantized": {
             "val_loss": unquantized.val_loss,
             "val_bpb": unquantized.val_bpb,
-            "note": "averaged weights before pruning and quantization, rows of the training length without overlap",
+            "note": "weights before pruning and quantization, in plain rows",
         },
     }
 

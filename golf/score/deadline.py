@@ -42,17 +42,15 @@ def choose_stride(
     forward: Forward,
     max_seconds: float,
     started: float | None = None,
-    reserve: float = 0.0,
 ) -> ScoreSettings:
     """Returns `settings` with the stride doubled until the forecast fits in what is left of `max_seconds`; 0: no limit.
 
-    `started` is the reading of time.perf_counter when the scoring began, if that was not now. `reserve` seconds are for
-    what follows.
+    `started` is the reading of time.perf_counter when the scoring began, if that was not now.
     """
     started = time.perf_counter() if started is None else started
     while max_seconds:
         seconds = MARGIN * forecast_seconds(model, tokens, byte_table, settings, runtime, forward)
-        left = max_seconds - reserve - runtime.max_over_ranks(time.perf_counter() - started)[0]
+        left = max_seconds - runtime.max_over_ranks(time.perf_counter() - started)[0]
         if seconds <= left or settings.stride == settings.seq_len:
             break
         wider = min(2 * settings.stride, settings.seq_len)

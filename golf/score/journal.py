@@ -36,28 +36,17 @@ class ScoreJournal:
         rows = [json.loads(line) for line in lines[1:]]
         self.chunks = [row for row in rows if "nats" in row]
         self.preparing = [row["preparing"] for row in rows if "preparing" in row]
-        """Seconds that processes took beside their chunks."""
+        """Seconds that each process took before its first chunk."""
         self.file: TextIO | None = None
-
-    @property
-    def nats_path(self) -> Path:
-        """Returns the path of the file for the nats of single targets, of a scoring that needs them afterwards."""
-        return self.path.with_suffix(".nats")
 
     def start(self, identity: Mapping[str, Any], preparing: float = 0.0) -> None:
         """Continues the journal if its identity is the same, else begins it anew. `preparing` seconds preceded."""
         if self.identity != identity:
             self.identity, self.chunks, self.preparing = dict(identity), [], []
-            self.nats_path.unlink(missing_ok=True)
         self.preparing += [preparing] if preparing else []
         rows = [self.identity, *({"preparing": seconds} for seconds in self.preparing), *self.chunks]
         write_file_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = self.path.open("a", encoding="utf-8")
-
-    def spend(self, seconds: float) -> None:
-        """Counts seconds in which no chunk was scored."""
-        self.preparing.append(seconds)
-        self.write({"preparing": seconds})
 
     def sums_of(self, begin: int, end: int) -> ScoreSums | None:
         """Returns the sums of windows begin .. end - 1, or None where they are not scored yet."""
@@ -66,11 +55,8 @@ class ScoreJournal:
 
     def add(self, begin: int, end: int, sums: ScoreSums, seconds: float) -> None:
         self.chunks.append({"begin": begin, "end": end, **asdict(sums), "seconds": seconds})
-        self.write(self.chunks[-1])
-
-    def write(self, row: Mapping[str, Any]) -> None:
         with naming(self.path):
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(self.chunks[-1]) + "\n")
             self.file.flush()
             os.fsync(self.file.fileno())
 

@@ -9,7 +9,6 @@ N targets of a stream or of a document.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from golf.config.features import Feature, register_feature
 from golf.config.model import ModelConfig
 from golf.config.scoring import ScoreConfig
 from golf.runtime import Runtime
-from golf.score.counts import compiled, new_tables, new_weights
-from golf.score.journal import ScoreJournal
+from golf.score.counts import compiled_kernels, new_tables, new_weights
+from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.scorer import Score, ScoreError
 
 TIMED_TARGETS = 20_000
@@ -32,19 +31,19 @@ SECONDS_BETWEEN_MARKS = 1.0
 
 
 class NetworkNats:
-    """Collects the network's nats of all targets that this rank scores, in a file where there is a path.
+    """Collects the network's nats of all targets that this rank scores, in a file where there is a journal.
 
     The file is kept up to date by the system: what a killed process had scored is there.
     """
 
-    def __init__(self, targets: int, path: Path | None):
-        self.path = path
-        if path is None:
+    def __init__(self, targets: int, journal: ScoreJournal | None):
+        self.path = journal and journal.path.with_suffix(".nats")
+        if self.path is None:
             self.nats_N = np.zeros(targets)
         else:
-            with path.open("ab") as file:  # a new one is all zeros, and takes no room yet
+            with self.path.open("ab" if journal.chunks else "wb") as file:  # new: zeros, which take no room yet
                 file.truncate(8 * targets)
-            self.nats_N = np.memmap(path, np.float64, "r+")
+            self.nats_N = np.memmap(self.path, np.float64, "r+")
 
     def record(self, index_M: Tensor, nats_M: Tensor) -> None:
         """Keeps the nats of targets by their numbers in the stream: a Recorder."""
@@ -76,14 +75,13 @@ class CountMixture:
     """Predicts the targets of a part of at most so many targets, document by document, and counts them."""
 
     def __init__(self, targets: int, vocabulary: int, score: ScoreConfig):
-        self.kernels, self.vocabulary, self.score = compiled(), vocabulary, score
-        self.everything = new_tables(targets, score.mixture_orders)
-        self.weights = new_weights(score.mixture_orders, vocabulary)
-        self.document, self.hit = self.everything, 0
+        self.kernels, self.orders = compiled_kernels(), score.mixture_orders
+        self.everything, self.weights = new_tables(targets, self.orders), new_weights(self.orders, vocabulary)
+        self.document = self.everything
 
     def open_document(self, targets: int) -> None:
         """Forgets the counts of the last document, and makes room for those of the next."""
-        self.document = new_tables(targets, self.score.mixture_orders)
+        self.document = new_tables(targets, self.orders)
 
     @property
     def counted(self) -> int:
@@ -95,11 +93,10 @@ class CountMixture:
 
         `tokens` (int32) begin with the document's start.
         """
-        mixed_M, score = np.zeros(len(network_M)), self.score
-        self.hit = self.kernels["score_targets"](
-            self.everything, self.document, self.weights, tokens, begin, np.exp(-network_M), self.vocabulary,
-            score.mixture_discount, score.mixture_rate, self.hit, mixed_M,
-        )  # fmt: skip
+        mixed_M = np.zeros(len(network_M))
+        self.kernels["score_targets"](
+            self.everything, self.document, self.weights, tokens, begin, np.exp(-network_M), mixed_M
+        )
         return -np.log(mixed_M)
 
     def score_document(self, tokens: np.ndarray, network_N: np.ndarray) -> np.ndarray:
@@ -161,12 +158,12 @@ def mix_score(
         if (seconds := time.perf_counter() - marked) > SECONDS_BETWEEN_MARKS:
             marked += seconds
             if journal:
-                journal.spend(seconds)
+                journal.add(0, 0, ScoreSums(), seconds)  # no windows: time alone
             check()
 
     mixed_N = mixed_nats(tokens_N1, nats.gather(network.nats, runtime), model, score, runtime, mark)
     seconds = runtime.max_over_ranks(time.perf_counter() - started)[0]
-    mixed = replace(network, nats=float(mixed_N.sum()), network_nats=network.nats, seconds=network.seconds + seconds)
+    mixed = replace(network, nats=float(mixed_N.sum()), network_bpb=network.val_bpb, seconds=network.seconds + seconds)
     words = mixture_words(network.val_bpb, mixed.val_bpb)
     runtime.print(f"mixture: {words}; {network.tokens} targets in {seconds:.1f} s")
     return mixed
@@ -179,7 +176,7 @@ def mixture_words(alone: float, mixed: float) -> str:
 def mixture_acts(files: Mapping[str, Any]) -> tuple[int, bool, str]:
     """Returns (targets that were mixed, whether the score is another one, both scores)."""
     score = files["score"]
-    alone, mixed = score["network"]["val_bpb"], score["val_bpb"]
+    alone, mixed = score["network_bpb"], score["val_bpb"]
     return score["val_tokens"], alone != mixed, mixture_words(alone, mixed)
 
 

@@ -108,18 +108,19 @@ def score_artifact(
     if 0 < largest == -smallest:  # all ranks can resume, with the same windows
         settings = replace(settings, stride=stride)
     else:
-        reserve = forecast_mixture(tokens, artifact.model, score, runtime) if score.mixture else 0.0
-        settings = choose_stride(
-            model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds, started, reserve
-        )  # fmt: skip
+        seconds = score.max_eval_seconds
+        if score.mixture and seconds:
+            seconds = max(1e-9, seconds - forecast_mixture(tokens, artifact.model, score, runtime))
+        settings = choose_stride(model, tokens, byte_table, settings, runtime, forward, seconds, started)
     preparing = time.perf_counter() - started
     if journal:
         journal.start(subject | {"stride": settings.stride}, preparing)
-    nats = NetworkNats(len(tokens) - 1, journal and journal.nats_path) if score.mixture else None
+    if score.mixture:
+        nats = NetworkNats(len(tokens) - 1, journal)
     measured = score_stream(
         model, tokens, byte_table, settings, runtime, forward=forward, journal=journal, check=check,
-        recorder=nats and nats.record,
+        recorder=nats.record if score.mixture else None,
     )  # fmt: skip
-    if nats:
+    if score.mixture:
         measured = mix_score(measured, nats, tokens, artifact.model, score, runtime, journal, check)
     return measured if journal else replace(measured, seconds=measured.seconds + preparing), subject["data"]
