@@ -1,14 +1,12 @@
-"""The mixture with counts: against whole distributions, in any chunks and on any ranks, killed, probed and cheated."""
+"""The mixture with counts: against whole distributions, in any chunks and on any ranks, killed and resumed."""
 
 import dataclasses
-import inspect
-import io
 from collections import Counter, defaultdict
-from types import FunctionType
 
 import numpy as np
 import pytest
 import torch
+from mixture_fixtures import BOS, MODEL, SCORE, VOCABULARY, network_rows, quiet, repetitive_stream
 
 import golf.score.mixture
 import golf.score.roundtrip
@@ -16,46 +14,13 @@ from golf.config.config import Config, build_config, with_knobs
 from golf.config.features import FEATURES
 from golf.config.knobs import ConfigError
 from golf.model.init import build_model
-from golf.runtime import Log, Runtime
+from golf.runtime import Runtime
 from golf.score import counts
 from golf.score.counts import count_level, hit_class, new_weights, spread_of
 from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.mixture import CountMixture, NetworkNats, forecast_mixture, mixed_nats, stream_documents, stream_parts
 from golf.score.roundtrip import score_artifact
 from golf.score.scorer import ScoreError
-from lab.probe.mixture_adapter import MixtureScorer
-from lab.probe.probes import FAIL, NOT_EXERCISED, PASS, ProbePoints, ScoreEvent, ScoreTrace, probe_scorer
-
-VOCABULARY, BOS = 12, 1
-SCORE = with_knobs(Config(), dict(mixture=True, mixture_orders=3)).score
-MODEL = with_knobs(
-    Config(),
-    dict(vocab_size=VOCABULARY, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, bigram_vocab_size=0)
-    | dict(bigram_dim=0, train_seq_len=8, tied_embed_init_std=0.5),
-).model
-
-
-def repetitive_stream(seed: int = 0, lengths=(90, 1, 40, 75, 30)) -> np.ndarray:
-    """Documents of words that come again, with other tokens among them."""
-    rng = np.random.default_rng(seed)
-    words = [rng.integers(2, VOCABULARY, size) for size in (3, 5, 2, 7)]
-    parts = []
-    for length in lengths:
-        body = np.concatenate([words[k] for k in rng.integers(0, 4, length)])[: max(length - 1, 0)]
-        noise = rng.random(len(body)) < 0.1
-        parts.append([BOS, *np.where(noise, rng.integers(2, VOCABULARY, len(body)), body)])
-    return np.concatenate(parts).astype(np.uint16)
-
-
-def network_rows(targets: int, seed: int = 5) -> np.ndarray:
-    logits_NV = np.random.default_rng(seed).normal(size=(targets, VOCABULARY))
-    rows_NV = np.exp(logits_NV)
-    return rows_NV / rows_NV.sum(1, keepdims=True)
-
-
-def quiet(rank: int = 0, world_size: int = 1) -> Runtime:
-    return Runtime(torch.device("cpu"), rank, world_size, log=Log(io.StringIO()))
-
 
 # ---- the estimator ----
 
@@ -282,8 +247,10 @@ def test_nats_are_kept_in_the_file_as_they_come(tmp_path):
     again = NetworkNats(5, journal)
     assert again.gather(0.75, quiet()).tolist() == [0, 0.25, 0, 0.5, 0]
     assert NetworkNats(5, ScoreJournal(tmp_path / "a.jsonl")).nats_N.any()
+    journal.file.close()
     journal.start({"another": 1})
     assert not NetworkNats(5, journal).nats_N.any(), "nothing of another scoring is kept"
+    journal.file.close()
 
 
 def test_the_stride_leaves_time_for_the_mixture(artifact, monkeypatch):
@@ -333,150 +300,3 @@ def test_the_feature_says_both_scores():
 def test_knobs_without_a_mixture_are_refused(knob, words):
     with pytest.raises(ConfigError, match=words):
         build_config("local", {}, dict([knob.split("=")]))
-
-
-# ---- probes ----
-
-
-class BigramNetwork:
-    """An honest network: a fixed table."""
-
-    vocab_size, bos_id, isolates_documents = VOCABULARY, BOS, False
-
-    def __init__(self):
-        self.rows_VV = network_rows(VOCABULARY)
-
-    def trace(self, tokens_N1):
-        nats_N = -np.log(self.rows_VV[tokens_N1[:-1], tokens_N1[1:]])
-        return ScoreTrace(nats_N, [ScoreEvent("score", 0, len(nats_N))])
-
-    def log_probabilities(self, tokens_N1, target, candidates_K):
-        return np.log(self.rows_VV[tokens_N1[target], candidates_K])
-
-
-class Planted(CountMixture):
-    """Replaces kernels by planted ones, in plain Python."""
-
-    def __init__(self, targets, vocabulary, score):
-        super().__init__(targets, vocabulary, score)
-        plain = {function.__name__: function for function in counts.KERNELS}
-        self.honest = plain["score_targets"]
-        self.kernels = plain | {"score_targets": self.score_one}
-
-    def score_one(self, everything, document, weights, tokens, begin, *rest):
-        with np.errstate(over="ignore"):
-            self.planted(everything, document, weights, tokens, begin, *rest)
-
-    def planted(self, *arguments):
-        self.honest(*arguments)
-
-
-class LearnsBeforeItScores(Planted):
-    def planted(self, *arguments):
-        self.honest(*arguments)
-        self.honest(*arguments)
-
-
-class CountsTheTarget(Planted):
-    """Its counts include the token that is being scored, and go again afterwards."""
-
-    def planted(self, everything, document, weights, tokens, begin, *rest):
-        context = counts.find_context(everything, counts.mix_hash(np.uint64(1), 0))
-        counts.count_target(everything, context, tokens[begin + 1])
-        self.honest(everything, document, weights, tokens, begin, *rest)
-        everything.count[everything.first[context]] -= 1
-        everything.total[context] -= 1
-
-
-class Unnormalised(Planted):
-    def planted(self, *arguments):
-        self.honest(*arguments)
-        arguments[-1][:] = np.minimum(arguments[-1] * 1.02, 0.999)
-
-
-class GateReadsTheTarget(Planted):
-    """Mixes by the class of the token that is being scored."""
-
-    def planted(self, everything, document, weights, tokens, begin, *rest):
-        weights.hit[0] = int(tokens[begin + 1]) % counts.HITS
-        weights.weight_by_hit[:] = np.linspace(-2, 2, 4 * counts.HITS).reshape(counts.HITS, 4) % 1.7
-        self.honest(everything, document, weights, tokens, begin, *rest)
-
-
-class SharesKnowTheTarget(Planted):
-    """Trains a share in the middle of a prediction that uses it again: a slip that this project has made."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        source = inspect.getsource(counts.correct_probability)
-        names = dict(vars(counts))
-        exec(source.replace("by_token[scope]", "weights.share_by_token[scope, last]"), names)
-        for name in ("mixed_probability", "score_targets"):
-            function = getattr(counts, name)
-            names[name] = FunctionType(function.__code__, names, name)
-        self.honest = names["score_targets"]
-
-
-class ReadsAhead(Planted):
-    """Counts the token behind the target before it scores."""
-
-    def planted(self, everything, document, weights, tokens, begin, *rest):
-        if begin + 2 < len(tokens):
-            context = counts.find_context(document, counts.mix_hash(np.uint64(1), 0))
-            counts.count_target(document, context, tokens[begin + 2])
-        self.honest(everything, document, weights, tokens, begin, *rest)
-
-
-POINTS = ProbePoints([30, 87, 121, 160], [40, 88, 100, 130, 170, 199])
-
-
-def probe(make_mixture, scorer=MixtureScorer, parts: int = 1):
-    score = dataclasses.replace(SCORE, mixture_parts=parts)
-    return probe_scorer(scorer(BigramNetwork(), score, make_mixture), repetitive_stream(), POINTS)
-
-
-@pytest.mark.parametrize(("make_mixture", "parts"), [(CountMixture, 1), (CountMixture, 3), (Planted, 1)])
-def test_the_honest_mixture_passes_and_its_learning_is_exercised(make_mixture, parts):
-    probes = probe(make_mixture, parts=parts)
-    assert [found.verdict for found in probes] == [PASS, PASS, PASS, PASS, NOT_EXERCISED]
-    worst = float(probes[1].detail.split("sums within ")[1].split()[0])
-    assert worst < 1e-6 and "235 updates" in probes[2].detail
-
-
-@pytest.mark.parametrize(
-    ("make_mixture", "caught"),
-    [
-        (LearnsBeforeItScores, {"C2 normalisation", "C3 score before update"}),
-        (CountsTheTarget, {"C2 normalisation"}),
-        (Unnormalised, {"C2 normalisation"}),
-        (GateReadsTheTarget, {"C2 normalisation"}),
-        (SharesKnowTheTarget, {"C2 normalisation"}),
-        (ReadsAhead, {"C1 causality"}),
-    ],
-)
-def test_a_planted_violation_is_caught_by_name(make_mixture, caught):
-    assert caught <= {found.name for found in probe(make_mixture) if found.verdict == FAIL}
-
-
-class ScoresTwice(MixtureScorer):
-    """A second pass with the counts of the first."""
-
-    def trace(self, tokens_N1):
-        first = super().trace(tokens_N1)
-        return ScoreTrace(0.5 * first.nats_N, first.events + first.events)
-
-
-class ClaimsIsolation(MixtureScorer):
-    isolates_documents = True
-
-
-def test_a_second_pass_and_a_false_claim_of_isolation_are_caught():
-    assert {found.name for found in probe(CountMixture, ScoresTwice) if found.verdict == FAIL} >= {"C4 single pass"}
-    assert probe(CountMixture, ClaimsIsolation)[4].verdict == FAIL
-
-
-def test_the_probe_drives_the_code_that_scores():
-    tokens_N1 = repetitive_stream()
-    network = BigramNetwork()
-    trace = MixtureScorer(network, SCORE).trace(tokens_N1)
-    assert (trace.nats_N == mixed_nats(tokens_N1, network.trace(tokens_N1).nats_N, MODEL, SCORE, quiet())).all()
