@@ -75,7 +75,6 @@ class GateReadsTheTarget(Planted):
 
     def planted(self, everything, document, weights, tokens, begin, *rest):
         weights.hit[0] = int(tokens[begin + 1]) % counts.HITS
-        weights.weight_by_hit[:] = np.linspace(-2, 2, 4 * counts.HITS).reshape(counts.HITS, 4) % 1.7
         self.honest(everything, document, weights, tokens, begin, *rest)
 
 
