@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ROOMS = ("config", "runtime", "data", "model", "optim", "quant", "artifact", "score", "run")
 """Of golf/, in the order of the data's way; imports run backwards along it."""
 PURPOSES = (
-    "bundle", "record", "compare", "rates", "study", "generate", "evals", "demo", "machine", "cost", "bench", "prepare",
-    "probe",
+    "bundle", "record", "compare", "compress", "rates", "study", "generate", "evals", "demo", "machine", "cost",
+    "bench", "prepare", "probe",
 )  # fmt: skip
 """Folders of lab/, one for each purpose."""
 MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 400, 60

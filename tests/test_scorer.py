@@ -316,4 +316,4 @@ def test_forecast_and_progress_are_printed():
     assert len(forecasts) == 1 and f"windows:{score.windows} tokens_per_second:" in forecasts[0]
     assert [line.split()[1] for line in lines if line.startswith("score:progress")][-1] == "100%"
     assert 8 <= sum(line.startswith("score:progress") for line in lines) <= 10
-    assert 0 < score.forward_share < 1 and score.window_tokens == score.windows * 12
+    assert score.window_tokens == score.windows * 12

@@ -50,6 +50,7 @@ from golf.score.scorer import compiled_losses, score_stream, sliding_settings
 from lab.bench.coder_bench import bench_coders, gptq_like_codes
 from lab.bench.data_bench import bench_data, bench_loader
 from lab.bench.fit_bench import bench_fit, frontier_shapes
+from lab.bench.forward_timer import ForwardTimer
 from lab.bench.ternary_product import bench_ternary
 from lab.cli import ToolOptions, run_command
 from lab.machine.step_times import random_tokens, time_steps
@@ -118,14 +119,17 @@ def bench_scoring(model: GPT, config: Config, runtime: Runtime) -> dict[str, flo
     settings = sliding_settings(config.score, config.model)
     windows = SCORED_BATCHES * settings.batch_seqs * runtime.world_size
     tokens_N = random_tokens(settings.seq_len + windows * settings.stride, config)
-    forward = compiled_losses(model) if runtime.compiles_scoring else None
-    scores = [
-        score_stream(model, tokens_N, OneBytePerToken(), settings, runtime, forward=forward, announce=False)
-        for _ in range(REPETITIONS + 1)
-    ][1:]
+    forward = compiled_losses(model) if runtime.compiles_scoring else model.token_losses
+    speeds, shares = [], []
+    for _ in range(REPETITIONS + 1):
+        timer = ForwardTimer(runtime.device)
+        timed = timer.timing(forward)
+        score = score_stream(model, tokens_N, OneBytePerToken(), settings, runtime, forward=timed, announce=False)
+        speeds.append(score.window_tokens / score.seconds)
+        shares.append(timer.seconds() / score.seconds)
     return {
-        "score_tokens_per_s": statistics.median(score.window_tokens / score.seconds for score in scores),
-        "score_forward_share": statistics.median(score.forward_share for score in scores),
+        "score_tokens_per_s": statistics.median(speeds[1:]),
+        "score_forward_share": statistics.median(shares[1:]),
     }
 
 

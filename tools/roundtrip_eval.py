@@ -47,6 +47,8 @@ class Options(DeviceOptions):
     """RoPE beyond the training length: NTK-aware base, or the training base as it is."""
     max_seconds: float = 0.0
     """Most seconds of scoring: a stride that would take longer is raised before anything is scored; 0: no limit."""
+    mixture: bool = False
+    """Mix the network's probabilities with counts of what was scored before, with the default knobs."""
     batch: int = 0
     """Windows in one forward pass of a process; 0: what fits the device."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -57,7 +59,8 @@ def score_config(options: Options, model: ModelConfig, device: str) -> ScoreConf
     """Returns the options, with what was left open filled in for this model and device."""
     window = options.window or 2 * model.train_seq_len
     batch = options.batch or max(1, BATCH_TOKENS[device] // window)
-    return ScoreConfig(window, options.stride or min(64, window), batch, options.rope, options.max_seconds)
+    stride = options.stride or min(64, window)
+    return ScoreConfig(window, stride, batch, options.rope, options.mixture, max_eval_seconds=options.max_seconds)
 
 
 def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, processes: int) -> dict[str, object]:
@@ -66,11 +69,11 @@ def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, p
         "val_bpb": score.val_bpb,
         "tokens": score.tokens,
         "bytes": score.bytes,
+        "network_bpb": score.network_bpb,
         "documents": score.documents,
         "seconds": score.seconds,
         "windows": score.windows,
         "window_tokens_per_second": score.window_tokens / score.seconds,
-        "forward_share": score.forward_share,
         "device": device,
         "processes": processes,
         "artifact_sha256": artifact.sha256,
@@ -82,7 +85,7 @@ def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, p
 
 def print_table(values: dict[str, object]) -> None:
     table = Table("measure", "value", title="score of the reloaded artifact")
-    decimals = {"val_loss": 8, "val_bpb": 8, "seconds": 1, "window_tokens_per_second": 0, "forward_share": 3}
+    decimals = {"val_loss": 8, "val_bpb": 8, "seconds": 1, "window_tokens_per_second": 0}
     for name, value in values.items():
         shown = f"{value:,.{decimals.get(name, 3)}f}" if isinstance(value, float) else value
         table.add_row(name, f"{shown:,}" if isinstance(shown, int) else str(shown))

@@ -11,6 +11,7 @@ LOCAL: dict[str, Any] = dict(
     eval_batch_tokens=16_384, embed_bits=5,
     qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="rans", calibration_tokens=32_768,
     calibration_reserve=6.0, reserve_bytes=1_000, eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
+    mixture=True,
 )  # fmt: skip
 
 BASELINE: dict[str, Any] = dict(

@@ -18,6 +18,12 @@ class ScoreConfig:
     """Windows in one forward pass on one rank."""
     eval_rope: Literal["ntk", "none"] = "ntk"
     """RoPE beyond the training length: NTK-aware base, or the training base as it is."""
+    mixture: bool = False
+    """Mix the network's probabilities with counts of what was scored before, score first."""
+    mixture_orders: int = 6
+    """Longest context that is counted, in tokens."""
+    mixture_parts: int = 1
+    """Parts of the stream with counts of their own, which ranks take in turn: as many as there are ranks, or 1."""
     max_eval_seconds: float = 600.0
     """Most seconds of scoring: a stride that would take longer is raised before anything is scored; 0: no limit."""
 
@@ -31,4 +37,6 @@ def score_rules(config: Any) -> list[Rule]:
             score.eval_rope == "none" or score.eval_seq_len > config.model.train_seq_len,
             "eval_rope=ntk acts only where eval_seq_len is beyond train_seq_len: set eval_rope=none",
         ),
+        (1 <= score.mixture_orders <= 16, "mixture_orders must be 1 to 16: a context of one token at least is counted"),
+        (score.mixture_parts >= 1, "mixture_parts must be at least 1"),
     ]

@@ -14,6 +14,7 @@ from golf.quant.export import prune_state, quantize_state
 from golf.quant.grid import QuantizedState
 from golf.run.folder import RunFolder
 from golf.run.trainer import Trainer
+from golf.score.mixture import forecast_mixture
 from golf.score.scorer import evaluation_mode, prepare_job, score_windows, sliding_settings
 
 REHEARSED_ROWS = 4
@@ -60,4 +61,6 @@ def rehearse(trainer: Trainer, tokenizer: Tokenizer, folder: RunFolder) -> str:
     with evaluation_mode(model):
         sums = score_windows(job, 0, len(job.plan))
     assert sums.tokens == count
+    if config.score.mixture:
+        forecast_mixture(tokens, config.model, config.score, runtime)
     return f"rehearsal: untrained artifact {sizes.total_bytes} bytes, {sums.nats / sums.tokens:.4f} nats per token"

@@ -86,10 +86,11 @@ def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str
         "eval_windows": score.windows,
         "eval_seconds": score.seconds,
         "eval_tokens_per_second": score.window_tokens / score.seconds,
+        "network_bpb": score.network_bpb,
         "unquantized": {
             "val_loss": unquantized.val_loss,
             "val_bpb": unquantized.val_bpb,
-            "note": "averaged weights before pruning and quantization, rows of the training length without overlap",
+            "note": "weights before pruning and quantization, in plain rows",
         },
     }
 

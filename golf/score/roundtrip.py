@@ -18,6 +18,7 @@ from golf.quant.qat import load_gpt
 from golf.runtime import Runtime
 from golf.score.deadline import choose_stride
 from golf.score.journal import ScoreJournal
+from golf.score.mixture import NetworkNats, forecast_mixture, mix_score
 from golf.score.scorer import (
     Score,
     ScoreError,
@@ -84,9 +85,10 @@ def score_artifact(
 ) -> tuple[Score, str]:
     """Scores the model in `artifact` on the validation shards, over all ranks, with sliding windows.
 
-    Returns the score and the identity of the validation data. A `journal` resumes where a killed process left it;
-    `check` is called between its chunks, and may raise. Raises ScoreError for a tokenizer that is not the artifact's,
-    or a stream that can't be scored; DataError for files that can't be read.
+    With `mixture` the network's probabilities are then mixed with counts. Returns the score and the identity of the
+    validation data. A `journal` resumes where a killed process left it; `check` is called between its chunks, and may
+    raise. Raises ScoreError for a tokenizer that is not the artifact's, or a stream that can't be scored; DataError for
+    files that can't be read.
     """
     started = time.perf_counter()
     tokens, byte_table = load_validation(artifact.tokenizer_sha256, tokenizer_path, val_paths)
@@ -106,11 +108,19 @@ def score_artifact(
     if 0 < largest == -smallest:  # all ranks can resume, with the same windows
         settings = replace(settings, stride=stride)
     else:
-        settings = choose_stride(model, tokens, byte_table, settings, runtime, forward, score.max_eval_seconds, started)
+        seconds = score.max_eval_seconds
+        if score.mixture and seconds:
+            seconds = max(1e-9, seconds - forecast_mixture(tokens, artifact.model, score, runtime))
+        settings = choose_stride(model, tokens, byte_table, settings, runtime, forward, seconds, started)
     preparing = time.perf_counter() - started
     if journal:
         journal.start(subject | {"stride": settings.stride}, preparing)
+    if score.mixture:
+        nats = NetworkNats(len(tokens) - 1, journal)
     measured = score_stream(
-        model, tokens, byte_table, settings, runtime, forward=forward, journal=journal, check=check
+        model, tokens, byte_table, settings, runtime, forward=forward, journal=journal, check=check,
+        recorder=nats.record if score.mixture else None,
     )  # fmt: skip
+    if score.mixture:
+        measured = mix_score(measured, nats, tokens, artifact.model, score, runtime, journal, check)
     return measured if journal else replace(measured, seconds=measured.seconds + preparing), subject["data"]

@@ -29,7 +29,7 @@ from golf.model.gpt import GPT
 from golf.model.layers import ntk_rope_base
 from golf.runtime import Runtime
 from golf.score.journal import ScoreJournal, ScoreSums
-from golf.score.progress import ForwardTimer, ScoreProgress
+from golf.score.progress import ScoreProgress
 from golf.score.windows import WindowPlan, plan_windows, rank_share
 
 Forward = Callable[[Tensor, Tensor, float | None], Tensor]
@@ -75,8 +75,8 @@ class Score:
     stride: int
     seconds: float
     """Wall clock of the slowest rank, with the journaled seconds of killed processes."""
-    forward_share: float
-    """Share of the main rank's seconds that its device spent in the batched forward."""
+    network_bpb: float | None = None
+    """Bits per byte of the network alone, where its probabilities were mixed with counts."""
 
     @property
     def val_loss(self) -> float:
@@ -147,21 +147,21 @@ def score_stream(
     announce: bool = True,
     journal: ScoreJournal | None = None,
     check: Callable[[], None] = lambda: None,
+    recorder: Recorder | None = None,
 ) -> Score:
     """Scores every target of `tokens` (N + 1 integers, a document start first) once, over all ranks.
 
     `forward` replaces `model.token_losses` for the windows that share a shape (pass its compiled form); `announce`
     prints a forecast of the time and progress. Chunks that a started `journal` holds are not scored again; `check` is
-    called between chunks, and may raise. Raises ScoreError.
+    called between chunks, and may raise; a `recorder` gets what this process scores. Raises ScoreError.
     """
     started = time.perf_counter()
     job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
     begin, end = rank_share(len(job.plan), runtime.rank, runtime.world_size)
-    timer = ForwardTimer(runtime.device)
     progress = ScoreProgress(runtime, len(job.plan), job.plan.length, end - begin) if announce else None
     earlier_seconds = journal.seconds if journal else 0.0
     with evaluation_mode(model):
-        local = score_chunks(job, begin, end, timer, progress, journal, check)
+        local = score_chunks(job, begin, end, progress, journal, check, recorder)
     seconds = time.perf_counter() - started
     total = sum_sums(local, runtime)
     assert total.tokens == len(tokens) - 1, f"{total.tokens} targets scored of {len(tokens) - 1}"
@@ -174,7 +174,6 @@ def score_stream(
         window_tokens=len(job.plan) * job.plan.length,
         stride=job.plan.stride,
         seconds=runtime.max_over_ranks(earlier_seconds + seconds)[0],
-        forward_share=timer.seconds() / seconds,
     )
 
 
@@ -276,10 +275,10 @@ def score_chunks(
     job: ScoreJob,
     begin: int,
     end: int,
-    timer: ForwardTimer,
     progress: ScoreProgress | None,
     journal: ScoreJournal | None,
     check: Callable[[], None],
+    recorder: Recorder | None,
 ) -> ScoreSums:
     """Returns the sums of windows begin .. end - 1 on this rank, chunk by chunk, in evaluation_mode."""
     total = ScoreSums()
@@ -288,7 +287,7 @@ def score_chunks(
         if sums and progress:
             progress.skip(last - first)
         if sums is None:
-            sums = score_windows(job, first, last, timer, progress)
+            sums = score_windows(job, first, last, progress, recorder)
             if journal:
                 journal.add(first, last, sums, time.perf_counter() - started)
             check()
@@ -300,16 +299,14 @@ def score_windows(
     job: ScoreJob,
     begin: int,
     end: int,
-    timer: ForwardTimer | None = None,
     progress: ScoreProgress | None = None,
     recorder: Recorder | None = None,
 ) -> ScoreSums:
     """Returns the sums of windows begin .. end - 1 on this rank alone, in evaluation_mode."""
     assert not any(module.training for module in job.model.modules()), "scoring needs eval mode: evaluation_mode"
-    timer = timer or ForwardTimer(job.tokens_N1.device)
     sums_3 = torch.zeros(3, dtype=torch.float64, device=job.tokens_N1.device)
     for first, last, rows, scored in batch_shapes(job, begin, end):
-        sums_3 += score_batch(job, gather_windows(job, first, last, rows, scored), timer, recorder)
+        sums_3 += score_batch(job, gather_windows(job, first, last, rows, scored), recorder)
         if progress:
             progress.advance(last - first)
     nats, tokens, byte_count = sums_3.tolist()
@@ -345,14 +342,12 @@ def gather_windows(job: ScoreJob, first: int, last: int, rows: int, scored: int)
     )
 
 
-def score_batch(job: ScoreJob, batch: WindowBatch, timer: ForwardTimer, recorder: Recorder | None = None) -> Tensor:
+def score_batch(job: ScoreJob, batch: WindowBatch, recorder: Recorder | None = None) -> Tensor:
     """Returns float64 (nats, targets, bytes) of one forward pass."""
     assert not job.model.training, "the model left eval mode while it was being scored"
     # a compiled forward keeps its one shape: the long first window would make it compile again, for dynamic shapes
     forward = job.forward if batch.targets_BS.size(1) == job.plan.stride else job.model.token_losses
-    with timer:
-        losses_BS = forward(batch.ids_BT, batch.targets_BS, job.settings.rope_base)
-    nats_BS = losses_BS.double()
+    nats_BS = forward(batch.ids_BT, batch.targets_BS, job.settings.rope_base).double()
     if recorder:
         recorder(batch.index_BS[batch.counted_BS], nats_BS[batch.counted_BS])
     nats = nats_BS.masked_fill(~batch.counted_BS, 0.0).sum()

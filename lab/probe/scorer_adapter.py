@@ -10,7 +10,6 @@ from torch import Tensor
 
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
-from golf.score.progress import ForwardTimer
 from golf.score.scorer import (
     Forward,
     ScoreJob,
@@ -88,13 +87,12 @@ class ArtifactScorer:
         rows = min(rows, CPU_ROWS, len(candidates_K)) if self.device.type == "cpu" else rows
         copies = gather_windows(job, window, window + 1, rows, scored)
         parts: list[Tensor] = []
-        timer = ForwardTimer(self.device)
         with evaluation_mode(self.model):
             for candidates_B in candidates_K.long().split(rows):
                 filled_B = torch.cat([candidates_B, candidates_B[-1:].expand(rows - len(candidates_B))])
                 targets_BS = filled_B[:, None].repeat(1, scored)
                 batch = WindowBatch(copies.ids_BT, targets_BS, copies.index_BS, torch.ones_like(copies.counted_BS))
-                score_batch(job, batch, timer, lambda _, nats_M: parts.append(nats_M.view(rows, scored)))
+                score_batch(job, batch, lambda _, nats_M: parts.append(nats_M.view(rows, scored)))
         return torch.cat(parts)[: len(candidates_K)].cpu().numpy()
 
     def points(self, targets: int, seed: int, windows: int = 1, samples: int = 16) -> ProbePoints:

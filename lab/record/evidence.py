@@ -20,7 +20,7 @@ from lab.record.finding import EvidenceError, SubmissionFinding, error
 from lab.record.folder_check import check_record
 from lab.record.record_folder import CLAIMS_NAME, HASHES_NAME, README_NAME, SCRIPT_NAME, read_record
 from lab.record.record_readme import RecordFacts, render_readme
-from lab.record.run_check import RunEvidence, finished_run_findings, read_run, seeds_findings, track_findings
+from lab.record.run_check import PROOF, RunEvidence, finished_run_findings, read_run, seeds_findings, track_findings
 from lab.record.script_reading import READABLE_NAME
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -177,7 +177,7 @@ def record_files(
     for run in runs:
         folder = Path(run.label)
         yield f"train_seed{run.seed}.log", (folder / "train.log").read_bytes()
-        for name in ("result.json", "config.json"):
+        for name in ("result.json", "config.json", *([PROOF] if (folder / PROOF).exists() else [])):
             yield f"runs/seed{run.seed}/{name}", (folder / name).read_bytes()
 
 

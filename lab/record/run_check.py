@@ -41,6 +41,7 @@ RESULT_FIGURES = {
     "eval_seconds": ".1f", "config_hash": "s", "code_sha256": "s", "artifact_sha256": "s",
 }  # fmt: skip
 """Keys of result.json that the last line of a log repeats, and how golf/run/log_lines.py writes each."""
+PROOF = "proof.json"
 SCRIPT, ARTIFACT = "train_gpt.py", "model.golf"
 MEASURED_FILES = {SCRIPT: ("code_sha256", "bytes_code"), ARTIFACT: ("artifact_sha256", "bytes_model")}
 """File of a run -> keys of result.json with its hash and its size."""
@@ -91,7 +92,18 @@ def read_result(path: Path) -> dict[str, Any]:
             raise EvidenceError(f"{path}: {key} must be {kind}, not {values[key]!r}")
     if result["val_tokens"] <= 0 or result["val_bytes"] <= 0:
         raise EvidenceError(f"{path}: nothing was scored: val_tokens and val_bytes must be positive")
-    return result
+    return with_proof(result, path.with_name(PROOF))
+
+
+def with_proof(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Adds the verdict of tools/prove.py to the probes of a result, where there is one. Raises EvidenceError."""
+    if not path.exists():
+        return result
+    proof = read_json_object(path, EvidenceError)
+    own = all(proof.get(key) == result.get(key) for key in ("artifact_sha256", "val_data_id"))
+    detail = str(proof.get("detail", "")) if own else "of another artifact or text: run tools/prove.py again"
+    row = {"verdict": str(proof.get("verdict")) if own else "FAIL", "detail": detail}
+    return result | {"probes": result["probes"] | {"proof by decompression": row}}
 
 
 def is_number(value: object) -> bool:

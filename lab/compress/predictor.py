@@ -1,0 +1,120 @@
+"""Predicts streams of tokens one token at a time, as the scorer scores them: its windows, its mixture, its learning.
+
+Whoever encodes and whoever decodes run this same code, so that both see the same bits. B streams are read beside each
+other, each with its own windows and document, over one set of counts of everything.
+
+B streams, V tokens of the vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from golf.config.scoring import ScoreConfig
+from golf.model.cache import KeyValueCache
+from golf.model.gpt import GPT
+from golf.score.counts import CountTables, MixtureWeights, compiled_kernels, new_tables, new_weights
+from golf.score.scorer import ScoreSettings
+from golf.score.windows import plan_windows
+from lab.compress.distribution import compiled_distribution
+
+
+class WindowReader:
+    """Reads B streams of `targets` targets through a cache of the window that scores the next target."""
+
+    def __init__(self, model: GPT, settings: ScoreSettings, targets: int, streams: int):
+        self.model, self.settings = model.eval(), settings
+        self.plan = plan_windows(targets, settings.seq_len, settings.stride)
+        self.window, self.cache, self.device = -1, None, next(model.parameters()).device
+
+    def rows(self, tokens_BN: np.ndarray, target: int) -> np.ndarray:
+        """Returns the network's float64 distributions_BV of a target, given all tokens before it. Targets come in
+        order."""
+        first = target
+        if self.window < 0 or target == self.plan.ends_W[self.window]:
+            self.window += 1
+            self.cache, first = KeyValueCache(self.model.config), int(self.plan.starts_W[self.window])
+        ids_BT = torch.from_numpy(tokens_BN[:, first : target + 1].astype(np.int64)).to(self.device)
+        with torch.no_grad():
+            logits_B1V = self.model.logits(ids_BT, 1, self.settings.rope_base, self.cache)
+        return logits_B1V[:, 0].double().log_softmax(-1).exp().cpu().numpy()
+
+
+@dataclass
+class StreamState:
+    """Holds what the mixture knows of one stream."""
+
+    weights: MixtureWeights
+    """All streams', but for the class of this one's last target's probability."""
+    document: CountTables
+    begin: int
+    """The document's first token."""
+
+
+class StreamPredictor:
+    """Predicts the next token of each stream, then learns from it. Every stream begins with a document start."""
+
+    def __init__(self, model: GPT, settings: ScoreSettings, score: ScoreConfig, lengths: list[int], whole: int = 0):
+        """`lengths` are the streams' targets; `whole` are those of the stream that the first one is the beginning
+        of."""
+        self.bos_id, self.score, self.lengths, self.whole = model.config.bos_id, score, lengths, whole or max(lengths)
+        self.tokens_BN = np.full((len(lengths), max(lengths) + 1), self.bos_id, np.int32)
+        self.network = WindowReader(model, settings, self.whole, len(lengths))
+        self.vocabulary, self.target = model.config.vocab_size, 0
+        self.rows_BV, self.part = np.zeros(0), -1
+        self.streams: list[StreamState] = []
+        if score.mixture:
+            self.open_documents(0)
+
+    def open_documents(self, begin: int) -> None:
+        """Begins documents in all streams, with empty counts of everything, as a part of the whole stream does."""
+        self.part = self.score.mixture_parts * begin // (self.whole + 1)
+        self.everything = new_tables(sum(self.lengths), self.score.mixture_orders)
+        weights = new_weights(self.score.mixture_orders, self.vocabulary)
+        for _ in self.lengths:
+            own = weights._replace(hit=np.zeros(1, np.int64))
+            self.streams.append(StreamState(own, self.everything, begin))
+        for number in range(len(self.lengths)):
+            self.open_document(number, begin)
+
+    def open_document(self, number: int, begin: int) -> None:
+        room = max(1, self.lengths[number] - begin)
+        self.streams[number].begin = begin
+        self.streams[number].document = new_tables(room, self.score.mixture_orders)
+
+    def predict(self) -> None:
+        """Makes the distributions of the next target ready."""
+        self.rows_BV = self.network.rows(self.tokens_BN, self.target)
+
+    def distribution(self, number: int) -> np.ndarray:
+        """Returns the distribution_V of the next token of a stream; streams are asked and taught in order."""
+        row_V = self.rows_BV[number]
+        if not self.score.mixture:
+            return row_V
+        stream = self.streams[number]
+        known = self.tokens_BN[number, stream.begin : self.target + 1]
+        return compiled_distribution()(self.everything, stream.document, stream.weights, known, row_V)
+
+    def learn(self, number: int, token: int) -> None:
+        """Takes the token that followed in a stream."""
+        self.tokens_BN[number, self.target + 1] = token
+        if not self.score.mixture:
+            return
+        stream, place = self.streams[number], self.target - self.streams[number].begin
+        document, mixed_1 = self.tokens_BN[number, stream.begin : self.target + 2], np.zeros(1)
+        compiled_kernels()["score_targets"](
+            self.everything, stream.document, stream.weights, document, place,
+            self.rows_BV[number, token : token + 1], mixed_1,
+        )  # fmt: skip
+        begin = self.target + 1
+        if token == self.bos_id and begin < self.lengths[number]:
+            if self.score.mixture_parts * begin // (self.whole + 1) == self.part:
+                self.open_document(number, begin)
+            else:
+                self.streams = []
+                self.open_documents(begin)
+
+    def advance(self) -> None:
+        """Goes on to the next target, once every stream has learned this one."""
+        self.target += 1
