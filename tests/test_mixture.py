@@ -18,9 +18,10 @@ from golf.runtime import Runtime
 from golf.score import counts
 from golf.score.counts import count_level, hit_class, new_weights, spread_of
 from golf.score.journal import ScoreJournal, ScoreSums
-from golf.score.mixture import CountMixture, NetworkNats, forecast_mixture, mixed_nats, stream_documents, stream_parts
+from golf.score.mixture import CountMixture, NetworkNats, forecast_mixture, mixed_nats, stream_parts
 from golf.score.roundtrip import score_artifact
 from golf.score.scorer import ScoreError
+from golf.score.windows import stream_documents
 
 # ---- the estimator ----
 
@@ -198,7 +199,7 @@ def scored(artifact, score=EVALUATION, journal=None, check=lambda: None):
 
 def test_the_score_of_the_mixture_keeps_the_network_s_beside_it(artifact):
     alone, mixed = scored(artifact, dataclasses.replace(EVALUATION, mixture=False)), scored(artifact)
-    assert mixed.network_bpb == alone.val_bpb and alone.network_bpb is None
+    assert mixed.parts == {"network_bpb": alone.val_bpb} and alone.parts == {}
     assert mixed.nats < 0.8 * alone.nats and mixed.tokens == alone.tokens and mixed.seconds > 0
 
 
@@ -223,7 +224,7 @@ def test_a_scoring_that_is_killed_anywhere_ends_in_the_same_score(artifact, tmp_
         with pytest.raises(Killed):
             scored(artifact, journal=ScoreJournal(path), check=after(kill))
         resumed = scored(artifact, journal=ScoreJournal(path))
-        assert (resumed.nats, resumed.network_bpb) == (expected.nats, expected.network_bpb)
+        assert (resumed.nats, resumed.parts) == (expected.nats, expected.parts)
         rows = [row for row in ScoreJournal(path).chunks if row["end"] == 0]
         assert len(rows) == documents + max(0, kill - (len(calls) - documents) + 1), "seconds of mixing are counted"
 
@@ -259,7 +260,7 @@ def test_the_stride_leaves_time_for_the_mixture(artifact, monkeypatch):
     choose = golf.score.roundtrip.choose_stride
     monkeypatch.setattr(
         golf.score.roundtrip, "choose_stride",
-        lambda *arguments: reserves.append(arguments[-2]) or choose(*arguments),
+        lambda *arguments: reserves.append(arguments[-3]) or choose(*arguments),
     )  # fmt: skip
     assert scored(artifact).stride == 4
     assert scored(artifact, dataclasses.replace(EVALUATION, max_eval_seconds=123.0)).stride == 16

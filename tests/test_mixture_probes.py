@@ -10,7 +10,7 @@ from mixture_fixtures import BOS, MODEL, SCORE, VOCABULARY, network_rows, quiet,
 
 from golf.score import counts
 from golf.score.mixture import CountMixture, mixed_nats
-from lab.probe.mixture_adapter import MixtureScorer
+from lab.probe.adaptive_scorer import MixtureScorer
 from lab.probe.probes import FAIL, NOT_EXERCISED, PASS, ProbePoints, ScoreEvent, ScoreTrace, probe_scorer
 
 

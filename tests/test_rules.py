@@ -372,5 +372,6 @@ def test_a_sound_tree_passes(rule, tmp_path, write_tree):
 @pytest.mark.parametrize(("rule", "path", "text"), PLANTED, ids=lambda value: getattr(value, "__name__", None))
 def test_a_planted_violation_is_found(rule, path, text, tmp_path, write_tree):
     write_tree(tmp_path, SOUND | {path: SOUND.get(path, "") + text + "\n"})
-    violations = list(rule(tmp_path, **knobs_of_toy(rule)))
-    assert len(violations) == 1, violations
+    every = list(rule(tmp_path, **knobs_of_toy(rule)))
+    violations = [line for line in every if not line.startswith("[Gloo]")]  # torch 2.9 talks when it is started
+    assert len(violations) == 1, every

@@ -26,8 +26,8 @@ from golf.run.folder import RunFolder
 from golf.runtime import ProgressLine, write_file_atomically
 from golf.score.scorer import compiled_losses
 from lab.cli import ToolOptions, run_command
+from lab.probe.adaptive_scorer import AdaptedScorer, MixtureScorer
 from lab.probe.data_probes import probe_access, probe_bytes, probe_disjoint
-from lab.probe.mixture_adapter import MixtureScorer
 from lab.probe.probes import FAIL, Probe, probe_scorer
 from lab.probe.scored_run import ScoredRun, load_run, score_settings, single_runtime
 from lab.probe.scorer_adapter import ArtifactScorer, probe_plan, probe_stream_tokens
@@ -51,10 +51,11 @@ def probe_run(run: ScoredRun, full: bool) -> list[Probe]:
     settings, runtime = score_settings(run), single_runtime(run.config.run)
     model = restore_model(run.artifact, runtime)
     forward = compiled_losses(model) if runtime.compiles_scoring else None
-    network = ArtifactScorer(model, run.counter, settings, forward)
-    scorer = MixtureScorer(network, run.config.score) if run.config.score.mixture else network
+    windows, score = ArtifactScorer(model, run.counter, settings, forward), run.config.score
+    network = AdaptedScorer(model, settings, score) if score.adapter_rank else windows
+    scorer = MixtureScorer(network, score) if score.mixture else network
     tokens_N1 = run.tokens_N1[: probe_stream_tokens(settings, runtime.device)]
-    points = network.points(len(tokens_N1) - 1, SEED, windows=8 if full else 1)
+    points = windows.points(len(tokens_N1) - 1, SEED, windows=8 if full else 1)
     *rules, single_pass, isolation = probe_scorer(scorer, tokens_N1, points, SEED)
     whole = probe_plan(len(run.tokens_N1) - 1, run.figures["val_tokens"], settings, single_pass)
     found_bytes = probe_bytes(run.tokenizer, run.tokens_N1, run.figures, full, run.counter)

@@ -69,7 +69,7 @@ def report(artifact: Artifact, config: ScoreConfig, score: Score, device: str, p
         "val_bpb": score.val_bpb,
         "tokens": score.tokens,
         "bytes": score.bytes,
-        "network_bpb": score.network_bpb,
+        **score.parts,
         "documents": score.documents,
         "seconds": score.seconds,
         "windows": score.windows,

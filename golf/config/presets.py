@@ -11,7 +11,7 @@ LOCAL: dict[str, Any] = dict(
     eval_batch_tokens=16_384, embed_bits=5,
     qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="rans", calibration_tokens=32_768,
     calibration_reserve=6.0, reserve_bytes=1_000, eval_seq_len=160, eval_stride=32, eval_batch_seqs=128,
-    mixture=True,
+    mixture=True, adapter_rank=8,
 )  # fmt: skip
 
 BASELINE: dict[str, Any] = dict(
@@ -27,6 +27,7 @@ BASELINE: dict[str, Any] = dict(
 BASELINE_LOCAL: dict[str, Any] = LOCAL | BASELINE | dict(
     vocab_size=1024, num_layers=3, model_dim=128, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
     holdout_every=0, train_log_every=100, reserve_bytes=10_000, eval_seq_len=256, eval_stride=256,
+    mixture=False, adapter_rank=0,
 )  # fmt: skip
 
 STORIES: dict[str, Any] = LOCAL | dict(
@@ -34,7 +35,7 @@ STORIES: dict[str, Any] = LOCAL | dict(
     bigram_dim=0, smear_gate=False, train_seq_len=256, train_batch_tokens=1024, micro_batch_tokens=1024,
     max_wallclock_seconds=300.0, qat_enabled=False, mlp_bits=8, attn_bits=8, embed_bits=16, prune_frac=0.0,
     quantizer="rtn", codec="lzma", reserve_bytes=10_000, limit_bytes=4_000_000, eval_seq_len=256, eval_stride=256,
-    eval_rope="none", eval_batch_seqs=8,
+    eval_rope="none", eval_batch_seqs=8, mixture=False, adapter_rank=0,
 )  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {

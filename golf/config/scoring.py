@@ -24,6 +24,12 @@ class ScoreConfig:
     """Longest context that is counted, in tokens."""
     mixture_parts: int = 1
     """Parts of the stream with counts of their own, which ranks take in turn: as many as there are ranks, or 1."""
+    adapter_rank: int = 0
+    """Rank of the changes that the network learns in each document while it is scored, score first; 0: none."""
+    adapter_lr: float = 0.002
+    """Step size of these changes."""
+    adapter_lanes: int = 4
+    """Documents that are scored beside each other on one rank; each in steps of eval_stride targets."""
     max_eval_seconds: float = 600.0
     """Most seconds of scoring: a stride that would take longer is raised before anything is scored; 0: no limit."""
 
@@ -38,5 +44,6 @@ def score_rules(config: Any) -> list[Rule]:
             "eval_rope=ntk acts only where eval_seq_len is beyond train_seq_len: set eval_rope=none",
         ),
         (1 <= score.mixture_orders <= 16, "mixture_orders must be 1 to 16: a context of one token at least is counted"),
+        (score.adapter_lanes >= 1, "adapter_lanes must be at least 1"),
         (score.mixture_parts >= 1, "mixture_parts must be at least 1"),
     ]

@@ -86,7 +86,7 @@ def score_record(score: Score, val_data_id: str, unquantized: Score) -> dict[str
         "eval_windows": score.windows,
         "eval_seconds": score.seconds,
         "eval_tokens_per_second": score.window_tokens / score.seconds,
-        "network_bpb": score.network_bpb,
+        **score.parts,
         "unquantized": {
             "val_loss": unquantized.val_loss,
             "val_bpb": unquantized.val_bpb,

@@ -1,6 +1,7 @@
 """Chooses a stride that can be scored in time, before scoring starts, by timing batches and discarding them."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -42,14 +43,16 @@ def choose_stride(
     forward: Forward,
     max_seconds: float,
     started: float | None = None,
+    forecast: Callable[..., float] | None = None,
 ) -> ScoreSettings:
     """Returns `settings` with the stride doubled until the forecast fits in what is left of `max_seconds`; 0: no limit.
 
-    `started` is the reading of time.perf_counter when the scoring began, if that was not now.
+    `started` is the reading of time.perf_counter when the scoring began, if that was not now. `forecast` replaces
+    `forecast_seconds`.
     """
     started = time.perf_counter() if started is None else started
     while max_seconds:
-        seconds = MARGIN * forecast_seconds(model, tokens, byte_table, settings, runtime, forward)
+        seconds = MARGIN * (forecast or forecast_seconds)(model, tokens, byte_table, settings, runtime, forward)
         left = max_seconds - runtime.max_over_ranks(time.perf_counter() - started)[0]
         if seconds <= left or settings.stride == settings.seq_len:
             break

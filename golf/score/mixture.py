@@ -22,6 +22,7 @@ from golf.runtime import Runtime
 from golf.score.counts import compiled_kernels, new_tables, new_weights
 from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.scorer import Score, ScoreError
+from golf.score.windows import stream_documents
 
 TIMED_TARGETS = 20_000
 TABLE_GROWTH = 3.0
@@ -55,12 +56,6 @@ class NetworkNats:
         if not np.isclose(nats_N.sum(), total, rtol=1e-9):
             raise ScoreError(f"{self.path}: not the nats of this scoring: delete it and {self.path.stem}.jsonl")
         return nats_N
-
-
-def stream_documents(tokens_N1: np.ndarray, bos_id: int) -> list[tuple[int, int]]:
-    """Returns [begin, end) of each document's targets; the next document's start is the last of them."""
-    starts = np.flatnonzero(tokens_N1[:-1] == bos_id)
-    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(tokens_N1) - 1], strict=True))
 
 
 def stream_parts(tokens_N1: np.ndarray, bos_id: int, parts: int) -> list[list[tuple[int, int]]]:
@@ -163,7 +158,12 @@ def mix_score(
 
     mixed_N = mixed_nats(tokens_N1, nats.gather(network.nats, runtime), model, score, runtime, mark)
     seconds = runtime.max_over_ranks(time.perf_counter() - started)[0]
-    mixed = replace(network, nats=float(mixed_N.sum()), network_bpb=network.val_bpb, seconds=network.seconds + seconds)
+    mixed = replace(
+        network,
+        nats=float(mixed_N.sum()),
+        parts=network.parts | {"network_bpb": network.val_bpb},
+        seconds=network.seconds + seconds,
+    )
     words = mixture_words(network.val_bpb, mixed.val_bpb)
     runtime.print(f"mixture: {words}; {network.tokens} targets in {seconds:.1f} s")
     return mixed

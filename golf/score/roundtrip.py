@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,18 @@ from golf.config.scoring import ScoreConfig
 from golf.data.loader import validation_tokens
 from golf.data.sidecar import StreamBytes, validation_bytes, without_sidecars
 from golf.data.tokenizer import ByteTable, load_tokenizer
+from golf.model.gpt import GPT
 from golf.quant.qat import load_gpt
 from golf.runtime import Runtime
+from golf.score.adapted import forecast_adapted, score_adapted
 from golf.score.deadline import choose_stride
 from golf.score.journal import ScoreJournal
 from golf.score.mixture import NetworkNats, forecast_mixture, mix_score
 from golf.score.scorer import (
+    Forward,
     Score,
     ScoreError,
+    ScoreSettings,
     check_settings,
     compiled_losses,
     plain_settings,
@@ -100,6 +105,8 @@ def score_artifact(
         "artifact": artifact.sha256, "data": stream_identity(tokens), "asked": asdict(settings),
         "rank": runtime.rank, "world_size": runtime.world_size,
     }  # fmt: skip
+    if score.adapter_rank:
+        subject["adapters"] = [score.adapter_rank, score.adapter_lr, score.adapter_lanes]
     if isinstance(byte_table, StreamBytes):
         subject["bytes"] = stream_identity(byte_table.bytes_N)
     begun = (journal and journal.identity) or {}
@@ -111,16 +118,32 @@ def score_artifact(
         seconds = score.max_eval_seconds
         if score.mixture and seconds:
             seconds = max(1e-9, seconds - forecast_mixture(tokens, artifact.model, score, runtime))
-        settings = choose_stride(model, tokens, byte_table, settings, runtime, forward, seconds, started)
+        forecast = partial(forecast_adapted, score=score) if score.adapter_rank else None
+        settings = choose_stride(model, tokens, byte_table, settings, runtime, forward, seconds, started, forecast)
     preparing = time.perf_counter() - started
     if journal:
         journal.start(subject | {"stride": settings.stride}, preparing)
+    measured = measure(model, tokens, byte_table, settings, score, runtime, forward, journal, check)
+    return measured if journal else replace(measured, seconds=measured.seconds + preparing), subject["data"]
+
+
+def measure(
+    model: GPT, tokens: np.ndarray, byte_table: ByteTable | StreamBytes, settings: ScoreSettings, score: ScoreConfig,
+    runtime: Runtime, forward: Forward, journal: ScoreJournal | None, check: Callable[[], None],
+) -> Score:  # fmt: skip
+    """Scores the stream by the network, adapted to each document where that is on; then mixes counts in."""
     if score.mixture:
         nats = NetworkNats(len(tokens) - 1, journal)
-    measured = score_stream(
-        model, tokens, byte_table, settings, runtime, forward=forward, journal=journal, check=check,
-        recorder=nats.record if score.mixture else None,
-    )  # fmt: skip
+    recorder = nats.record if score.mixture else None
+    if score.adapter_rank:
+        measured = score_adapted(
+            model, tokens, byte_table, settings, score, runtime, journal=journal, check=check, recorder=recorder
+        )  # fmt: skip
+    else:
+        measured = score_stream(
+            model, tokens, byte_table, settings, runtime, forward=forward, journal=journal, check=check,
+            recorder=recorder,
+        )  # fmt: skip
     if score.mixture:
-        measured = mix_score(measured, nats, tokens, artifact.model, score, runtime, journal, check)
-    return measured if journal else replace(measured, seconds=measured.seconds + preparing), subject["data"]
+        measured = mix_score(measured, nats, tokens, model.config, score, runtime, journal, check)
+    return measured

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -75,8 +75,8 @@ class Score:
     stride: int
     seconds: float
     """Wall clock of the slowest rank, with the journaled seconds of killed processes."""
-    network_bpb: float | None = None
-    """Bits per byte of the network alone, where its probabilities were mixed with counts."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What adaptive scoring says of its parts, by name: `network_bpb` is the score without the mixture with counts."""
 
     @property
     def val_loss(self) -> float:

@@ -53,6 +53,12 @@ def plan_windows(targets: int, length: int, stride: int) -> WindowPlan:
     return WindowPlan(length, min(stride, length), ends_W - length, ends_W, first_scored_W)
 
 
+def stream_documents(tokens_N1: np.ndarray, bos_id: int) -> list[tuple[int, int]]:
+    """Returns [begin, end) of each document's targets; the next document's start is the last of them."""
+    starts = np.flatnonzero(tokens_N1[:-1] == bos_id)
+    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(tokens_N1) - 1], strict=True))
+
+
 def rank_share(windows: int, rank: int, world_size: int) -> tuple[int, int]:
     """Returns the contiguous [begin, end) of `windows` that `rank` scores; shares differ by one window at most."""
     assert 0 <= rank < world_size

@@ -6,7 +6,7 @@ other, each with its own windows and document, over one set of counts of everyth
 B streams, V tokens of the vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 from golf.config.scoring import ScoreConfig
 from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
+from golf.score.adapters import Chunk, LaneScorer, chunk_size
 from golf.score.counts import CountTables, MixtureWeights, compiled_kernels, new_tables, new_weights
 from golf.score.scorer import ScoreSettings
 from golf.score.windows import plan_windows
@@ -41,6 +42,40 @@ class WindowReader:
         return logits_B1V[:, 0].double().log_softmax(-1).exp().cpu().numpy()
 
 
+class AdaptedReader:
+    """Reads one stream by a network that adapts to each of its documents, as golf/score/adapters.py scores it."""
+
+    def __init__(self, model: GPT, settings: ScoreSettings, score: ScoreConfig, targets: int):
+        self.model, self.settings = model.eval(), settings
+        blank_N1 = torch.full((targets + 1,), model.config.bos_id, device=next(model.parameters()).device)
+        self.scorer = LaneScorer(model, blank_N1, settings, replace(score, adapter_lanes=1))
+        self.chunk, self.cache, self.begin = Chunk(0, 0, 0, 0, True, False), None, 0
+
+    def rows(self, tokens_BN: np.ndarray, target: int) -> np.ndarray:
+        """Returns the network's float64 distribution_1V of a target, given all tokens before it. Targets come in
+        order."""
+        opens, length = tokens_BN[0, target] == self.model.config.bos_id, self.settings.seq_len
+        self.scorer.padded_N1[length + target] = int(tokens_BN[0, target])
+        first = length + target
+        if opens or target == self.chunk.window_end:
+            self.turn_over(target, bool(opens))
+            first = self.chunk.window_end  # that of the window's first token in the padded stream
+        with self.scorer.adapters.attached(), torch.no_grad():
+            ids_1T = self.scorer.padded_N1[None, first : length + target + 1].long()
+            logits_11V = self.model.logits(ids_1T, 1, self.settings.rope_base, self.cache)
+        return logits_11V[:, 0].double().log_softmax(-1).exp().cpu().numpy()
+
+    def turn_over(self, target: int, opens: bool) -> None:
+        """Learns from the chunk that ends at a target, and begins the next one."""
+        if self.chunk.first < target:
+            self.scorer.step([self.chunk._replace(last=target, opens=False)], lambda index_M, nats_M: None)
+        if opens:
+            self.scorer.adapters.forget(0)
+            self.begin = target
+        window_end = target + chunk_size(target - self.begin, self.settings.stride)
+        self.chunk, self.cache = Chunk(0, target, 0, window_end, opens, False), KeyValueCache(self.model.config)
+
+
 @dataclass
 class StreamState:
     """Holds what the mixture knows of one stream."""
@@ -60,7 +95,11 @@ class StreamPredictor:
         of."""
         self.bos_id, self.score, self.lengths, self.whole = model.config.bos_id, score, lengths, whole or max(lengths)
         self.tokens_BN = np.full((len(lengths), max(lengths) + 1), self.bos_id, np.int32)
-        self.network = WindowReader(model, settings, self.whole, len(lengths))
+        if score.adapter_rank:
+            assert len(lengths) == 1, "documents adapt a network one after another"
+            self.network = AdaptedReader(model, settings, score, self.whole)
+        else:
+            self.network = WindowReader(model, settings, self.whole, len(lengths))
         self.vocabulary, self.target = model.config.vocab_size, 0
         self.rows_BV, self.part = np.zeros(0), -1
         self.streams: list[StreamState] = []

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from golf.config.knobs import parse_json
 from golf.config.scoring import ScoreConfig
@@ -21,8 +22,10 @@ from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.runtime import write_file_atomically
+from golf.score.adapters import LaneScorer, lane_steps
 from golf.score.mixture import score_documents, stream_parts
 from golf.score.scorer import ScoreSettings, evaluation_mode, prepare_job, score_windows
+from golf.score.windows import stream_documents
 from lab.compress.container import this_machine
 from lab.compress.predictor import StreamPredictor
 from lab.compress.stream_code import CompressionError, Progress, decode_streams_of, encode_streams_of
@@ -82,12 +85,18 @@ def scorer_nats(
     """Returns float64 nats_T of the first targets, by the scorer's own code."""
     job = prepare_job(model, tokens_N1, counter, settings, next(model.parameters()).device)
     network_N = np.zeros(len(tokens_N1) - 1)
-    windows = int(np.searchsorted(job.plan.ends_W, targets)) + 1
+
+    def record(index_M: Tensor, nats_M: Tensor) -> None:
+        network_N[index_M.cpu().numpy()] = nats_M.cpu().numpy()
+
     with evaluation_mode(model):
-        score_windows(
-            job, 0, windows,
-            recorder=lambda index_M, nats_M: network_N.__setitem__(index_M.cpu().numpy(), nats_M.cpu().numpy()),
-        )  # fmt: skip
+        if score.adapter_rank:
+            lanes = LaneScorer(model, job.tokens_N1, settings, score)
+            documents = [part for part in stream_documents(tokens_N1, model.config.bos_id) if part[0] < targets]
+            for step in lane_steps(documents, score.adapter_lanes, settings.stride):
+                lanes.step(step, record)
+        else:
+            score_windows(job, 0, int(np.searchsorted(job.plan.ends_W, targets)) + 1, recorder=record)
     if not score.mixture:
         return network_N[:targets]
     mixed_T = np.zeros(targets)

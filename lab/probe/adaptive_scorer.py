@@ -1,4 +1,5 @@
-"""Puts the mixture with counts under probe: driven target by target, by the code that makes the score.
+"""Puts adaptive scoring under probe, by the code that makes the score: adapters of each document step by step, the
+mixture with counts target by target.
 
 Letters: N targets of a stream, K candidate tokens.
 """
@@ -7,10 +8,17 @@ import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from golf.config.scoring import ScoreConfig
+from golf.model.gpt import GPT
+from golf.score.adapters import Chunk, LaneScorer, lane_steps
 from golf.score.mixture import CountMixture, stream_parts
+from golf.score.scorer import ScoreSettings, evaluation_mode
+from golf.score.windows import stream_documents
 from lab.probe.probes import ProbedScorer, ScoreEvent, ScoreTrace
+from lab.probe.scorer_adapter import contiguous_spans
 
 MakeMixture = Callable[[int, int, ScoreConfig], CountMixture]
 
@@ -63,6 +71,56 @@ class MixtureScorer:
                     ]
                 )
             mixture.score_targets(document, place, network_N[number : number + 1])
+        raise AssertionError(f"target {target} is in no document")
+
+
+class AdaptedScorer:
+    """Scores with a network that adapts to each document."""
+
+    isolates_documents = False
+
+    def __init__(self, model: GPT, settings: ScoreSettings, score: ScoreConfig):
+        self.model, self.settings, self.score = model, settings, score
+        self.vocab_size, self.bos_id = model.config.vocab_size, model.config.bos_id
+
+    def steps(self, tokens_N1: np.ndarray) -> Iterator[tuple[LaneScorer, list[Chunk | None]]]:
+        """Yields a scorer with each step that it is to take; whoever asks takes it."""
+        stream_N1 = torch.from_numpy(tokens_N1.astype(np.int32)).to(next(self.model.parameters()).device)
+        scorer = LaneScorer(self.model, stream_N1, self.settings, self.score)
+        documents = stream_documents(tokens_N1, self.bos_id)
+        for step in lane_steps(documents, self.score.adapter_lanes, self.settings.stride):
+            yield scorer, step
+
+    def trace(self, tokens_N1: np.ndarray) -> ScoreTrace:
+        nats_N, events = np.full(len(tokens_N1) - 1, np.nan), []
+
+        def record(index_M: Tensor, nats_M: Tensor) -> None:
+            nats_N[index_M.cpu().numpy()] = nats_M.cpu().numpy()
+            events.extend(ScoreEvent("score", *span) for span in contiguous_spans(index_M.cpu().numpy()))
+
+        def learned(index_M: Tensor, nats_M: Tensor) -> None:
+            events.extend(ScoreEvent("update", *span) for span in contiguous_spans(index_M.cpu().numpy()))
+
+        with evaluation_mode(self.model):
+            for scorer, step in self.steps(tokens_N1):
+                scorer.step(step, record, learned)
+        return ScoreTrace(nats_N, events)
+
+    def log_probabilities(self, tokens_N1: np.ndarray, target: int, candidates_K: np.ndarray) -> np.ndarray:
+        """Asks the network as it has adapted when the target's turn comes, in the batch that scores it."""
+        with evaluation_mode(self.model):
+            for scorer, step in self.steps(tokens_N1):
+                lane = next((k for k, c in enumerate(step) if c and c.first <= target < c.last), None)
+                if lane is None:
+                    scorer.step(step, lambda index_M, nats_M: None)
+                    continue
+                for opened in (k for k, chunk in enumerate(step) if chunk and chunk.opens):
+                    scorer.adapters.forget(opened)
+                ids_BT, _, index_BS, _ = scorer.batch(step)
+                with scorer.adapters.attached():
+                    logits_BSV = self.model.logits(ids_BT, self.settings.stride, self.settings.rope_base).detach()
+                row_V = logits_BSV[lane, int((index_BS[lane] == target).nonzero())].double().log_softmax(0)
+                return row_V.cpu().numpy()[candidates_K]
         raise AssertionError(f"target {target} is in no document")
 
 

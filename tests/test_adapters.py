@@ -1,0 +1,242 @@
+"""Adapters of each document: score first, forgotten with their document, causal, exact, resumed and proven."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mixture_fixtures import BOS, MODEL, quiet, repetitive_stream
+from test_mixture import artifact, scored  # noqa: F401
+from test_prove import IDENTITY, OneByte
+
+import golf.score.roundtrip
+from golf.config.config import Config, with_knobs
+from golf.config.features import FEATURES
+from golf.model.init import build_model
+from golf.score.adapted import score_adapted
+from golf.score.adapters import Adapters, LaneScorer, chunk_size, lane_steps
+from golf.score.journal import ScoreJournal
+from golf.score.scorer import evaluation_mode, sliding_settings
+from golf.score.windows import stream_documents
+from lab.compress.proof import decode_beginning, encode_beginning, judge, scorer_nats
+from lab.probe.adaptive_scorer import AdaptedScorer, MixtureScorer
+from lab.probe.probes import FAIL, NOT_EXERCISED, PASS, ProbePoints, probe_scorer
+
+SCORE = with_knobs(
+    Config(), dict(eval_seq_len=16, eval_stride=8, adapter_rank=2, adapter_lr=0.02, adapter_lanes=3, mixture_orders=3)
+).score
+SETTINGS, STREAM = sliding_settings(SCORE, MODEL), repetitive_stream()
+
+
+@pytest.fixture
+def model():
+    return build_model(MODEL, seed=0).eval()
+
+
+def nats_of(model, tokens_N1: np.ndarray = STREAM, score=SCORE, runtime=None) -> np.ndarray:
+    nats_N = np.full(len(tokens_N1) - 1, np.nan)
+
+    def record(index_M, nats_M):
+        nats_N[index_M.numpy()] = nats_M.numpy()
+
+    score_adapted(model, tokens_N1, OneByte(), SETTINGS, score, runtime or quiet(), recorder=record)
+    return nats_N
+
+
+# ---- lanes ----
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 20))
+def test_lanes_score_every_target_once_in_the_order_of_its_document(lengths, lanes, size):
+    edges = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    documents = list(zip(edges[:-1], edges[1:], strict=True))
+    done, places = np.zeros(edges[-1], int), {}
+    for step in lane_steps(documents, lanes, size):
+        assert len(step) == lanes
+        for lane, chunk in enumerate(step):
+            if not chunk:
+                continue
+            begin, end = documents[chunk.document]
+            assert places.setdefault(chunk.document, lane) == lane
+            assert chunk.first == begin + done[begin:end].sum() and chunk.opens == (chunk.first == begin)
+            assert chunk.window_end == chunk.first + chunk_size(chunk.first - begin, size) <= chunk.first + size
+            assert chunk.last == min(chunk.window_end, end) and chunk.closes == (chunk.last == end)
+            done[chunk.first : chunk.last] += 1
+    assert (done == 1).all()
+
+
+def test_short_documents_are_scored_in_shorter_chunks():
+    assert [chunk_size(place, 32) for place in (0, 8, 16, 32, 64)] == [8, 8, 16, 32, 32]
+    assert [chunk_size(place, 2) for place in (0, 1, 2)] == [1, 1, 2]
+
+
+# ---- learning ----
+
+
+def test_without_learning_the_scores_are_the_network_s_in_the_same_windows(model):
+    nats_N = nats_of(model, score=dataclasses.replace(SCORE, adapter_lr=0.0))
+    ids = torch.from_numpy(np.concatenate([np.full(16, BOS), STREAM, np.full(16, BOS)]).astype(np.int64))
+    for step in lane_steps(stream_documents(STREAM, BOS), 1, 8):
+        (chunk,) = step
+        with torch.no_grad():
+            row_1T = ids[None, chunk.window_end : chunk.window_end + 16]
+            logits_TV = model.logits(row_1T, rope_base=SETTINGS.rope_base)[0].double()
+        for target in range(chunk.first, chunk.last):
+            place = 16 - (chunk.window_end - target)
+            expected = -float(logits_TV[place].log_softmax(0)[int(STREAM[target + 1])])
+            assert nats_N[target] == pytest.approx(expected, abs=1e-5)
+
+
+def test_learning_helps_on_text_that_comes_again_and_first_chunks_know_nothing_of_it(model):
+    plain_N, learned_N = nats_of(model, score=dataclasses.replace(SCORE, adapter_lr=0.0)), nats_of(model)
+    assert learned_N.sum() < 0.97 * plain_N.sum()
+    for begin, end in stream_documents(STREAM, BOS):
+        opening = slice(begin, min(end, begin + chunk_size(0, 8)))
+        assert (learned_N[opening] == plain_N[opening]).all(), "another document was learned from"
+
+
+def test_an_optimizer_step_is_adam_s(model):
+    """Against torch.optim.Adam on one lane, with gradients of a loss that both share."""
+    adapters = Adapters(model, dataclasses.replace(SCORE, adapter_lanes=1))
+    twins = [part.detach().clone().requires_grad_() for part in adapters.parameters]
+    optimizer = torch.optim.Adam(twins, lr=SCORE.adapter_lr, betas=(0.9, 0.99))
+    weights = [torch.randn_like(part) for part in twins]
+    for _ in range(5):
+        losses = [
+            sum((weight * part.tanh()).sum() for weight, part in zip(weights, parts, strict=True))
+            for parts in (adapters.parameters, twins)
+        ]
+        adapters.learn(losses[0][None])
+        optimizer.zero_grad()
+        losses[1].backward()
+        optimizer.step()
+    for ours, theirs in zip(adapters.parameters, twins, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    nats_of(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_documents(model, ranks):
+    alone, together = nats_of(model), np.zeros(len(STREAM) - 1)
+    for rank in range(ranks):
+        runtime = quiet(rank, ranks)
+        for name in ("sum_over_ranks", "max_over_ranks"):
+            object.__setattr__(runtime, name, lambda *parts: parts[0] if len(parts) == 1 else list(parts))
+        part = np.full(len(STREAM) - 1, np.nan)
+        documents = stream_documents(STREAM, BOS)[rank::ranks]
+        with evaluation_mode(model):
+            lanes = LaneScorer(model, torch.from_numpy(STREAM.astype(np.int32)), SETTINGS, SCORE)
+            for step in lane_steps(documents, SCORE.adapter_lanes, 8):
+                lanes.step(step, lambda i, nats, part=part: part.__setitem__(i.numpy(), nats.numpy()))
+        together += np.nan_to_num(part)
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+# ---- the artifact's score ----
+
+
+EVALUATION = dataclasses.replace(SCORE, mixture=True, max_eval_seconds=600.0, eval_batch_seqs=4)
+
+
+def test_a_scoring_that_is_killed_ends_in_the_same_score(artifact, tmp_path):  # noqa: F811
+    class Killed(Exception):
+        pass
+
+    expected, calls = scored(artifact, EVALUATION), []
+    scored(artifact, EVALUATION, ScoreJournal(tmp_path / "count.jsonl"), lambda: calls.append(1))
+    assert expected.parts["adapter_effect"] > 0 and expected.val_bpb < expected.parts["network_bpb"]
+    for kill in (1, 3, len(calls) - 1):
+        left = iter(range(kill))
+
+        def check(left=left):
+            if next(left, None) is None:
+                raise Killed
+
+        path = tmp_path / f"score{kill}.jsonl"
+        with pytest.raises(Killed):
+            scored(artifact, EVALUATION, ScoreJournal(path), check)
+        resumed = scored(artifact, EVALUATION, ScoreJournal(path))
+        assert resumed.nats == pytest.approx(expected.nats, rel=1e-6)
+        assert resumed.parts["network_bpb"] == pytest.approx(expected.parts["network_bpb"], rel=1e-6)
+
+
+def test_time_that_is_short_makes_larger_chunks(artifact, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(golf.score.roundtrip, "forecast_adapted", lambda *arguments, score: 1000.0)
+    assert scored(artifact, dataclasses.replace(EVALUATION, mixture=False)).stride == 16
+
+
+def test_the_feature_says_its_effect():
+    files = {"score": {"adapter_effect": 0.25, "eval_windows": 9}}
+    assert FEATURES["adapters"].in_files(files) == (9, True, "change a token's nats by up to 0.25 in the last step")
+    assert FEATURES["adapters"].in_files({"score": {"adapter_effect": 0.0, "eval_windows": 9}})[1] is False
+
+
+# ---- probes ----
+
+POINTS = ProbePoints([30, 87, 121, 160], [40, 88, 100, 130, 170, 199])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_honest_adapters_pass_and_their_learning_is_exercised(model, mixed):
+    scorer = AdaptedScorer(model, SETTINGS, SCORE)
+    scorer = MixtureScorer(scorer, SCORE) if mixed else scorer
+    verdicts = [probe.verdict for probe in probe_scorer(scorer, STREAM, POINTS)]
+    assert verdicts == [PASS, PASS, PASS, PASS, NOT_EXERCISED]
+
+
+class LearnsFirst(LaneScorer):
+    """Learns from a chunk, then scores it."""
+
+    def step(self, step, recorder, learned=None):
+        super().step(step, lambda *_: None)
+        super().step([chunk._replace(opens=False) if chunk else None for chunk in step], recorder, learned)
+
+
+class LearnsUnscored(LaneScorer):
+    """A phase that sees the document's next chunk before it is scored."""
+
+    def step(self, step, recorder, learned=None):
+        ahead = [c._replace(first=c.last, last=c.last + 4, window_end=c.last + 4) if c else None for c in step]
+        ahead = [c if c and c.last < len(self.padded_N1) - 33 else None for c in ahead]
+        if any(ahead):
+            super().step([c._replace(opens=False) if c else None for c in ahead], lambda *_: None, learned)
+        super().step([c._replace(opens=False) if c else None for c in step], recorder, learned)
+
+
+@pytest.mark.parametrize(
+    ("planted", "caught"),
+    [(LearnsFirst, "C2 normalisation"), (LearnsUnscored, "C3 score before update"), (LearnsUnscored, "C1 causality")],
+)
+def test_a_planted_violation_is_caught_by_name(model, monkeypatch, planted, caught):
+    monkeypatch.setattr("lab.probe.adaptive_scorer.LaneScorer", planted)
+    found = probe_scorer(AdaptedScorer(model, SETTINGS, SCORE), STREAM, POINTS)
+    assert caught in {probe.name for probe in found if probe.verdict == FAIL}
+
+
+# ---- the proof ----
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_adapted_score_is_proven(model, mixed, monkeypatch):
+    score = dataclasses.replace(SCORE, mixture=mixed)
+    coded = encode_beginning(model, STREAM, SETTINGS, score, 150)
+    nats_T = scorer_nats(model, STREAM, OneByte(), SETTINGS, score, 150)
+    text = STREAM[:151].astype(np.int64).tobytes()
+
+    def decode():
+        return decode_beginning(build_model(MODEL, seed=0), coded, SETTINGS, score).tobytes()
+
+    proof = judge(coded, nats_T, text, decode, IDENTITY)
+    assert proof.verdict == "PASS" and abs(proof.file_bits - proof.scorer_bits) < 26, proof.detail
+    monkeypatch.setattr("lab.compress.proof.LaneScorer", LearnsFirst)
+    cheated_T = scorer_nats(model, STREAM, OneByte(), SETTINGS, score, 150)
+    monkeypatch.setattr("lab.compress.proof.BIT_GAP", 26)
+    assert mixed or judge(coded, cheated_T, text, decode, IDENTITY).verdict == "FAIL"
