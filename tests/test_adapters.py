@@ -175,7 +175,7 @@ def test_time_that_is_short_makes_larger_chunks(artifact, monkeypatch):  # noqa:
 
 def test_the_feature_says_its_effect():
     files = {"score": {"adapter_effect": 0.25, "eval_windows": 9}}
-    assert FEATURES["adapters"].in_files(files) == (9, True, "change a token's nats by up to 0.25 in the last step")
+    assert FEATURES["adapters"].in_files(files) == (9, True, "a step changes a token's nats by up to 0.25")
     assert FEATURES["adapters"].in_files({"score": {"adapter_effect": 0.0, "eval_windows": 9}})[1] is False
 
 

@@ -25,6 +25,7 @@ BAD_INPUT = {
     "data/verify.py": [NOWHERE],
     "tools/ablate.py": ["--matrix", NOWHERE],
     "tools/ablation_run.py": ["--spec", NOWHERE, "--out", NOWHERE],
+    "tools/adaptation.py": [NOWHERE],
     "tools/bench.py": ["--steps", "0"],
     "tools/bundle.py": ["--entry", NOWHERE],
     "tools/check_run.py": [NOWHERE],

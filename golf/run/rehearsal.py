@@ -62,5 +62,5 @@ def rehearse(trainer: Trainer, tokenizer: Tokenizer, folder: RunFolder) -> str:
         sums = score_windows(job, 0, len(job.plan))
     assert sums.tokens == count
     if config.score.mixture:
-        forecast_mixture(tokens, config.model, config.score, runtime)
+        forecast_mixture(tokens, config.model, config.score, replace(runtime, rank=0, world_size=1))
     return f"rehearsal: untrained artifact {sizes.total_bytes} bytes, {sums.nats / sums.tokens:.4f} nats per token"

@@ -18,7 +18,7 @@ from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.runtime import Runtime
-from golf.score.adapters import LaneScorer, lane_steps
+from golf.score.adapters import LaneScorer, document_chunks, lane_steps
 from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.progress import ScoreProgress
 from golf.score.scorer import Recorder, Score, ScoreSettings, evaluation_mode, prepare_job, sum_sums
@@ -89,13 +89,15 @@ def score_adapted(
             for document in (left[chunk.document] for chunk in step if chunk and chunk.closes):
                 known[document] = sums.close(document, journal)
                 check()
-        effect = scorer.effect(steps[-1]) if steps else 0.0
+        effect = scorer.effect(own)
     seconds, total = time.perf_counter() - started, sum_sums(sum(known.values(), ScoreSums()), runtime)
     assert total.tokens == len(tokens) - 1, f"{total.tokens} targets scored of {len(tokens) - 1}"
     most, effect = runtime.max_over_ranks(earlier + seconds, effect)
+    every = enumerate(stream_documents(tokens, model.config.bos_id))
+    chunks = sum(1 for number, document in every for _ in document_chunks(number, *document, settings.stride))
     return Score(
-        nats=total.nats, tokens=total.tokens, bytes=total.bytes, documents=job.documents, windows=len(steps),
-        window_tokens=len(steps) * score.adapter_lanes * settings.seq_len, stride=settings.stride, seconds=most,
+        nats=total.nats, tokens=total.tokens, bytes=total.bytes, documents=job.documents, windows=chunks,
+        window_tokens=chunks * settings.seq_len, stride=settings.stride, seconds=most,
         parts={"adapter_effect": effect},
     )  # fmt: skip
 
@@ -129,7 +131,7 @@ def adapters_act(files: Mapping[str, Any]) -> tuple[int, bool, str]:
     """Returns (windows that learned, whether they change a target's nats, the change)."""
     score = files["score"]
     effect = score["adapter_effect"]
-    return score["eval_windows"], effect > 0, f"change a token's nats by up to {effect:.3g} in the last step"
+    return score["eval_windows"], effect > 0, f"a step changes a token's nats by up to {effect:.3g}"
 
 
 register_feature(

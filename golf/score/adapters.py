@@ -10,6 +10,7 @@ B lanes, T tokens of a window, S targets of a chunk (the last S of T), I input w
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -170,10 +171,17 @@ class LaneScorer:
         if learned:
             learned(index_BS[counted_BS], nats_BS[counted_BS])
 
-    def effect(self, step: Sequence[Chunk | None]) -> float:
-        """Returns by how many nats the adapters change a target of a step at most."""
-        ids_BT, targets_BS, _, counted_BS = self.batch(step)
-        plain_BS = self.model.token_losses(ids_BT, targets_BS, self.settings.rope_base)
-        with self.adapters.attached():
-            adapted_BS = self.model.token_losses(ids_BT, targets_BS, self.settings.rope_base)
-        return float(((adapted_BS - plain_BS) * counted_BS).abs().max())
+    def effect(self, documents: Sequence[tuple[int, int]]) -> float:
+        """Returns by how many nats, at most, a step on a document's first chunk changes a target of the second: of the
+        first document that has two."""
+        for number, document in enumerate(documents):
+            first, *more = islice(document_chunks(number, *document, self.settings.stride), 2)
+            if more:
+                idle = [None] * (len(self.adapters.clock_B11) - 1)
+                self.step([first, *idle], lambda index_M, nats_M: None)
+                ids_BT, targets_BS, _, counted_BS = self.batch([*more, *idle])
+                plain_BS = self.model.token_losses(ids_BT, targets_BS, self.settings.rope_base)
+                with self.adapters.attached():
+                    adapted_BS = self.model.token_losses(ids_BT, targets_BS, self.settings.rope_base).detach()
+                return float(((adapted_BS - plain_BS) * counted_BS).abs().max())
+        return 0.0

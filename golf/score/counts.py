@@ -16,6 +16,7 @@ M targets.
 """
 
 import functools
+import os
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -262,11 +263,12 @@ KERNELS = (
 
 @functools.cache
 def compiled_kernels() -> dict[str, Any]:
-    """Returns the functions of KERNELS by name, as machine code. numba is imported here, where it is needed: that takes
-    a second. Raises ImportError where it is missing."""
+    """Returns the functions of KERNELS by name, as machine code, which is kept beside the source where that is a file:
+    a second in place of five. numba is imported here, where it is needed. Raises ImportError where it is missing."""
     from numba import njit
 
     names = dict(globals())
     for function in KERNELS:
-        names[function.__name__] = njit(FunctionType(function.__code__, names, function.__name__))
+        kept = os.path.exists(function.__code__.co_filename)
+        names[function.__name__] = njit(FunctionType(function.__code__, names, function.__name__), cache=kept)
     return names

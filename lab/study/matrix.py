@@ -255,9 +255,14 @@ def check_names(rows: Sequence[MatrixRow], baseline: str) -> None:
         require(source in trained, f"row {row.name!r}: source {source!r} is no row that is trained")
 
 
+NETWORK_ALONE = {"mixture": "0", "adapter_rank": "0"}
+"""Studies compare networks: their scores do not adapt, whatever the preset does."""
+
+
 def base_config(matrix: Matrix, profile: Profile, knobs: Mapping[str, str]) -> Config:
     """Returns the configuration that rows change; `knobs` come from the command line. Raises ConfigError."""
-    return build_config(matrix.preset, {}, {**matrix.base, **profile.knobs, **knobs, **profile.caps})
+    changes = {**NETWORK_ALONE, **matrix.base, **profile.knobs, **knobs, **profile.caps}
+    return build_config(matrix.preset, {}, changes)
 
 
 def row_config(
@@ -270,5 +275,5 @@ def row_config(
     source = matrix.row(row.rounding.source) if row.rounding else row
     rates = base_config(matrix, profile, knobs).optim
     scaled = {rate: repr(getattr(rates, rate) * source.lr_scale) for rate in LEARNING_RATES if source.lr_scale != 1}
-    changes = {**matrix.base, **profile.knobs, **knobs, **scaled, **source.knobs}
+    changes = {**NETWORK_ALONE, **matrix.base, **profile.knobs, **knobs, **scaled, **source.knobs}
     return build_config(matrix.preset, {}, {**changes, **profile.caps, "corpus": "", **located})
