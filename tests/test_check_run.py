@@ -30,7 +30,7 @@ SENTENCES = [f"The {n} small models said: “naïve café, {n * n} bytes” to t
 KNOBS = dict(
     num_layers="2", model_dim="16", num_heads="2", num_kv_heads="1", bigram_vocab_size="32", bigram_dim="8",
     train_seq_len="16", eval_seq_len="32", eval_stride="4", eval_batch_seqs="6", train_batch_tokens="64", threads="1",
-    quantizer="rtn", qat_enabled="1", prune_frac="0.05", codec="zstd",
+    quantizer="rtn", qat_enabled="1", prune_frac="0.05", codec="zstd", mixture="0", adapter_rank="0",
 )  # fmt: skip
 PROBES = (
     "C1 causality", "C2 normalisation", "C3 score before update", "C4 single pass", "document isolation",
