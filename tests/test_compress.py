@@ -148,7 +148,7 @@ def test_headers_are_bounded(model, file, monkeypatch):
     header, _ = read_header(file, "x.golfz")
     for change in (
         {"window": 10**12}, {"orders": 17}, {"stride": 0}, {"raw_bytes": -1}, {"artifact": 5}, {"more": 1},
-        {"pieces": [{"tokens": "x", "bytes": 1}]}, {"pieces": [{"tokens": 1, "bytes": 1}] * 300},
+        {"rope_base": "x"}, {"pieces": [{"tokens": "x", "bytes": 1}]}, {"pieces": [{"tokens": 1, "bytes": 1}] * 300},
     ):  # fmt: skip
         content = dataclasses.asdict(header) | change
         with pytest.raises((ValueError, TypeError, KeyError)):

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +23,7 @@ from golf.artifact.container import read_artifact
 from golf.config.scoring import ScoreConfig
 from golf.run.folder import RunFolder
 from golf.runtime import Log, ProgressLine, leave, start_runtime, write_file_atomically
-from golf.score.scorer import ScoreSettings, sliding_settings
+from golf.score.scorer import ScoreSettings
 from lab.cli import DeviceOptions, markdown_table, run_command
 from lab.compress.comparison import measure, others
 from lab.compress.container import compress_bytes, decompress_bytes
@@ -55,9 +55,7 @@ class Options(DeviceOptions):
 
 def window_settings(model: TextModel) -> ScoreSettings:
     """Returns windows of the training length that overlap by half."""
-    length = model.context
-    score = ScoreConfig(length, max(1, length // 2), 1, "none")
-    return replace(sliding_settings(score, model.model.config), rope_base=None)
+    return ScoreSettings(model.context, max(1, model.context // 2), batch_seqs=1)
 
 
 def work(options: Options) -> int:

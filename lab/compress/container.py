@@ -158,7 +158,12 @@ def check_header(content: dict[str, Any]) -> Header:
     numbers += [number for piece in header.pieces for number in (piece.tokens, piece.bytes)]
     if not all(type(number) is int and 0 <= number < MOST_BYTES for number in numbers):
         raise ValueError("a size is out of range")
-    if not (len(header.pieces) <= MOST_STREAMS and header.orders <= 16 and 1 <= header.stride <= header.window):
+    if not (
+        len(header.pieces) <= MOST_STREAMS
+        and header.orders <= 16
+        and 1 <= header.stride <= header.window
+        and type(header.rope_base) is float
+    ):
         raise ValueError("a setting is out of range")
     if not all(type(text) is str for text in (header.artifact, header.tokenizer, header.text, header.made_on)):
         raise ValueError("a name is no text")

@@ -22,9 +22,9 @@ from lab.compress.distribution import compiled_distribution
 
 
 class WindowReader:
-    """Reads B streams of `targets` targets through a cache of the window that scores the next target."""
+    """Reads streams of `targets` targets through a cache of the window that scores the next target."""
 
-    def __init__(self, model: GPT, settings: ScoreSettings, targets: int, streams: int):
+    def __init__(self, model: GPT, settings: ScoreSettings, targets: int):
         self.model, self.settings = model.eval(), settings
         self.plan = plan_windows(targets, settings.seq_len, settings.stride)
         self.window, self.cache, self.device = -1, None, next(model.parameters()).device
@@ -99,7 +99,7 @@ class StreamPredictor:
             assert len(lengths) == 1, "documents adapt a network one after another"
             self.network = AdaptedReader(model, settings, score, self.whole)
         else:
-            self.network = WindowReader(model, settings, self.whole, len(lengths))
+            self.network = WindowReader(model, settings, self.whole)
         self.vocabulary, self.target = model.config.vocab_size, 0
         self.rows_BV, self.part = np.zeros(0), -1
         self.streams: list[StreamState] = []
