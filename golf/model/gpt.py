@@ -6,20 +6,18 @@ width, V vocabulary, P = head width / 2.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from golf.config.features import Feature, StepFacts, register_feature
+from golf.config.features import Feature, register_feature
 from golf.config.model import ModelConfig
 from golf.model.block import Block, Positions, causal_attention, visible_keys
 from golf.model.cache import KeyValueCache
 from golf.model.embedding import BigramHash, SmearGate, has_predecessor
-from golf.model.layers import Embedding, Linear, rms_norm, rotary_tables
+from golf.model.layers import Embedding, Linear, RmsNorm, acts_always, changed_model, rms_norm, rotary_tables
 from golf.model.segments import flash_runs, segment_attention, segment_bounds
 
 
@@ -53,6 +51,7 @@ class GPT(nn.Module):
         self.encoder_layers = config.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, config.model_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = RmsNorm()
 
     def embed(self, ids_BT: Tensor, embedding_VD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Returns the first block's input: token (+ hashed bigram), normalised, smeared with its predecessor."""
@@ -145,7 +144,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(ids_BT)
         head_VD = embedding_VD if self.head is None else self.head.effective_weight()
-        logits_BSV = F.linear(rms_norm(x_BSD), head_VD.to(x_BSD.dtype)).float()
+        logits_BSV = F.linear(self.final_norm(x_BSD), head_VD.to(x_BSD.dtype)).float()
         return self.config.logit_softcap * torch.tanh(logits_BSV / self.config.logit_softcap)
 
     def token_losses(self, ids_BT: Tensor, targets_BS: Tensor, rope_base: float | None = None) -> Tensor:
@@ -159,25 +158,11 @@ class GPT(nn.Module):
 
 
 @contextmanager
-def changed_model(model: GPT, **knobs: Any) -> Iterator[None]:
-    """Sets other knobs in `model.config` within the context."""
-    config = model.config
-    model.config = replace(config, **knobs)
-    yield
-    model.config = config
-
-
-@contextmanager
 def opposite_knowledge(model: GPT) -> Iterator[None]:
     """Negates the knowledge tokens of `model` within the context."""
     model.knowledge.neg_()
     yield
     model.knowledge.neg_()
-
-
-def acts_always(config: Any, facts: StepFacts) -> tuple[bool, str]:
-    """Says that a feature of the network acts in every step."""
-    return True, ""
 
 
 register_feature(

@@ -3,11 +3,16 @@
 B batch, T time, I input width, O output width, V vocabulary, D model width, H heads, K head width, F = K/2 frequencies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from golf.config.features import StepFacts
 
 
 class Matrix(nn.Module):
@@ -62,6 +67,13 @@ def rms_norm(x_BTD: Tensor) -> Tensor:
     return F.rms_norm(x_BTD, (x_BTD.size(-1),), eps=torch.finfo(torch.float32).eps)
 
 
+class RmsNorm(nn.Module):
+    """Computes `rms_norm` where its output is recorded (golf/quant/calibration.py)."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return rms_norm(x_BTD)
+
+
 def ntk_rope_base(base: float, length: int, train_length: int, head_dim: int) -> float:
     """Returns the base at which the lowest frequency turns as far at `length` as it did at `train_length`.
 
@@ -87,3 +99,20 @@ def rotate(x_BHTK: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     first_BHTF, second_BHTF = x_BHTK.float().chunk(2, dim=-1)
     turned = (first_BHTF * cos_TF + second_BHTF * sin_TF, second_BHTF * cos_TF - first_BHTF * sin_TF)
     return torch.cat(turned, dim=-1).to(x_BHTK.dtype)
+
+
+@contextmanager
+def changed_model(model: nn.Module, **knobs: Any) -> Iterator[None]:
+    """Sets other knobs in the `config` of a GPT and its parts within the context."""
+    parts = [module for module in model.modules() if hasattr(module, "config")]
+    config = model.config
+    for part in parts:
+        part.config = replace(config, **knobs)
+    yield
+    for part in parts:
+        part.config = config
+
+
+def acts_always(config: Any, facts: StepFacts) -> tuple[bool, str]:
+    """Says that a feature of the network acts in every step."""
+    return True, ""

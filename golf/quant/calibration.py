@@ -30,7 +30,7 @@ from golf.config.features import Feature, register_feature
 from golf.data.loader import TokenStream
 from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
-from golf.model.layers import Embedding, Linear, rms_norm
+from golf.model.layers import Embedding, Linear
 from golf.quant.qat import load_gpt
 from golf.quant.tensor_classes import QuantError
 from golf.runtime import Runtime
@@ -91,15 +91,15 @@ class MomentRecorder:
             module.register_forward_hook(lambda _, inputs, output, name=name: self.record(name, inputs[0], output))
             for name, module in self.modules.items()
         ]
-        handles.append(self.model.blocks[-1].register_forward_hook(lambda _, inputs, output: self.keep(output)))
+        handles.append(self.model.final_norm.register_forward_hook(lambda _, inputs, output: self.keep(output)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def keep(self, stream_BTD: Tensor) -> None:
-        self.stream_BTD = stream_BTD.detach()
+    def keep(self, normed_BTD: Tensor) -> None:
+        self.normed_BTD = normed_BTD.detach()
 
     def record(self, name: str, x: Tensor, output: Tensor) -> None:
         add = self.add_lookups if isinstance(self.modules[name], Embedding) else self.add_product
@@ -131,7 +131,7 @@ class MomentRecorder:
         slope_PV = 1 - (logits_BTV.flatten(0, 1) / cap).square()
         fisher_PV = p_PV * (1 - p_PV) * slope_PV.square()
         sums.rows_R += fisher_PV.double().sum(0)
-        add_outer(sums, rms_norm(self.stream_BTD).flatten(0, 1).float(), fisher_PV.sum(1))
+        add_outer(sums, self.normed_BTD.flatten(0, 1).float(), fisher_PV.sum(1))
 
 
 def add_outer(sums: Sums, x_PC: Tensor, weight_P: Tensor) -> None:

@@ -13,8 +13,8 @@ from golf.config.features import Feature, Verdict, register_feature
 from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import activation_sites, parse_site
-from golf.model.gpt import GPT, acts_always
-from golf.model.layers import ActivationSite, Linear
+from golf.model.gpt import GPT
+from golf.model.layers import ActivationSite, Linear, acts_always
 from golf.quant.grid import RowGrids, through_grid
 from golf.quant.site_operator import activation_calls, quantize_activation, quantize_weight, weight_calls
 from golf.quant.tensor_classes import FP16_BITS, bits_of, shared_weights, weight_site

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from golf.artifact.container import pack_artifact, read_artifact, restore_model
 from golf.model.gpt import GPT
-from golf.model.layers import rms_norm
 from golf.quant.calibration import MomentRecorder, add_outer, calibrate, check_rows
 from golf.quant.export import check_storable
 from golf.quant.grid import QuantizedState
@@ -120,7 +119,7 @@ def collect_hessians(model: GPT, rows_NT: Tensor, batch_rows: int = 8) -> dict[s
     with torch.no_grad(), recorder.hooks():
         for start in range(0, len(rows_NT), batch_rows):
             model.logits(rows_NT[start : start + batch_rows])
-            x_PC = rms_norm(recorder.stream_BTD).flatten(0, 1).float()
+            x_PC = recorder.normed_BTD.flatten(0, 1).float()
             add_outer(recorder.sums["head"], x_PC, torch.ones(len(x_PC), device=x_PC.device))
     sums = recorder.sums | {"tok_emb.weight": recorder.sums.pop("head")}
     return {name: (part.hessian_CC / part.weight).cpu() for name, part in sums.items() if part.weight > 0}
