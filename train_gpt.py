@@ -124,7 +124,8 @@ def average(config: Config, session: Session) -> StageResult:
     audit = FeatureAudit(config, features_of(state.numbers))
     weights = final_weights(state, audit)
     if training["swa_snapshots"] >= 2:
-        session.runtime.print(f"swa:applying averaged {training['swa_snapshots']} checkpoints")
+        kind = "ema" if config.average.ema_fraction else "swa"
+        session.runtime.print(f"{kind}:applying averaged {training['swa_snapshots']} checkpoints")
     audit.note_weights(weights, training["steps"])
     folder.save_json(folder.effects, audit.record())
     save_weights(folder.weights, weights, config.model, config.quant, training["tokenizer_sha256"])

@@ -121,7 +121,7 @@ def test_one_stack_for_all_shapes_gives_the_same_updates():
     """As on CUDA: zeros around a matrix change nothing."""
     _, (gradients,) = random_training(1)
     momenta = [torch.zeros(len(gradients), 8, 24), *(torch.zeros(1, *sorted(shape)) for shape in SHAPES)]
-    rest = torch.tensor(0.9), 5, torch.zeros(3)
+    rest = torch.tensor(0.9), SETTINGS, torch.zeros(3)
     together = orthogonal_updates([(gradients, momenta[0])], *rest)
     alone = orthogonal_updates([([g], one) for g, one in zip(gradients, momenta[1:], strict=True)], *rest)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
@@ -145,7 +145,8 @@ def test_ranks_of_muon_share_the_work_without_overlap(world_size, monkeypatch):
     set_gradients_of(again, gradients)
     given = [[([matrix.grad for matrix in stack], one) for stack, one in muon.stacks] for muon in ranks]
     sent = [
-        orthogonal_updates(own, torch.tensor(0.9), 5, muon.padding_N) for own, muon in zip(given, ranks, strict=True)
+        orthogonal_updates(own, torch.tensor(0.9), OptimConfig(), muon.padding_N)
+        for own, muon in zip(given, ranks, strict=True)
     ]
     assert len({len(part_N) for part_N in sent}) == 1
     ranks[0].update = lambda *given: sent[0]

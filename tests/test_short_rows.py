@@ -58,7 +58,7 @@ def test_rows_are_short_for_their_share_of_the_budget(shard):
     assert trainer.shapes == [(16, 4)] * 8 + [(4, 16)] * 8  # two passes a step
     record = trainer.audit.records["short_seq"]
     assert (record.first, record.last, record.count, record.proven) == (1, 4, 4, True)
-    assert record.effect == "rows of 4 tokens, then of 16"
+    assert record.effect == "shorter rows first, then rows of 16 tokens"
 
 
 @pytest.mark.parametrize("order", ["sequential", "spread"])

@@ -32,6 +32,12 @@ FREE_KNOBS = {
 """Knobs that such a script still accepts: places, budgets and machines, which no code of a technique depends on."""
 
 
+OWN_KNOBS = (
+    "run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse", "data_path", "tokenizer_path",
+)  # fmt: skip
+"""Knobs of one run of many, which do not shape its result or, as paths, do not say what it is made of."""
+
+
 @dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
@@ -187,10 +193,10 @@ def config_from_dict(sections: Mapping[str, Mapping[str, Any]]) -> Config:
 
 
 def config_hash(config: Config) -> str:
-    """Returns SHA-256 (16 hex digits) of all knobs that shape the result: equal for the seeds of one experiment."""
-    sections = config_dict(config)
-    for knob in ("run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse"):
-        del sections["run"][knob]
-    for knob in ("data_path", "tokenizer_path"):  # data has its own identity, whichever folder it is in
-        del sections["data"][knob]
-    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
+    """Returns SHA-256 (20 hex digits) of all knobs that shape the result: equal for the seeds of one experiment.
+
+    Knobs at their defaults do not count, so that a knob that comes later changes no hash. Data has its own identity.
+    """
+    pairs = zip(iter_knobs(Config()), iter_knobs(config), strict=True)
+    knobs = {knob: value for (*_, default), (_, knob, _, value) in pairs if value != default and knob not in OWN_KNOBS}
+    return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:20]

@@ -27,15 +27,19 @@ class ModelConfig:
     bigram_dim: int = 128
     """Width of the bigram table's rows, before their projection to `model_dim`."""
     smear_gate: bool = True
-    """Mix each embedding with the one before, by a learned gate per dimension."""
+    """Mix each embedding with the one before, by a learned gate."""
+    smear_gate_dims: int = 0
+    """Dimensions of an embedding that decide how much of the one before is added to it; 0: a gate per dimension."""
     resid_mix_init: Literal["phase", "stream"] = "phase"
     """phase: early blocks lean on the embedding, late ones on the stream; stream: all of the stream."""
-    matrix_init: Literal["orthogonal", "uniform"] = "orthogonal"
-    """orthogonal: output projections scaled by 1/sqrt(2 layers); uniform: torch's default, outputs zero."""
+    matrix_init: Literal["orthogonal", "orthogonal_zero", "uniform"] = "orthogonal"
+    """orthogonal: outputs scaled by 1/sqrt(2 layers); orthogonal_zero: outputs zero; uniform: torch's, outputs zero."""
     qk_gain_init: float = 1.5
     """Initial gain of the normalised queries, learned per head."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_dims: int = 0
+    """Dimensions of a head that rotate with the position, the first ones; 0: all."""
     logit_softcap: float = 30.0
     """Logits are softcap * tanh(logits / softcap)."""
     tied_embed_init_std: float = 0.005
@@ -50,8 +54,24 @@ class ModelConfig:
     """Positions that a query sees, its own the last of them; 0: all before it."""
     tie_embeddings: bool = True
     """One table for the embedding and the head; off: the head has its own."""
-    mlp_activation: Literal["relu2", "tanh", "sigmoid", "identity"] = "relu2"
+    mlp_activation: Literal["relu2", "leaky_relu2", "tanh", "sigmoid", "identity"] = "relu2"
     """Non-linearity of the MLP."""
+    norm_by_depth: bool = False
+    """Divide what block i takes through its norms by sqrt(i + 1)."""
+    exclusive_attention: bool = False
+    """Take from each head's result its part along the position's own value (XSA)."""
+    attention_gate_dims: int = 0
+    """Dimensions of the attention's input from which a gate per head is computed; 0: no gates."""
+    skip_gates: bool = False
+    """Mix a skip with the stream by a learned gate per dimension; off: add it."""
+    loop_first: int = 0
+    """First of the blocks that run several times (depth recurrence)."""
+    loop_last: int = 0
+    """Last of them."""
+    loop_repeats: int = 0
+    """How many times more they run; 0: every block runs once."""
+    lanes_from: int = 0
+    """Block from which attention and MLP have a residual stream each; 0: one stream."""
     knowledge_tokens: int = 0
     """Learned vectors that every query sees beside the text, never a target (External Knowledge Tokens)."""
     knowledge_at: Literal["input", "layers"] = "input"
@@ -90,6 +110,33 @@ def model_rules(config: Any) -> list[Rule]:
         (
             bool(model.knowledge_tokens) or not config.train.knowledge_frozen,
             "knowledge_frozen does nothing without knowledge_tokens",
+        ),
+        (
+            model.rope_dims % 2 == 0 and model.rope_dims <= model.model_dim // model.num_heads,
+            "rope_dims must be even, and at most the head width",
+        ),
+        (
+            max(model.smear_gate_dims, model.attention_gate_dims) <= model.model_dim,
+            "smear_gate_dims and attention_gate_dims are dimensions of the model: at most model_dim",
+        ),
+        (model.smear_gate or not model.smear_gate_dims, "smear_gate_dims does nothing without smear_gate"),
+        (
+            model.loop_first <= model.loop_last < model.num_layers and model.loop_repeats <= 8,
+            "loop_first to loop_last must be blocks, and loop_repeats at most 8",
+        ),
+        (
+            model.loop_repeats > 0 or not (model.loop_first or model.loop_last or config.train.loop_start),
+            "loop_first, loop_last and loop_start do nothing without loop_repeats",
+        ),
+        (
+            not model.lanes_from
+            or max(model.loop_last, model.num_layers // 2 - 1) < model.lanes_from
+            and model.lanes_from < model.num_layers,
+            "lanes_from must be a block of the second half, behind those that are repeated",
+        ),
+        (
+            model.knowledge_at == "input" or not (model.loop_repeats or model.lanes_from),
+            "knowledge_at=layers knows no repeated blocks and no lanes",
         ),
         (
             model.attention_window < model.train_seq_len,

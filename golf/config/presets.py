@@ -38,12 +38,35 @@ STORIES: dict[str, Any] = LOCAL | dict(
     eval_rope="none", eval_batch_seqs=8, mixture=False, adapter_rank=0,
 )  # fmt: skip
 
+FRONTIER_BASE: dict[str, Any] = dict(
+    vocab_size=8192, num_layers=11, mlp_mult=4.0, mlp_activation="leaky_relu2", bigram_vocab_size=0, bigram_dim=0,
+    smear_gate_dims=12, resid_mix_init="stream", matrix_init="orthogonal_zero", qk_gain_init=5.25, rope_dims=16,
+    norm_by_depth=True, exclusive_attention=True, attention_gate_dims=12, skip_gates=True, loop_first=3, loop_last=5,
+    loop_repeats=2, loop_start=0.35, lanes_from=8, document_attention=True,
+    train_seq_len=3072, short_seq_len=1024, short_seq_fraction=0.1, middle_seq_len=2048, middle_seq_fraction=0.7,
+    seq_rewarmup_fraction=0.0066, warmdown_fraction=0.85, warmdown_shape="linear", warmdown_floor=0.1,
+    matrix_lr=0.026, muon_momentum=0.97, muon_momentum_warmup_fraction=0.3, muon_iteration="polar_express",
+    muon_row_norm=True, muon_weight_decay=0.095, embed_weight_decay=0.085, scalar_weight_decay=0.02, beta2=0.99,
+    swa_enabled=False, ema_fraction=0.058, qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="rans",
+    eval_seq_len=3072, eval_rope="none", holdout_every=1000,
+)  # fmt: skip
+"""The published stack behind 1.0565 bpb (parameter-golf pull requests 1855, 2014, 2135), with this project's quantizer
+and coder; docs/FRONTIER.md compares it part by part."""
+
+FRONTIER_BASE_LOCAL: dict[str, Any] = LOCAL | FRONTIER_BASE | dict(
+    vocab_size=2048, num_layers=5, model_dim=128, rope_dims=8, loop_first=2, loop_last=2, lanes_from=4,
+    train_seq_len=128, short_seq_len=64, middle_seq_len=0, middle_seq_fraction=0.0, holdout_every=0,
+    eval_seq_len=160, mixture=False, adapter_rank=0,
+)  # fmt: skip
+
 PRESETS: dict[str, dict[str, Any]] = {
     "leaderboard": {},
     "local": LOCAL,
     "baseline": BASELINE,
     "baseline-local": BASELINE_LOCAL,
     "stories": STORIES,
+    "frontier-base": FRONTIER_BASE,
+    "frontier-base-local": FRONTIER_BASE_LOCAL,
 }
 """Presets by name."""
 

@@ -28,10 +28,20 @@ class TrainConfig:
     """Length of the rows in the first part of the budget; 0: always train_seq_len."""
     short_seq_fraction: float = 0.0
     """Share of the budget that is trained on the short rows."""
+    middle_seq_len: int = 0
+    """Length of the rows that follow the short ones; 0: none between them and train_seq_len."""
+    middle_seq_fraction: float = 0.0
+    """Share of the budget at which rows of train_seq_len follow."""
+    seq_rewarmup_fraction: float = 0.0
+    """Share of the budget over which the learning rate rises again from zero after rows have become longer."""
+    loop_start: float = 0.0
+    """Share of the budget after which blocks are repeated (loop_repeats)."""
     warmup_steps: int = 20
     """Untimed steps that compile and warm the caches; their effect is undone."""
     warmdown_fraction: float = 0.45
     """Share of the budget over which the learning rate falls to zero (272 of 600 s in the recipe's log)."""
+    warmdown_floor: float = 0.0
+    """Share of the learning rate that is left at the end."""
     warmdown_shape: Literal["cosine", "linear"] = "cosine"
     """Curve on which the learning rate falls."""
     holdout_every: int = 500
@@ -62,6 +72,10 @@ class OptimConfig:
     """Share of the budget over which momentum rises (1,500 of 6,606 steps in the recipe's log)."""
     muon_ns_steps: int = 5
     """Newton-Schulz iterations of an update."""
+    muon_iteration: Literal["quintic", "polar_express"] = "quintic"
+    """Coefficients of these iterations: equal ones in all, or the five sets of Polar Express."""
+    muon_row_norm: bool = False
+    """Bring the rows of an update to one norm before the iterations."""
     muon_weight_decay: float = 0.04
     """Decoupled weight decay of the matrices, times the learning rate."""
     embed_weight_decay: float = 0.04
@@ -88,6 +102,10 @@ class AverageConfig:
     """Share of the budget after which weights are averaged (step 5,425 of 6,606 in the recipe's log)."""
     swa_snapshots: int = 48
     """Snapshots in the average, evenly spaced (fewer when fewer steps are left)."""
+    ema_fraction: float = 0.0
+    """Share of the budget over which the weight of a step in an exponential average falls to 1/e; 0: none."""
+    ema_blend: float = 1.0
+    """Share of the exponential average in the weights that ship; the last weights have the rest."""
 
 
 def budget_rules(config: Any) -> list[Rule]:
@@ -111,7 +129,32 @@ def training_rules(config: Any) -> list[Rule]:
             else not train.short_seq_fraction,
             "short_seq_len must be a part of train_seq_len, with a short_seq_fraction between 0 and 1; or both be 0",
         ),
+        (
+            short < train.middle_seq_len < model.train_seq_len
+            and train.short_seq_fraction < train.middle_seq_fraction < 1
+            and train.train_batch_tokens % train.middle_seq_len == 0
+            if train.middle_seq_len
+            else not train.middle_seq_fraction,
+            "middle_seq_len must lie between short_seq_len and train_seq_len and divide train_batch_tokens, with"
+            " middle_seq_fraction after short_seq_fraction; or both be 0",
+        ),
+        (
+            not train.seq_rewarmup_fraction or short or train.middle_seq_len,
+            "seq_rewarmup_fraction does nothing where all rows have one length",
+        ),
+        (
+            max(train.loop_start, train.seq_rewarmup_fraction, train.warmdown_floor) < 1,
+            "loop_start, seq_rewarmup_fraction and warmdown_floor are shares, 0 to below 1",
+        ),
         (0 <= train.warmdown_fraction <= 1, "warmdown_fraction is a share, 0 to 1"),
+        (
+            config.optim.muon_iteration == "quintic" or config.optim.muon_ns_steps <= 5,
+            "muon_iteration=polar_express has coefficients for 5 iterations: muon_ns_steps must be at most 5",
+        ),
+        (
+            not (average.swa_enabled and average.ema_fraction) and average.ema_blend <= 1,
+            "swa_enabled and ema_fraction are two averages: choose one; ema_blend is a share, 0 to 1",
+        ),
         (0 <= average.swa_start < 1, "swa_start is a share, 0 to below 1"),
         (average.swa_snapshots >= 2 or not average.swa_enabled, "swa_snapshots must be at least 2"),
     ]

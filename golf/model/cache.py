@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from golf.config.model import ModelConfig
+from golf.model.recurrence import layer_order
 
 QuantizerSite = Callable[[Tensor], Tensor]
 """An activation's quantizer, or the identity."""
@@ -64,7 +65,7 @@ class KeyValueCache:
 
     def __init__(self, config: ModelConfig, make_layer: Callable[[int, int], LayerCache] = PlainLayer):
         self.config, self.length = config, 0
-        self.layers = [make_layer(config.knowledge_tokens, config.attention_window) for _ in range(config.num_layers)]
+        self.layers = [make_layer(config.knowledge_tokens, config.attention_window) for _ in layer_order(config)]
         self.recent_BR: Tensor | None = None
         """The last two ids, on which the next embedding depends."""
         self.document_BU: Tensor | None = None

@@ -34,6 +34,21 @@ class SmearGate(nn.Module):
         return e_BTD + gate_BTD * (previous_BTD - e_BTD)
 
 
+class TokenSmearGate(nn.Module):
+    """Adds to each embedding a share of the one before, strength * sigmoid(gate . e_t) over the first dimensions of
+    e_t: the second form of SmearGate (parameter-golf pull request 1667). It begins as the identity."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dims))
+        self.strength = nn.Parameter(torch.zeros(()))
+
+    def forward(self, e_BTD: Tensor, has_previous_BT: Tensor) -> Tensor:
+        dtype = e_BTD.dtype
+        share_BT = self.strength.to(dtype) * torch.sigmoid(e_BTD[..., : len(self.gate)] @ self.gate.to(dtype))
+        return e_BTD + (share_BT * has_previous_BT).unsqueeze(-1) * torch.roll(e_BTD, 1, dims=1)
+
+
 def bigram_buckets(ids_BT: Tensor, has_previous_BT: Tensor, buckets: int) -> Tensor:
     """Returns the bigram table's row for (previous token p, token t): (36313 t XOR 27191 p) mod (buckets - 1).
 

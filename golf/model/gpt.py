@@ -14,15 +14,28 @@ from torch import Tensor, nn
 
 from golf.config.features import Feature, register_feature
 from golf.config.model import ModelConfig
-from golf.model.block import Block, Positions, causal_attention, visible_keys
+from golf.model.attention import Positions, causal_attention, visible_keys
+from golf.model.block import Block
 from golf.model.cache import KeyValueCache
-from golf.model.embedding import BigramHash, SmearGate, has_predecessor
-from golf.model.layers import Embedding, Linear, RmsNorm, acts_always, changed_model, rms_norm, rotary_tables
+from golf.model.embedding import BigramHash, SmearGate, TokenSmearGate, has_predecessor
+from golf.model.lanes import run_lanes
+from golf.model.layers import (
+    Embedding,
+    Linear,
+    RmsNorm,
+    acts_always,
+    changed_model,
+    rms_norm,
+    rotary_dims,
+    rotary_tables,
+)
+from golf.model.recurrence import layer_order
 from golf.model.segments import flash_runs, segment_attention, segment_bounds
 
 
 class GPT(nn.Module):
-    """Decodes with U-Net skips: block i of the first half feeds block L-1-i of the second.
+    """Decodes with U-Net skips: place i of the first half feeds place L-1-i of the second, of the L places at which
+    blocks run.
 
     Weights are fp32; activations have `compute_dtype`; logits and losses are fp32.
     """
@@ -45,11 +58,19 @@ class GPT(nn.Module):
             if config.bigram_vocab_size
             else None
         )
-        self.smear = SmearGate(config.model_dim) if config.smear_gate else None
+        self.smear = None
+        if config.smear_gate:
+            self.smear = (
+                TokenSmearGate(config.smear_gate_dims) if config.smear_gate_dims else SmearGate(config.model_dim)
+            )
         self.rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
         """Tables by row length and base, made by `keep_rotary`."""
-        self.encoder_layers = config.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, config.model_dim))
+        self.looping = True
+        """Whether blocks repeat, as they do but for the first part of the training (golf/model/recurrence.py)."""
+        skips = len(layer_order(config)) // 2
+        self.skip_weights = nn.Parameter(torch.ones(skips, config.model_dim))
+        if config.skip_gates:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, config.model_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = RmsNorm()
 
@@ -62,6 +83,8 @@ class GPT(nn.Module):
         e_BTD = self.tok_emb(ids_BT, embedding_VD).to(self.compute_dtype)
         if self.bigram is not None:
             e_BTD = e_BTD + self.bigram(ids_BT, has_previous_BT, self.compute_dtype)
+        if self.config.smear_gate_dims:
+            return rms_norm(self.smear(e_BTD, has_previous_BT))[:, known:]
         e_BTD = rms_norm(e_BTD)
         return (e_BTD if self.smear is None else self.smear(e_BTD, has_previous_BT))[:, known:]
 
@@ -69,25 +92,24 @@ class GPT(nn.Module):
         """Makes the rotary tables of rows of `length` tokens once: a compiled graph takes them as inputs and does not
         compute powers, sines and cosines in every kernel that turns queries or keys."""
         base, device = rope_base or self.config.rope_base, self.skip_weights.device
-        head_dim = self.config.model_dim // self.config.num_heads
-        self.rotary[length, base] = rotary_tables(length, head_dim, base, device)
+        self.rotary[length, base] = rotary_tables(length, rotary_dims(self.config), base, device)
 
     def rotary_of(self, length: int, base: float, device: torch.device, start: int) -> tuple[Tensor, Tensor]:
         """Returns cos_TP and sin_TP of positions start .. length-1: the kept tables where there are some."""
         kept = None if start else self.rotary.get((length, base))
-        if kept is not None and kept[0].device == device:
+        if kept is not None and kept[0].device == device and 2 * kept[0].size(1) == rotary_dims(self.config):
             return kept
-        return rotary_tables(length, self.config.model_dim // self.config.num_heads, base, device, start)
+        return rotary_tables(length, rotary_dims(self.config), base, device, start)
 
     def positions(self, ids_BT: Tensor, rope_base: float, cache: KeyValueCache | None = None) -> Positions:
         """Returns rotary tables and attention of the new positions; knowledge tokens come first and are not rotated."""
         config, past, device = self.config, 0 if cache is None else cache.length, ids_BT.device
-        head_dim, new = config.model_dim // config.num_heads, 0 if past else config.knowledge_tokens
+        new = 0 if past else config.knowledge_tokens
         tables = self.rotary_of(past + ids_BT.size(1), rope_base, device, past)
         if new:
             unturned = torch.ones, torch.zeros
             tables = tuple(
-                torch.cat((fill(new, head_dim // 2, device=device), table))
+                torch.cat((fill(new, table.size(1), device=device), table))
                 for fill, table in zip(unturned, tables, strict=True)
             )
         if not (config.document_attention or config.attention_window):
@@ -112,21 +134,32 @@ class GPT(nn.Module):
         return torch.cat((knowledge_BMD, x_BTD[:, replaced:]), 1)
 
     def trunk(self, x0_BTD: Tensor, positions: Positions, last: int, cache: KeyValueCache | None = None) -> Tensor:
-        """Returns x_BSD after all blocks; adds the stream of each encoder block before its decoder twin."""
+        """Returns x_BSD after all blocks; joins the stream of each encoder block before its decoder twin."""
         joins = self.knowledge is not None and (cache is None or not cache.length)
         renewed = joins and self.knowledge.dim() == 3
         x_BTD = x0_BTD = self.with_knowledge(0, x0_BTD) if joins else x0_BTD
-        time, skips, final = x0_BTD.size(1), [], len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            if layer >= self.encoder_layers and skips:
-                x_BTD = x_BTD + self.skip_weights[layer - self.encoder_layers].to(x_BTD.dtype) * skips.pop()
+        order, time, skips = layer_order(self.config, self.looping), x0_BTD.size(1), []
+        half = len(order) // 2
+        for place, layer in enumerate(order):
+            block, kept = self.blocks[layer], None if cache is None else cache.layers[place]
+            if self.config.lanes_from and layer == self.config.lanes_from:
+                lane_BTD = x_BTD
+            if place >= half and skips:
+                skip_BTD = self.skip_weights[place - half].to(x_BTD.dtype) * skips.pop()
+                if self.config.skip_gates:
+                    x_BTD = gated_skip(x_BTD, skip_BTD, self.skip_gates[place - half])
+                else:
+                    x_BTD = x_BTD + skip_BTD
             if renewed and layer:
                 x_BTD = self.with_knowledge(layer, x_BTD, self.config.knowledge_tokens)
-            kept = None if cache is None else cache.layers[layer]
-            x_BTD = block(x_BTD, x0_BTD, positions, last if layer == final else time, kept)
-            if layer < self.encoder_layers:
+            shown = last if place == len(order) - 1 else time
+            if self.config.lanes_from and layer >= self.config.lanes_from:
+                x_BTD, lane_BTD = run_lanes(block, x_BTD, lane_BTD, x0_BTD, positions, shown, kept)
+            else:
+                x_BTD = block(x_BTD, x0_BTD, positions, shown, kept)
+            if place < half:
                 skips.append(x_BTD)
-        return x_BTD
+        return (x_BTD + lane_BTD) / 2 if self.config.lanes_from else x_BTD
 
     def logits(
         self, ids_BT: Tensor, last: int | None = None, rope_base: float | None = None,
@@ -157,6 +190,11 @@ class GPT(nn.Module):
         return self.token_losses(ids_BT, targets_BT).mean()
 
 
+def gated_skip(x_BTD: Tensor, skip_BTD: Tensor, gate_D: Tensor) -> Tensor:
+    """Returns skip + sigmoid(gate) (x - skip), half of each at first."""
+    return torch.lerp(skip_BTD, x_BTD, torch.sigmoid(gate_D).to(x_BTD.dtype))
+
+
 @contextmanager
 def opposite_knowledge(model: GPT) -> Iterator[None]:
     """Negates the knowledge tokens of `model` within the context."""
@@ -184,3 +222,6 @@ register_feature(
         without=opposite_knowledge,
     )
 )  # fmt: skip
+register_feature(
+    Feature("skip_gates", lambda config: config.model.skip_gates, "set skip_gates=0", learned_weight="skip_gates")
+)

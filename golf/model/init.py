@@ -27,12 +27,15 @@ def init_matrix(weight_OI: Tensor, name: str, config: ModelConfig, generator: to
     """Initialises a matrix as `matrix_init` says.
 
     orthogonal: orthogonal, with the matrices that write into the stream scaled by 1/sqrt(2L) (the stream sums 2L of
-    them). uniform: torch's default for Linear, with the blocks' output matrices at zero (the baseline's). The bigram's
-    projection is never zero: its table is, and zero times zero would have no gradient for ever.
+    them); orthogonal_zero: the blocks' at zero. uniform: torch's default for Linear, with the blocks' output matrices
+    at zero (the baseline's). The bigram's projection is never zero: its table is, and zero times zero would have no
+    gradient for ever.
     """
     if name == "head":
         nn.init.normal_(weight_OI, std=config.tied_embed_init_std, generator=generator)
-    elif config.matrix_init == "orthogonal":
+    elif config.matrix_init == "orthogonal_zero" and name.endswith(("attn.proj", "mlp.proj")):
+        nn.init.zeros_(weight_OI)
+    elif config.matrix_init != "uniform":
         gain = 1 / math.sqrt(2 * config.num_layers) if name.endswith("proj") else 1.0
         nn.init.orthogonal_(weight_OI, gain=gain, generator=generator)
     elif not name.endswith(("attn.proj", "mlp.proj")):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf.config.features import StepFacts
+from golf.config.model import ModelConfig
 
 
 class Matrix(nn.Module):
@@ -68,10 +69,21 @@ def rms_norm(x_BTD: Tensor) -> Tensor:
 
 
 class RmsNorm(nn.Module):
-    """Computes `rms_norm` where its output is recorded (golf/quant/calibration.py)."""
+    """Computes `rms_norm` as a module, so that hooks can hear it (golf/quant/calibration.py)."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(x_BTD)
+
+
+class DepthNorm(nn.Module):
+    """Computes `rms_norm` / sqrt(depth)."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.depth = depth
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return rms_norm(x_BTD) / self.depth**0.5
 
 
 def ntk_rope_base(base: float, length: int, train_length: int, head_dim: int) -> float:
@@ -83,6 +95,11 @@ def ntk_rope_base(base: float, length: int, train_length: int, head_dim: int) ->
     if length <= train_length:
         return base
     return base * (length / train_length) ** (head_dim / (head_dim - 2))
+
+
+def rotary_dims(model: ModelConfig) -> int:
+    """Returns how many dimensions of a head rotate."""
+    return model.rope_dims or model.model_dim // model.num_heads
 
 
 def rotary_tables(
@@ -99,6 +116,12 @@ def rotate(x_BHTK: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     first_BHTF, second_BHTF = x_BHTK.float().chunk(2, dim=-1)
     turned = (first_BHTF * cos_TF + second_BHTF * sin_TF, second_BHTF * cos_TF - first_BHTF * sin_TF)
     return torch.cat(turned, dim=-1).to(x_BHTK.dtype)
+
+
+def rotate_first(x_BHTK: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """Rotates the first 2F dimensions of every head, and leaves the others (partial RoPE)."""
+    first_BHTK, rest_BHTK = x_BHTK.tensor_split([2 * cos_TF.size(-1)], dim=-1)
+    return torch.cat((rotate(first_BHTK, cos_TF, sin_TF), rest_BHTK), -1)
 
 
 @contextmanager

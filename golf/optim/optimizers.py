@@ -26,18 +26,38 @@ gather_updates = getattr(dist, "all_gather_single", None) or dist.all_gather_int
 """Has a new name since torch 2.13, which warns of the old one."""
 
 
-def newton_schulz(x_MRC: Tensor, steps: int) -> Tensor:
-    """Drives all singular values of every matrix towards 1 (into about 0.7 to 1.2) with a quintic iteration.
+BY_MUON_ITERATION: dict[str, tuple[tuple[float, float, float], ...]] = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (
+        (8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
+        (3.28575, -2.36813, 0.46449), (2.34655, -1.70978, 0.42324),
+    ),
+}  # fmt: skip
+"""Coefficients a, b, c of each iteration a X + b (X X^T) X + c (X X^T)^2 X; the last ones go on. quintic: Jordan et al.
+2024; polar_express: Amsel et al. 2025 (arXiv 2505.16932), by parameter-golf pull request 1787."""
+
+
+def newton_schulz(x_MRC: Tensor, steps: int, iteration: str = "quintic") -> Tensor:
+    """Drives all singular values of every matrix towards 1 with quintic iterations.
 
     Costs least where R <= C. Zeros around a matrix stay zeros.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     x_MRC = x_MRC / (x_MRC.norm(dim=2).norm(dim=1)[:, None, None] + 1e-7)
-    diagonal_RR = x_MRC.new_full((x_MRC.size(1),), a).diag()
-    for _ in range(steps):
+    coefficients = BY_MUON_ITERATION[iteration]
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
         gram_MRR = x_MRC @ x_MRC.mT
+        diagonal_RR = x_MRC.new_full((x_MRC.size(1),), a).diag()
         x_MRC = (diagonal_RR + b * gram_MRR + c * (gram_MRR @ gram_MRR)) @ x_MRC
     return x_MRC
+
+
+def equal_rows(x_MRC: Tensor, own: list[Tensor]) -> Tensor:
+    """Returns a stack whose matrices have rows of norm 1, as they stand in the model: what is transposed in the stack
+    has columns of norm 1 (MuonEq-R, parameter-golf pull request 1260)."""
+    lies_M = torch.tensor([x.size(0) > x.size(1) for x in own], device=x_MRC.device)
+    norms_MRC = torch.where(lies_M[:, None, None], x_MRC.norm(dim=1, keepdim=True), x_MRC.norm(dim=2, keepdim=True))
+    return x_MRC / (norms_MRC + 1e-7)
 
 
 def turned(like: Tensor, x_RC: Tensor) -> Tensor:
@@ -52,7 +72,7 @@ def place_of(like: Tensor, x_RC: Tensor) -> Tensor:
 
 
 def orthogonal_updates(
-    stacks: list[tuple[list[Tensor], Tensor]], momentum: Tensor, ns_steps: int, padding_N: Tensor
+    stacks: list[tuple[list[Tensor], Tensor]], momentum: Tensor, optim: OptimConfig, padding_N: Tensor
 ) -> Tensor:
     """Adds each stack of gradients to its momentum_MRC; returns the orthogonalised updates one after the other, and
     `padding_N`, in whose dtype they are computed."""
@@ -64,7 +84,9 @@ def orthogonal_updates(
         )
         momentum_MRC.mul_(momentum).add_(nesterov_MRC)
         nesterov_MRC.addcmul_(momentum_MRC, momentum)
-        update_MRC = newton_schulz(nesterov_MRC.to(padding_N.dtype), ns_steps)
+        if optim.muon_row_norm:
+            nesterov_MRC = equal_rows(nesterov_MRC, own)
+        update_MRC = newton_schulz(nesterov_MRC.to(padding_N.dtype), optim.muon_ns_steps, optim.muon_iteration)
         parts += [(max(x.shape) / x.size(1)) ** 0.5 * x.flatten() for x in map(place_of, own, update_MRC)]
     return torch.cat([*parts, padding_N])
 
@@ -84,7 +106,7 @@ class Muon(torch.optim.SGD):
 
     def __init__(self, matrices: list[Tensor], config: OptimConfig, runtime: Runtime):
         matrices = sorted(matrices, key=lambda matrix: sorted(matrix.shape), reverse=True)
-        self.ns_steps, self.ranks = config.muon_ns_steps, runtime.world_size
+        self.config, self.ranks = config, runtime.world_size
         self.update = compiled_on_gpu(orthogonal_updates, runtime)
         shares = [matrices[rank :: self.ranks] for rank in range(self.ranks)]
         sizes = [sum(map(Tensor.numel, share)) for share in shares]
@@ -106,7 +128,7 @@ class Muon(torch.optim.SGD):
     def step(self):
         gradients = [([matrix.grad for matrix in stack], momentum_MRC) for stack, momentum_MRC in self.stacks]
         momentum = torch.tensor(self.param_groups[0]["muon_momentum"])
-        updates_N = own_N = self.update(gradients, momentum, self.ns_steps, self.padding_N)
+        updates_N = own_N = self.update(gradients, momentum, self.config, self.padding_N)
         if self.ranks > 1:
             updates_N = own_N.new_empty(self.ranks * len(own_N))
             gather_updates(updates_N, own_N)

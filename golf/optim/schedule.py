@@ -38,11 +38,21 @@ def training_budget(config: Config) -> Budget:
 
 
 def learning_rate_scale(progress: float, config: TrainConfig) -> float:
-    """Returns 1, then falls to 0 over the last `warmdown_fraction` of the budget: 0.5 (1 + cos(pi t)) or 1 - t."""
-    if progress < 1 - config.warmdown_fraction or config.warmdown_fraction == 0:
-        return 1.0
-    t = (progress - (1 - config.warmdown_fraction)) / config.warmdown_fraction
-    return 0.5 * (1 + math.cos(math.pi * t)) if config.warmdown_shape == "cosine" else 1 - t
+    """Returns 1, then falls over the last `warmdown_fraction` of the budget: 0.5 (1 + cos(pi t)) or 1 - t, to 0 or to
+    `warmdown_floor`; after a change to longer rows it rises again from 0."""
+    scale = 1.0
+    if progress >= 1 - config.warmdown_fraction and config.warmdown_fraction > 0:
+        t = (progress - (1 - config.warmdown_fraction)) / config.warmdown_fraction
+        scale = 0.5 * (1 + math.cos(math.pi * t)) if config.warmdown_shape == "cosine" else 1 - t
+    if config.warmdown_floor:
+        scale = config.warmdown_floor + (1 - config.warmdown_floor) * scale
+    return scale * rewarmup_scale(progress, config) if config.seq_rewarmup_fraction else scale
+
+
+def rewarmup_scale(progress: float, config: TrainConfig) -> float:
+    """Returns the share of the learning rate after the last change to longer rows."""
+    changes = [change for change in (config.short_seq_fraction, config.middle_seq_fraction) if 0 < change <= progress]
+    return min(1.0, (progress - max(changes)) / config.seq_rewarmup_fraction) if changes else 1.0
 
 
 def warmdown_acts(config: Any, facts: StepFacts) -> tuple[bool, str]:

@@ -138,4 +138,4 @@ def read_checkpoint(files: list[Path]) -> TrainingState:
 def final_weights(state: TrainingState, audit: FeatureAudit) -> dict[str, Tensor]:
     """Returns the final weights: the average where there is one, else the last."""
     last, mean = (tensors_under(kind, state.tensors) for kind in ("model.", "average."))
-    return averaged_weights(last, mean, state.numbers["average"][0], audit)
+    return averaged_weights(last, mean, state.numbers["average"][0], audit.config.average, audit)

@@ -19,7 +19,7 @@ from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.model.segments import check_flash
-from golf.optim.average import WeightAverage
+from golf.optim.average import new_average
 from golf.optim.optimizers import Optimizers
 from golf.optim.schedule import learning_rate_scale, training_budget
 from golf.quant.grid import RowGrids
@@ -76,11 +76,11 @@ class Trainer:
             ordered, config.train.train_batch_tokens, config.model.train_seq_len, runtime.rank, runtime.world_size,
             runtime.device, config.data.row_order,
         )  # fmt: skip
-        for length in filter(None, (config.model.train_seq_len, config.train.short_seq_len)):
+        for length in self.seq_lens():
             model.keep_rotary(length)
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if runtime.compiles else model
         self.optimizers = Optimizers(model, config.optim, runtime)
-        self.average = WeightAverage(config.average)
+        self.average = new_average(config.average)
         self.budget = training_budget(config)
         self.micro_steps = count_micro_steps(config, runtime.world_size)
         self.clock = clock or Stopwatch()
@@ -99,24 +99,35 @@ class Trainer:
     def warm_up(self) -> None:
         """Compiles and touches everything that training will run, then restores weights and optimizers."""
         before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
-        changes = 0.0, self.config.quant.qat_start, self.config.train.short_seq_fraction
-        for fake_quantized, self.seq_len in sorted({self.phase(share) for share in changes}, reverse=True):
+        model, train = self.model, self.config.train
+        changes = self.config.quant.qat_start, train.short_seq_fraction, train.middle_seq_fraction, train.loop_start
+        phases = {self.phase(share) for share in (0.0, *changes)}
+        for fake_quantized, self.seq_len, model.looping in sorted(phases, reverse=True):
             self.set_fake_quantization(fake_quantized)
-            for step in range(self.config.train.warmup_steps):
+            for step in range(train.warmup_steps):
                 self.accumulate_gradients(step)
                 self.optimizers.step(progress=0.0, lr_scale=0.0)
-                self.runtime.print(f"warmup_step:{step + 1}/{self.config.train.warmup_steps}")
+                self.runtime.print(f"warmup_step:{step + 1}/{train.warmup_steps}")
             self.model.load_state_dict(before)
             self.verify_features(at_start=True)
             self.model.load_state_dict(before)
         self.optimizers = Optimizers(self.model, self.config.optim, self.runtime)
 
-    def phase(self, progress: float) -> tuple[bool, int]:
-        """Returns (whether weights pass through the export grid, tokens in a row) at a share of the budget."""
-        quant, train = self.config.quant, self.config.train
-        short = progress < train.short_seq_fraction
-        seq_len = train.short_seq_len if short else self.config.model.train_seq_len
-        return quant.qat_enabled and progress >= quant.qat_start, seq_len
+    def seq_lens(self) -> list[int]:
+        """Returns the lengths that rows have in training."""
+        train = self.config.train
+        return list(filter(None, (train.short_seq_len, train.middle_seq_len, self.config.model.train_seq_len)))
+
+    def phase(self, progress: float) -> tuple[bool, int, bool]:
+        """Returns (whether weights pass through the export grid, tokens in a row, whether blocks repeat) at a share of
+        the budget."""
+        quant, train, seq_len = self.config.quant, self.config.train, self.config.model.train_seq_len
+        if train.middle_seq_len and progress < train.middle_seq_fraction:
+            seq_len = train.middle_seq_len
+        if train.short_seq_len and progress < train.short_seq_fraction:
+            seq_len = train.short_seq_len
+        looping = progress >= train.loop_start if train.loop_start else True
+        return quant.qat_enabled and progress >= quant.qat_start, seq_len, looping
 
     def verify_features(self, at_start: bool) -> None:
         """Verifies that the step, as it is compiled now, has the features that are on."""
@@ -210,7 +221,7 @@ class Trainer:
 
     def take_step(self, progress: float) -> tuple[Tensor, Tensor | None, float]:
         """Returns (this rank's share of the loss, norm of gradients where they are clipped, learning-rate scale)."""
-        fake_quantized, self.seq_len = self.phase(progress)
+        fake_quantized, self.seq_len, self.model.looping = self.phase(progress)
         self.set_fake_quantization(fake_quantized)
         train_loss = self.accumulate_gradients(self.step)
         lr_scale = learning_rate_scale(progress, self.config.train)
@@ -238,7 +249,7 @@ class Trainer:
             "elapsed": self.clock.seconds,
             "lost_seconds": self.lost_seconds,
             "recent_seconds": list(self.recent_seconds),
-            "average": [self.average.count, self.average.slots_used, self.average.last_step],
+            "average": [self.average.count, self.average.seen, self.average.last_step],
             "features": self.audit.record(),
         }
         return TrainingState(tensors, numbers)
@@ -249,7 +260,7 @@ class Trainer:
         self.model.load_state_dict(tensors_under("model.", tensors))
         means = tensors_under("average.", tensors)
         self.average.mean = {name: mean.to(self.runtime.device) for name, mean in means.items()}
-        self.average.count, self.average.slots_used, self.average.last_step = numbers["average"]
+        self.average.count, self.average.seen, self.average.last_step = numbers["average"]
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizers.load_state_tensors(tensors, names)
         restore_generators(tensors)
@@ -278,13 +289,13 @@ def count_micro_steps(config: Config, world_size: int) -> int:
 
 def short_rows_act(config: Any, facts: StepFacts) -> tuple[bool, str]:
     """Returns whether a step had short rows, and at the first step with long ones after them the effect."""
-    short = config.train.short_seq_len
-    return facts.seq_len == short, "" if facts.seq_len == short else f"rows of {short} tokens, then of {facts.seq_len}"
+    short = facts.seq_len < config.model.train_seq_len
+    return short, "" if short else f"shorter rows first, then rows of {facts.seq_len} tokens"
 
 
 register_feature(
     Feature(
-        "short_seq", lambda config: config.train.short_seq_len > 0,
-        "train longer, or set short_seq_len=0 short_seq_fraction=0", short_rows_act,
+        "short_seq", lambda config: max(config.train.short_seq_len, config.train.middle_seq_len) > 0,
+        "train longer, or set the lengths and fractions of short_seq and middle_seq to 0", short_rows_act,
     )
 )  # fmt: skip

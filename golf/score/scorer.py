@@ -26,7 +26,7 @@ from golf.config.scoring import ScoreConfig
 from golf.data.sidecar import StreamBytes
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
-from golf.model.layers import ntk_rope_base
+from golf.model.layers import ntk_rope_base, rotary_dims
 from golf.runtime import Runtime
 from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.progress import ScoreProgress
@@ -120,8 +120,7 @@ class WindowBatch:
 
 def sliding_settings(score: ScoreConfig, model: ModelConfig) -> ScoreSettings:
     """Returns the final evaluation's settings: overlapping windows, NTK-aware RoPE beyond the training length."""
-    head_dim = model.model_dim // model.num_heads
-    scaled_base = ntk_rope_base(model.rope_base, score.eval_seq_len, model.train_seq_len, head_dim)
+    scaled_base = ntk_rope_base(model.rope_base, score.eval_seq_len, model.train_seq_len, rotary_dims(model))
     rope_base = scaled_base if score.eval_rope == "ntk" else model.rope_base
     return ScoreSettings(score.eval_seq_len, score.eval_stride, score.eval_batch_seqs, rope_base)
 

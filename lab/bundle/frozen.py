@@ -2,16 +2,11 @@
 
 from typing import Any, Literal, get_origin
 
-from golf.config.config import FREE_KNOBS, KNOBS, Config, config_from_dict, iter_knobs, preset_config
+from golf.config.config import FREE_KNOBS, KNOBS, OWN_KNOBS, Config, config_from_dict, iter_knobs, preset_config
 from golf.config.features import features_on
 from golf.config.site_quantizers import activation_sites, weight_sites
 from lab.bundle.specialize import Frozen
 from lab.cli import import_rooms
-
-OWN_KNOBS = {
-    "run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse", "data_path", "tokenizer_path",
-}  # fmt: skip
-"""Knobs of one run of many: the code of all of them is the same."""
 
 
 def freeze_config(config: Config) -> Frozen:
@@ -27,7 +22,8 @@ def freeze_config(config: Config) -> Frozen:
         calls["activation_sites"] = {}
     if not sites:
         calls |= {"weight_sites": {}, "weight_site": None}
-    return Frozen(shipped_knobs(config), values, frozenset(choices), frozenset(features_on(config)), calls)
+    on = frozenset(features_on(config))
+    return Frozen(shipped_knobs(config), values, frozenset(choices), on, calls, frozenset(FREE_KNOBS))
 
 
 def shipped_knobs(config: Config) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class Frozen:
     """Features that are on."""
     calls: Mapping[str, Any]
     """Functions of the configuration, and what they return for it."""
+    free: frozenset[str] = frozenset()
+    """Knobs that the script still accepts."""
 
 
 class Folder(ast.NodeTransformer):
@@ -187,6 +189,8 @@ def specialize(source: str, frozen: Frozen) -> str:
             cut(lines, old, [])
         elif isinstance(old, ast.ClassDef):
             cut_methods(lines, old, new, reached.attributes)
+            if old.name.endswith("Config"):
+                cut_knobs(lines, old, reached.attributes | set(frozen.knobs) | set(frozen.free))
         elif changed[number]:
             cut(lines, old, print_code(new).split("\n"))
     return tidy([line for line in lines if line is not None])
@@ -214,6 +218,14 @@ def cut_methods(lines: list[str | None], old: ast.ClassDef, new: ast.ClassDef, a
         elif ast.dump(folded[item.name]) != ast.dump(item):
             text = print_code(folded[item.name])
             cut(lines, item, textwrap.indent(text, " " * item.col_offset).split("\n"))
+
+
+def cut_knobs(lines: list[str | None], section: ast.ClassDef, named: set[str]) -> None:
+    """Drops the knobs of a section that nothing names any more, each with the line that describes it."""
+    for knob, description in zip(section.body, section.body[1:], strict=False):
+        if isinstance(knob, ast.AnnAssign) and is_text(description) and knob.target.id not in named:
+            cut(lines, knob, [])
+            cut(lines, description, [])
 
 
 def tidy(lines: list[str]) -> str:

@@ -15,6 +15,7 @@ from golf.artifact.description import expected_shapes
 from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
 from golf.config.site_quantizers import SiteQuantizer, activation_sites
+from golf.model.recurrence import layer_order, runs_of
 from golf.quant.grid import QuantizedState, QuantizedTensor, grid_clip, spread_groups
 from golf.quant.tensor_classes import FP16_BITS, SITE_PATHS, bits_of, tensor_class, weight_site
 
@@ -151,7 +152,7 @@ def weight_counts(
         if (site := product_site(name)) is None:
             continue
         if site != "embed":
-            macs[site] += prod(shape)
+            macs[site] += prod(shape) * runs_of(name, model)
         operands[site] = weight_operand(name, shape, quant, float_kind)
     if model.tie_embeddings:
         macs["head"], operands["head"] = model.vocab_size * model.model_dim, operands["embed"]
@@ -196,7 +197,7 @@ def visible_on_average(model: ModelConfig, context: int) -> float:
 
 def attention_counts(model: ModelConfig, context: int, float_kind: str) -> Iterator[OperationCount]:
     """Yields queries times keys, and probabilities (floats) times values: model_dim products with each visible key."""
-    macs = model.num_layers * model.model_dim * visible_on_average(model, context)
+    macs = len(layer_order(model)) * model.model_dim * visible_on_average(model, context)
     act = activation_sites(model)
     query, key, value = (site_operand(act.get(site), float_kind) for site in ("q", "k", "v"))
     yield OperationCount("scores", macs, *query, *key)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from golf.config.knobs import UserError
 from golf.config.model import ModelConfig
 from golf.config.site_quantizers import parse_site
+from golf.model.recurrence import layer_order
 from lab.generate.packed_cache import packed_width, scale_count
 
 KV_SETTINGS = (
@@ -73,7 +74,7 @@ def kv_bytes_per_token(config: ModelConfig, value_bytes: int = 2, scale_bytes: i
         kv_site_bytes(text, config.num_kv_heads, head_dim, value_bytes, scale_bytes)
         for text in (config.act_k, config.act_v)
     )
-    layers = config.num_layers
+    layers = len(layer_order(config))
     return KvBytes((k,) * layers, (v,) * layers, config.knowledge_tokens, config.attention_window)
 
 

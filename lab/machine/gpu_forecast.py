@@ -28,6 +28,7 @@ import golf.optim.optimizers
 import golf.quant.site_operator
 from golf.config.config import Config
 from golf.model.gpt import GPT
+from golf.model.recurrence import layer_order
 from golf.optim.optimizers import Optimizers, clip_gradients, orthogonal_updates
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization
 from golf.run.trainer import count_micro_steps
@@ -182,7 +183,7 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
             moved[{"ExternKernelOut": "products", "FallbackKernel": "attention"}.get(kind, "generated")] += size
     products, attended = (micro_steps * sum(part) for part in zip(*flops, strict=True))
     rate = ATTENTION_FLOPS[config.run.attention_kernels]
-    calls = micro_steps * config.model.num_layers * (FORWARD_LAUNCHES + BACKWARD_LAUNCHES)
+    calls = micro_steps * len(layer_order(config.model)) * (FORWARD_LAUNCHES + BACKWARD_LAUNCHES)
     parts = [
         part("matrix products", micro_steps * launches["products"], micro_steps * moved["products"], products),
         part("attention", calls, micro_steps * moved["attention"], attended, rate),
@@ -289,8 +290,8 @@ def update_parts(config: Config, world_size: int) -> list[Part]:
         compiled.append((clip_gradients, (gradients_KN, most)))
         return gradients_KN.new_empty(())
 
-    def update(stacks: list[tuple[list[Tensor], Tensor]], momentum: Tensor, steps: int, padding_N: Tensor) -> Tensor:
-        compiled.append((orthogonal_updates, (stacks, momentum, steps, padding_N)))
+    def update(stacks: list[tuple[list[Tensor], Tensor]], momentum: Tensor, optim: Any, padding_N: Tensor) -> Tensor:
+        compiled.append((orthogonal_updates, (stacks, momentum, optim, padding_N)))
         sent.append(padding_N.new_empty(len(padding_N) + sum(part.numel() for own, _ in stacks for part in own)))
         return sent[-1]
 

@@ -21,7 +21,7 @@ from golf.config.features import features_on
 from golf.config.knobs import ConfigError
 from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
-from golf.optim.average import WeightAverage
+from golf.optim.average import new_average
 from golf.optim.optimizers import muon_momentum
 from golf.optim.schedule import learning_rate_scale, training_budget
 from golf.quant.export import quantize_state
@@ -110,7 +110,7 @@ def simulate_training(config: Config, step_seconds: float) -> dict[str, list[Mom
     limits = budget.iterations or math.inf, budget.seconds / max(step_seconds, 1e-9) or math.inf
     if not 1e-9 < step_seconds < math.inf or min(limits) > MOST_STEPS:
         raise ConfigError(f"steps of {1000 * step_seconds:g} ms make no plan: give the milliseconds of a real step")
-    average = WeightAverage(config.average)
+    average = new_average(config.average)
     no_model = nn.Module()  # the average's own rule says when a snapshot is due
     acts: dict[str, list[Moment]] = defaultdict(list)
     step, elapsed, saved_at = 0, 0.0, 0.0

@@ -43,6 +43,7 @@ RESULT_FIGURES = {
 """Keys of result.json that the last line of a log repeats, and how golf/run/log_lines.py writes each."""
 PROOF = "proof.json"
 SCRIPT, ARTIFACT = "train_gpt.py", "model.golf"
+HASH_DIGITS = 20
 MEASURED_FILES = {SCRIPT: ("code_sha256", "bytes_code"), ARTIFACT: ("artifact_sha256", "bytes_model")}
 """File of a run -> keys of result.json with its hash and its size."""
 Reasons = Iterator[tuple[str, str]]
@@ -239,10 +240,12 @@ def file_reasons(run: RunEvidence) -> Reasons:
 
 
 def config_reasons(run: RunEvidence) -> Reasons:
-    """Compares the hash of config.json with those stated; knobs of another version can't be hashed here."""
+    """Compares the hash of config.json with those stated. Older hashes, of 16 digits, were of all knobs of a version
+    and can't be made here."""
     stated = {"config.json": str(run.config.get("config_hash")), "result.json": run.result["config_hash"]}
     sections = {name: part for name, part in run.config.items() if isinstance(part, dict)}
-    if {knob for part in sections.values() for knob in part} == set(KNOBS):
+    knobs = {knob for part in sections.values() for knob in part}
+    if len(stated["config.json"]) == HASH_DIGITS and knobs <= set(KNOBS):
         try:
             stated["the knobs of config.json"] = config_hash(config_from_dict(sections))
         except ConfigError as problem:

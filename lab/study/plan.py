@@ -20,6 +20,7 @@ from golf.data.manifest import data_identity
 from golf.data.shards import find_shards, write_shard
 from golf.data.sidecar import without_sidecars
 from golf.data.tokenizer import load_tokenizer
+from golf.model.recurrence import layer_order, runs_of
 from golf.run.datasets import check_vocabulary, locate_data
 from golf.runtime import Runtime, choose_compile, choose_device, write_file_atomically
 from golf.score.roundtrip import stream_identity
@@ -197,8 +198,11 @@ class CostForecast:
 def forward_flops(model: ModelConfig, tokens: int, context: int) -> float:
     """Counts two for each weight of a matrix product, and attention's scores and values at half of the context."""
     shapes = expected_shapes(model)
-    weights = sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.endswith("weight"))
-    return tokens * (2 * weights + 2 * model.num_layers * model.model_dim * context)
+    weights = sum(
+        runs_of(name, model) * prod(shape)
+        for name, shape in shapes.items() if len(shape) == 2 and name.endswith("weight")
+    )  # fmt: skip
+    return tokens * (2 * weights + 2 * len(layer_order(model)) * model.model_dim * context)
 
 
 def run_flops(spec: RunSpec, val_tokens: int) -> float:
