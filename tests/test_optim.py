@@ -122,8 +122,8 @@ def test_one_stack_for_all_shapes_gives_the_same_updates():
     _, (gradients,) = random_training(1)
     momenta = [torch.zeros(len(gradients), 8, 24), *(torch.zeros(1, *sorted(shape)) for shape in SHAPES)]
     rest = torch.tensor(0.9), SETTINGS, torch.zeros(3)
-    together = orthogonal_updates([(gradients, momenta[0])], *rest)
-    alone = orthogonal_updates([([g], one) for g, one in zip(gradients, momenta[1:], strict=True)], *rest)
+    together = orthogonal_updates([(gradients, momenta[0], None)], *rest)
+    alone = orthogonal_updates([([g], one, None) for g, one in zip(gradients, momenta[1:], strict=True)], *rest)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
     assert len(together) == 3 + sum(g.numel() for g in gradients) and together[-3:].eq(0).all()
     for one, shape, alone_MRC in zip(momenta[0], SHAPES, momenta[1:], strict=True):
@@ -143,7 +143,7 @@ def test_ranks_of_muon_share_the_work_without_overlap(world_size, monkeypatch):
     held = [matrix for muon in ranks for matrix in muon.state]
     assert len(held) == len(again) == len(set(held))
     set_gradients_of(again, gradients)
-    given = [[([matrix.grad for matrix in stack], one) for stack, one in muon.stacks] for muon in ranks]
+    given = [[([matrix.grad for matrix in stack], *rest) for stack, *rest in muon.stacks] for muon in ranks]
     sent = [
         orthogonal_updates(own, torch.tensor(0.9), OptimConfig(), muon.padding_N)
         for own, muon in zip(given, ranks, strict=True)

@@ -28,6 +28,10 @@ TOYS = {
     "baseline-local": "vocab_size=400 eval_seq_len=32",
     "leaderboard": "vocab_size=400 device=cpu bigram_vocab_size=64 bigram_dim=8 eval_seq_len=64 swa_start=0.5",
     "stories": "eval_seq_len=32",
+    "frontier-base": (
+        "vocab_size=400 device=cpu num_layers=5 loop_first=1 loop_last=2 lanes_from=3 short_seq_len=16 "
+        "middle_seq_len=0 middle_seq_fraction=0 calibration_tokens=512 calibration_reserve=0 eval_seq_len=64"
+    ),
     "stories low-bit": (
         "eval_seq_len=32 qat_enabled=1 attn_bits=16 mlp_bits=16 weight_q=ternary-qkvo weight_k=ternary-qkvo "
         "weight_v=ternary-qkvo weight_o=ternary-qkvo weight_up=ternary weight_down=int4-row act_mlp_in=int8 "

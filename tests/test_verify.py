@@ -18,6 +18,7 @@ from lab.prepare.verification import (
     DOWNLOADS_NAME,
     FileFacts,
     ends_fingerprint,
+    leaks,
     scan_file,
     verify_folder,
 )
@@ -188,6 +189,19 @@ def test_counts_of_tokens_must_be_those_of_the_manifest(prepared):
     manifest["splits"]["train"]["tokens"] += 1
     (prepared / MANIFEST_NAME).write_text(json.dumps(manifest))
     assert [problem.problem for problem in verify_folder(prepared).problems] == ["18000 tokens, must be 18001"]
+
+
+@pytest.mark.parametrize(
+    ("shards", "tokens", "known"),
+    [(1499, 149_900_000_000, True), (80, 800_000_000, True), (80, 8_000_000_000, False), (8, 800_000_000, False)],
+)
+def test_shard_sets_that_hold_validation_text_are_known_by_their_size(shards, tokens, known):
+    assert leaks(shards, tokens) == known
+
+
+def test_a_folder_with_the_fingerprint_of_a_leak_is_refused(bare, monkeypatch):
+    monkeypatch.setattr("lab.prepare.verification.leaks", lambda shards, tokens: shards == 3)
+    assert any("validation documents" in problem.problem for problem in verify_folder(bare).problems)
 
 
 def test_numbers_may_begin_at_one_but_not_later(bare):

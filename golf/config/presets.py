@@ -39,7 +39,9 @@ STORIES: dict[str, Any] = LOCAL | dict(
 )  # fmt: skip
 
 FRONTIER_BASE: dict[str, Any] = dict(
-    vocab_size=8192, num_layers=11, mlp_mult=4.0, mlp_activation="leaky_relu2", bigram_vocab_size=0, bigram_dim=0,
+    data_path="data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+    tokenizer_path="data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model", vocab_size=8192,
+    num_layers=11, mlp_mult=4.0, mlp_activation="leaky_relu2", bigram_vocab_size=0, bigram_dim=0,
     smear_gate_dims=12, resid_mix_init="stream", matrix_init="orthogonal_zero", qk_gain_init=5.25, rope_dims=16,
     norm_by_depth=True, exclusive_attention=True, attention_gate_dims=12, skip_gates=True, loop_first=3, loop_last=5,
     loop_repeats=2, loop_start=0.35, lanes_from=8, document_attention=True,

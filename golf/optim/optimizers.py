@@ -52,11 +52,10 @@ def newton_schulz(x_MRC: Tensor, steps: int, iteration: str = "quintic") -> Tens
     return x_MRC
 
 
-def equal_rows(x_MRC: Tensor, own: list[Tensor]) -> Tensor:
-    """Returns a stack whose matrices have rows of norm 1, as they stand in the model: what is transposed in the stack
-    has columns of norm 1 (MuonEq-R, parameter-golf pull request 1260)."""
-    lies_M = torch.tensor([x.size(0) > x.size(1) for x in own], device=x_MRC.device)
-    norms_MRC = torch.where(lies_M[:, None, None], x_MRC.norm(dim=1, keepdim=True), x_MRC.norm(dim=2, keepdim=True))
+def equal_rows(x_MRC: Tensor, turned_M11: Tensor) -> Tensor:
+    """Returns a stack whose matrices have rows of norm 1, as they stand in the model: those that are transposed in the
+    stack have columns of norm 1 (MuonEq-R, parameter-golf pull request 1260)."""
+    norms_MRC = torch.where(turned_M11, x_MRC.norm(dim=1, keepdim=True), x_MRC.norm(dim=2, keepdim=True))
     return x_MRC / (norms_MRC + 1e-7)
 
 
@@ -72,12 +71,12 @@ def place_of(like: Tensor, x_RC: Tensor) -> Tensor:
 
 
 def orthogonal_updates(
-    stacks: list[tuple[list[Tensor], Tensor]], momentum: Tensor, optim: OptimConfig, padding_N: Tensor
+    stacks: list[tuple[list[Tensor], Tensor, Tensor]], momentum: Tensor, optim: OptimConfig, padding_N: Tensor
 ) -> Tensor:
     """Adds each stack of gradients to its momentum_MRC; returns the orthogonalised updates one after the other, and
     `padding_N`, in whose dtype they are computed."""
     parts = []
-    for own, momentum_MRC in stacks:
+    for own, momentum_MRC, turned_M11 in stacks:
         _, rows, columns = momentum_MRC.shape
         nesterov_MRC = torch.stack(
             [F.pad(turned(x, x), (0, columns - max(x.shape), 0, rows - min(x.shape))) for x in own]
@@ -85,7 +84,7 @@ def orthogonal_updates(
         momentum_MRC.mul_(momentum).add_(nesterov_MRC)
         nesterov_MRC.addcmul_(momentum_MRC, momentum)
         if optim.muon_row_norm:
-            nesterov_MRC = equal_rows(nesterov_MRC, own)
+            nesterov_MRC = equal_rows(nesterov_MRC, turned_M11)
         update_MRC = newton_schulz(nesterov_MRC.to(padding_N.dtype), optim.muon_ns_steps, optim.muon_iteration)
         parts += [(max(x.shape) / x.size(1)) ** 0.5 * x.flatten() for x in map(place_of, own, update_MRC)]
     return torch.cat([*parts, padding_N])
@@ -120,13 +119,14 @@ class Muon(torch.optim.SGD):
             stack = list(group)
             rows, columns = min(stack[0].shape), max(max(matrix.shape) for matrix in stack)
             momentum_MRC = torch.zeros(len(stack), rows, columns, device=runtime.device)
-            self.stacks.append((stack, momentum_MRC))
+            turned_M11 = torch.stack([torch.full((1, 1), len(x) > x.size(1), device=runtime.device) for x in stack])
+            self.stacks.append((stack, momentum_MRC, turned_M11))
             for matrix, x_RC in zip(stack, momentum_MRC, strict=True):
                 self.state[matrix]["momentum"] = place_of(matrix, x_RC)
 
     @torch.no_grad()
     def step(self):
-        gradients = [([matrix.grad for matrix in stack], momentum_MRC) for stack, momentum_MRC in self.stacks]
+        gradients = [([matrix.grad for matrix in stack], *rest) for stack, *rest in self.stacks]
         momentum = torch.tensor(self.param_groups[0]["muon_momentum"])
         updates_N = own_N = self.update(gradients, momentum, self.config, self.padding_N)
         if self.ranks > 1:

@@ -290,9 +290,11 @@ def update_parts(config: Config, world_size: int) -> list[Part]:
         compiled.append((clip_gradients, (gradients_KN, most)))
         return gradients_KN.new_empty(())
 
-    def update(stacks: list[tuple[list[Tensor], Tensor]], momentum: Tensor, optim: Any, padding_N: Tensor) -> Tensor:
+    def update(
+        stacks: list[tuple[list[Tensor], Tensor, Tensor]], momentum: Tensor, optim: Any, padding_N: Tensor
+    ) -> Tensor:
         compiled.append((orthogonal_updates, (stacks, momentum, optim, padding_N)))
-        sent.append(padding_N.new_empty(len(padding_N) + sum(part.numel() for own, _ in stacks for part in own)))
+        sent.append(padding_N.new_empty(len(padding_N) + sum(part.numel() for own, *_ in stacks for part in own)))
         return sent[-1]
 
     patches = mock.patch.multiple(golf.optim.optimizers, clip_gradients=clip, orthogonal_updates=update)

@@ -36,11 +36,14 @@ EXPECTED_STEP_SECONDS = {
     "local": (0.132, "2 cores of an AMD EPYC virtual machine"),
     "baseline-local": (0.110, "2 cores of an AMD EPYC virtual machine"),
     "stories": (0.28, "2 cores of an AMD EPYC virtual machine"),
+    "frontier-base": (0.122, "8xH100, log of pull request 2014"),
+    "frontier-base-local": (0.25, "2 cores of an AMD EPYC virtual machine"),
 }
 """Seconds of a step of each preset as it is, and where; those of the local twins are medians of three runs
 (docs/LOG.md), that of `stories` is 2.1 times `local`'s, as measured one after the other on a busier machine."""
 EXPECTED_VAL_TOKENS = {
     "leaderboard": 62_021_846, "baseline": 62_021_846, "local": 119_474, "baseline-local": 147_151, "stories": 398_296,
+    "frontier-base": 47_853_344, "frontier-base-local": 119_474,
 }  # fmt: skip
 SCORING_SPEED = (1.3, 6.0)
 """Window tokens per second in scoring over tokens per second in training. Measured on a CPU: `local` 4.9 to 5.6,

@@ -280,7 +280,21 @@ def folder_problems(report: FolderReport, facts: FolderFacts, names: Iterable[st
             problems.append(FileProblem(f"*_{split}_*", f"{found_tokens} tokens, must be {expected}"))
     if "val bytes" in splits:
         problems += sidecar_problems(report.folder, names)
+    if "train" in report.splits and leaks(**report.splits["train"]):
+        problems.append(FileProblem("*_train_*", LEAK))
     return problems
+
+
+LEAK = (
+    "these are as many shards and tokens as two exports that hold 40,000 of the validation documents (made with"
+    " --val-docs 10000): download the published ones (data/README.md)"
+)
+
+
+def leaks(shards: int, tokens: int) -> bool:
+    """Returns whether training shards have the fingerprint of a known leak: 1,499 of them, or 800 million tokens in 80
+    (parameter-golf issue 2127)."""
+    return shards == 1499 or (shards == 80 and round(tokens / 1e6) == 800)
 
 
 def sidecar_problems(folder: Path, names: Iterable[str]) -> list[FileProblem]:
