@@ -36,6 +36,10 @@ class TrainConfig:
     """Share of the budget over which the learning rate rises again from zero after rows have become longer."""
     loop_start: float = 0.0
     """Share of the budget after which blocks are repeated (loop_repeats)."""
+    prefix_weight: float = 0.0
+    """Weight of a second target at first: the longest piece that begins the token (0: none)."""
+    prefix_fraction: float = 0.333
+    """Share of the budget over which it stays, and over which it then falls to 0."""
     warmup_steps: int = 20
     """Untimed steps that compile and warm the caches; their effect is undone."""
     warmdown_fraction: float = 0.45
@@ -145,6 +149,10 @@ def training_rules(config: Any) -> list[Rule]:
         (
             max(train.loop_start, train.seq_rewarmup_fraction, train.warmdown_floor) < 1,
             "loop_start, seq_rewarmup_fraction and warmdown_floor are shares, 0 to below 1",
+        ),
+        (
+            not train.prefix_weight or 0 < train.prefix_fraction < 0.5,
+            "prefix_fraction is a share, above 0 and below 0.5: the second target ends before the training does",
         ),
         (0 <= train.warmdown_fraction <= 1, "warmdown_fraction is a share, 0 to 1"),
         (

@@ -65,6 +65,13 @@ class SentencePieceModel(Tokenizer):
         own = [not self.processor.is_unknown(i) and self.processor.get_score(i) == 0 for i in self.operators]
         self.kind = "caseops" if all(own) else "sentencepiece"
 
+    @property
+    def pieces(self) -> list[str]:
+        """Returns the text of each token with its blank marks; empty for what is no text."""
+        model = self.processor
+        special = model.is_control, model.is_unused, model.is_unknown, model.is_byte
+        return ["" if any(is_(i) for is_ in special) else model.id_to_piece(i) for i in range(self.vocab_size)]
+
     @cached_property
     def token_bytes(self) -> tuple[np.ndarray, ...]:
         """Returns unknown_V, boundary_V, inner_V and start_V of ByteTable. Raises DataError."""
@@ -121,6 +128,11 @@ class UnitVocabulary(Tokenizer):
             self.units = [*CONTROL_UNITS, *characters, *(bytes([value]) for value in range(256))]
         self.vocab_size = len(self.units)
         self.bos_id = self.vocab_size - 1 if self.kind == "gpt2" else 1
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """Returns the bytes of each token; none for what is no text."""
+        return self.units
 
     @cached_property
     def token_bytes(self) -> tuple[np.ndarray, ...]:

@@ -16,11 +16,13 @@ from golf.config.config import Config
 from golf.config.features import Feature, StepFacts, register_feature
 from golf.config.knobs import ConfigError, UserError
 from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
+from golf.data.tokenizer import load_tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.model.segments import check_flash
 from golf.optim.average import new_average
 from golf.optim.optimizers import Optimizers
+from golf.optim.prefix_target import PrefixObjective, prefix_weight
 from golf.optim.schedule import learning_rate_scale, training_budget
 from golf.quant.grid import RowGrids
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization, remove_fake_quantization
@@ -78,7 +80,11 @@ class Trainer:
         )  # fmt: skip
         for length in self.seq_lens():
             model.keep_rotary(length)
-        self.forward = torch.compile(model, dynamic=False, fullgraph=True) if runtime.compiles else model
+        self.objective = model
+        if config.train.prefix_weight:
+            self.objective = PrefixObjective(model, load_tokenizer(config.data.tokenizer_path))
+        compiled = runtime.compiles
+        self.forward = torch.compile(self.objective, dynamic=False, fullgraph=True) if compiled else self.objective
         self.optimizers = Optimizers(model, config.optim, runtime)
         self.average = new_average(config.average)
         self.budget = training_budget(config)
@@ -223,6 +229,8 @@ class Trainer:
         """Returns (this rank's share of the loss, norm of gradients where they are clipped, learning-rate scale)."""
         fake_quantized, self.seq_len, self.model.looping = self.phase(progress)
         self.set_fake_quantization(fake_quantized)
+        if self.config.train.prefix_weight:
+            self.objective.weight.fill_(prefix_weight(progress, self.config.train))
         train_loss = self.accumulate_gradients(self.step)
         lr_scale = learning_rate_scale(progress, self.config.train)
         norm = self.optimizers.step(progress, lr_scale)
