@@ -28,6 +28,7 @@ TECHNIQUES = {
     "partial_rope": dict(rope_dims=4),
     "norm_by_depth": dict(norm_by_depth=True),
     "exclusive_attention": dict(exclusive_attention=True),
+    "key_offset": dict(key_offset=True),
     "attention_gate": dict(attention_gate_dims=12),
     "smear": dict(smear_gate=True, smear_gate_dims=12),
     "skip_gates": dict(skip_gates=True),
@@ -71,6 +72,12 @@ def turn(x_K: torch.Tensor, position: int, dims: int) -> torch.Tensor:
     return y_K
 
 
+def offset_key(k: list, s: int, group: slice, ids: list[int], c: ModelConfig) -> torch.Tensor:
+    own = rms(k[s][group])
+    before = rms(k[s - 1][group]) if c.key_offset and s and ids[s] != BOS else own
+    return torch.cat((own[: len(own) // 2], before[len(own) // 2 :]))
+
+
 def attention(p: dict, i: int, n: list, ids: list[int], c: ModelConfig) -> list:
     width, per_group = c.model_dim // c.num_heads, c.num_heads // c.num_kv_heads
     q, k, v = ([p[f"blocks.{i}.attn.{part}.weight"] @ x for x in n] for part in ("c_q", "c_k", "c_v"))
@@ -82,7 +89,8 @@ def attention(p: dict, i: int, n: list, ids: list[int], c: ModelConfig) -> list:
             own, shared = slice(h * width, (h + 1) * width), h // per_group
             group = slice(shared * width, (shared + 1) * width)
             query = p[f"blocks.{i}.attn.q_gain"][h] * turn(rms(q[t][own]), t, c.rope_dims or width)
-            keys = [turn(rms(k[s][group]), s, c.rope_dims or width) for s in range(first, t + 1)]
+            keys = [offset_key(k, s, group, ids, c) for s in range(first, t + 1)]
+            keys = [turn(key, s, c.rope_dims or width) for s, key in zip(range(first, t + 1), keys, strict=True)]
             shares = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(width), 0)
             y = sum(share * v[s][group] for share, s in zip(shares, range(first, t + 1), strict=True))
             if c.exclusive_attention:

@@ -60,6 +60,8 @@ class ModelConfig:
     """Divide what block i takes through its norms by sqrt(i + 1)."""
     exclusive_attention: bool = False
     """Take from each head's result its part along the position's own value (XSA)."""
+    key_offset: bool = False
+    """Take half of each key from the position before."""
     attention_gate_dims: int = 0
     """Dimensions of the attention's input from which a gate per head is computed; 0: no gates."""
     skip_gates: bool = False
@@ -134,6 +136,7 @@ def model_rules(config: Any) -> list[Rule]:
             and model.lanes_from < model.num_layers,
             "lanes_from must be a block of the second half, behind those that are repeated",
         ),
+        (not (model.key_offset and model.knowledge_tokens), "key_offset knows no knowledge tokens: switch one off"),
         (
             model.knowledge_at == "input" or not (model.loop_repeats or model.lanes_from),
             "knowledge_at=layers knows no repeated blocks and no lanes",

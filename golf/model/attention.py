@@ -24,6 +24,8 @@ class Positions(NamedTuple):
     sin_TP: Tensor
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Returns y_BHSK from q_BHSK, k_BGTK and v_BGTK: causal_attention, or segment_attention."""
+    follows_BT: Tensor | None = None
+    """Whether a position has one before it in its document, where keys are taken from there."""
 
 
 def causal_attention(q_BHSK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -55,6 +57,21 @@ def visible_keys(
     if document_BU is not None:
         near = near & (document_BU[:, None, -queries:, None] == document_BU[:, None, None])
     return (age_SU >= 0) & (near | (key_U < pinned))
+
+
+def offset_keys(k_BGTK: Tensor, follows_BT: Tensor, cache: LayerCache | None) -> Tensor:
+    """Returns keys whose second half is that of the position before, in its document (partial key offset,
+    modded-nanogpt).
+
+    A query then finds what followed a token like its own in one layer, which otherwise takes two.
+    """
+    first_BG1K = k_BGTK[:, :, :1] if cache is None or cache.last_key is None else cache.last_key
+    if cache is not None:
+        cache.last_key = k_BGTK[:, :, -1:]
+    before_BGTK = torch.cat((first_BG1K, k_BGTK[:, :, :-1]), 2)
+    half = k_BGTK.size(-1) // 2
+    offset_BGTK = torch.cat((k_BGTK[..., :half], before_BGTK[..., half:]), -1)
+    return torch.where(follows_BT[:, None, :, None], offset_BGTK, k_BGTK)
 
 
 def without_own_value(y_BHSK: Tensor, v_BGSK: Tensor) -> Tensor:
@@ -99,6 +116,8 @@ class CausalSelfAttention(nn.Module):
         v_BGTK = self.split_heads(self.c_v(x_BTD))
         turn = rotate_first if self.config.rope_dims else rotate
         q_BHSK = self.act_q(turn(q_BHSK, cos_TP[-last:], sin_TP[-last:])) * self.q_gain.to(x_BTD.dtype)[:, None, None]
+        if self.config.key_offset:
+            k_BGTK = offset_keys(k_BGTK, positions.follows_BT, cache)
         k_BGTK = turn(k_BGTK, cos_TP, sin_TP)
         if cache is None:
             k_BGTK, v_BGTK = self.act_k(k_BGTK), self.act_v(v_BGTK)
@@ -116,6 +135,12 @@ register_feature(
     Feature(
         "exclusive_attention", lambda config: config.model.exclusive_attention, "set exclusive_attention=0",
         acts_always, without=lambda model: changed_model(model, exclusive_attention=False),
+    )
+)  # fmt: skip
+register_feature(
+    Feature(
+        "key_offset", lambda config: config.model.key_offset, "set key_offset=0",
+        acts_always, without=lambda model: changed_model(model, key_offset=False),
     )
 )  # fmt: skip
 register_feature(

@@ -20,6 +20,9 @@ QuantizerSite = Callable[[Tensor], Tensor]
 class LayerCache(Protocol):
     """Keeps one block's keys and values."""
 
+    last_key: Tensor | None
+    """Key of the last position before RoPE and `key_offset`, which the next one takes a part of."""
+
     def extend(
         self, k_BGTK: Tensor, v_BGTK: Tensor, act_k: QuantizerSite, act_v: QuantizerSite
     ) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,7 @@ class PlainLayer:
     """Keeps keys and values unpacked: the first `pinned` positions and the last `window` (0: all)."""
 
     def __init__(self, pinned: int, window: int):
-        self.pinned, self.window = pinned, window
+        self.pinned, self.window, self.last_key = pinned, window, None
         self.k_BGUK = self.v_BGUK = None
 
     def extend(

@@ -112,19 +112,24 @@ class GPT(nn.Module):
                 torch.cat((fill(new, table.size(1), device=device), table))
                 for fill, table in zip(unturned, tables, strict=True)
             )
+        follows_BT = None
+        if config.key_offset:
+            follows_BT = ids_BT != config.bos_id
+            follows_BT[:, 0] &= past > 0
         if not (config.document_attention or config.attention_window):
-            return Positions(*tables, causal_attention)
+            return Positions(*tables, causal_attention, follows_BT)
         if cache is None and not new and flash_runs(device, self.compute_dtype):
             start_BT = (ids_BT == config.bos_id) & config.document_attention
             bounds = segment_bounds(start_BT | (torch.arange(ids_BT.size(1), device=device) == 0))
-            return Positions(*tables, partial(segment_attention, bounds=bounds, window=config.attention_window))
+            attend = partial(segment_attention, bounds=bounds, window=config.attention_window)
+            return Positions(*tables, attend, follows_BT)
         document_BU = F.pad((ids_BT == config.bos_id).cumsum(1), (new, 0))
         document_BU = document_BU if cache is None else cache.documents(document_BU)
         visible = visible_keys(
             new + ids_BT.size(1), document_BU.size(1), config.knowledge_tokens, config.attention_window, device,
             document_BU if config.document_attention else None,
         )  # fmt: skip
-        return Positions(*tables, partial(causal_attention, visible=visible))
+        return Positions(*tables, partial(causal_attention, visible=visible), follows_BT)
 
     def with_knowledge(self, layer: int, x_BTD: Tensor, replaced: int = 0) -> Tensor:
         """Returns the stream with this block's knowledge tokens before the text, in place of the first `replaced`

@@ -104,6 +104,7 @@ class PackedLayer:
     """Keys and values of one layer, each packed where it has a quantizer."""
 
     def __init__(self, pinned: int, window: int, config: ModelConfig, scale_dtype: torch.dtype):
+        self.last_key: Tensor | None = None
         self.k = PackedPart(config.act_k, pinned, window, scale_dtype)
         self.v = PackedPart(config.act_v, pinned, window, scale_dtype)
 
