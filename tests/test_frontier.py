@@ -75,7 +75,10 @@ def turn(x_K: torch.Tensor, position: int, dims: int) -> torch.Tensor:
 def offset_key(k: list, s: int, group: slice, ids: list[int], c: ModelConfig) -> torch.Tensor:
     own = rms(k[s][group])
     before = rms(k[s - 1][group]) if c.key_offset and s and ids[s] != BOS else own
-    return torch.cat((own[: len(own) // 2], before[len(own) // 2 :]))
+    width, pairs = len(own), (c.rope_dims or len(own)) // 2
+    slow = [*range(pairs // 2, pairs), *range(pairs + pairs // 2, 2 * pairs)]
+    taken = {*slow, *range(2 * pairs + (width - 2 * pairs) // 2, width)}
+    return torch.stack([(before if d in taken else own)[d] for d in range(width)])
 
 
 def attention(p: dict, i: int, n: list, ids: list[int], c: ModelConfig) -> list:

@@ -59,9 +59,9 @@ def visible_keys(
     return (age_SU >= 0) & (near | (key_U < pinned))
 
 
-def offset_keys(k_BGTK: Tensor, follows_BT: Tensor, cache: LayerCache | None) -> Tensor:
-    """Returns keys whose second half is that of the position before, in its document (partial key offset,
-    modded-nanogpt).
+def offset_keys(k_BGTK: Tensor, pairs: int, follows_BT: Tensor, cache: LayerCache | None) -> Tensor:
+    """Returns keys half of whose dimensions are those of the position before, in its document (partial key offset,
+    modded-nanogpt): of the pairs that RoPE turns, the slower half, and half of the dimensions that it leaves.
 
     A query then finds what followed a token like its own in one layer, which otherwise takes two.
     """
@@ -69,9 +69,10 @@ def offset_keys(k_BGTK: Tensor, follows_BT: Tensor, cache: LayerCache | None) ->
     if cache is not None:
         cache.last_key = k_BGTK[:, :, -1:]
     before_BGTK = torch.cat((first_BG1K, k_BGTK[:, :, :-1]), 2)
-    half = k_BGTK.size(-1) // 2
-    offset_BGTK = torch.cat((k_BGTK[..., :half], before_BGTK[..., half:]), -1)
-    return torch.where(follows_BT[:, None, :, None], offset_BGTK, k_BGTK)
+    dim_K = torch.arange(k_BGTK.size(-1), device=k_BGTK.device)
+    rest_K = dim_K - 2 * pairs
+    taken_K = torch.where(rest_K < 0, dim_K % pairs >= pairs // 2, rest_K >= (len(dim_K) - 2 * pairs) // 2)
+    return torch.where(follows_BT[:, None, :, None] & taken_K, before_BGTK, k_BGTK)
 
 
 def without_own_value(y_BHSK: Tensor, v_BGSK: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class CausalSelfAttention(nn.Module):
         turn = rotate_first if self.config.rope_dims else rotate
         q_BHSK = self.act_q(turn(q_BHSK, cos_TP[-last:], sin_TP[-last:])) * self.q_gain.to(x_BTD.dtype)[:, None, None]
         if self.config.key_offset:
-            k_BGTK = offset_keys(k_BGTK, positions.follows_BT, cache)
+            k_BGTK = offset_keys(k_BGTK, cos_TP.size(1), positions.follows_BT, cache)
         k_BGTK = turn(k_BGTK, cos_TP, sin_TP)
         if cache is None:
             k_BGTK, v_BGTK = self.act_k(k_BGTK), self.act_v(v_BGTK)
