@@ -64,12 +64,16 @@ class Block(nn.Module):
             self.lane_decay = nn.Parameter(torch.full((2,), 1.1))
             self.lane_inputs = nn.Parameter(torch.ones(2, 2))
 
+    def mixed(self, x_BTD: Tensor, x0_BTD: Tensor) -> Tensor:
+        """Returns the stream mixed with the embedding."""
+        mix_2D = self.resid_mix.to(x_BTD.dtype)
+        return mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
+
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor, positions: Positions, last: int, cache: LayerCache | None = None
     ) -> Tensor:
         """Returns the stream x_BSD of the `last` positions after this block."""
-        mix_2D = self.resid_mix.to(x_BTD.dtype)
-        x_BTD = mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD
+        x_BTD = self.mixed(x_BTD, x0_BTD)
         attended_BSD = self.attn(self.norm(x_BTD), positions, last, cache)
         x_BSD = x_BTD[:, -last:] + self.attn_scale.to(x_BTD.dtype) * attended_BSD
         return x_BSD + self.mlp_scale.to(x_BTD.dtype) * self.mlp(self.norm(x_BSD))

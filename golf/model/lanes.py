@@ -19,8 +19,7 @@ def run_lanes(
     """Returns both streams of the `last` positions after a block: attention reads the first, mixed with the embedding,
     the MLP the second, and the result of each is added to both."""
     dtype = x_BTD.dtype
-    mix_2D = block.resid_mix.to(dtype)
-    attended_BSD = block.attn(block.norm(mix_2D[0] * x_BTD + mix_2D[1] * x0_BTD), positions, last, cache)
+    attended_BSD = block.attn(block.norm(block.mixed(x_BTD, x0_BTD)), positions, last, cache)
     a_BSD = block.attn_scale.to(dtype) * attended_BSD
     f_BSD = block.mlp_scale.to(dtype) * block.mlp(block.norm(lane_BTD[:, -last:]))
     decay_2, inputs_22 = block.lane_decay.to(dtype), block.lane_inputs.to(dtype)
