@@ -18,7 +18,7 @@ from golf.data.tokenizer import Tokenizer
 from golf.model.gpt import GPT
 
 NO_PREFIX = -100
-"""What cross_entropy ignores."""
+"""What nll_loss ignores."""
 
 
 def prefix_table(tokenizer: Tokenizer) -> Tensor:
@@ -47,9 +47,9 @@ class PrefixObjective(nn.Module):
         self.register_buffer("weight", torch.zeros((), device=device), persistent=False)
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        logits_NV, targets_N = self.model.logits(ids_BT).flatten(0, 1), targets_BT.flatten()
-        prefix_loss = F.cross_entropy(logits_NV, self.table_V[targets_N], ignore_index=NO_PREFIX, reduction="sum")
-        return F.cross_entropy(logits_NV, targets_N) + self.weight * prefix_loss / targets_N.numel()
+        log_p_NV, targets_N = self.model.logits(ids_BT).flatten(0, 1).log_softmax(-1), targets_BT.flatten()
+        prefix_loss = F.nll_loss(log_p_NV, self.table_V[targets_N], ignore_index=NO_PREFIX, reduction="sum")
+        return F.nll_loss(log_p_NV, targets_N) + self.weight * prefix_loss / targets_N.numel()
 
 
 def prefixes_count(config: Any, facts: StepFacts) -> tuple[bool, str]:
