@@ -126,7 +126,10 @@ def test_a_script_for_one_configuration_takes_no_other(leaderboard, tmp_path):
     assert refused.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["train_gpt.py"]
 
 
-FROZEN = Frozen({"codec": "zlib"}, {"codec": "zlib", "smear_gate": False}, frozenset({"codec"}), frozenset({"on"}), {})
+FROZEN = Frozen(
+    {"codec": "zlib"}, {"codec": "zlib", "smear_gate": False}, frozenset({"codec"}), frozenset({"on"}), {},
+    frozenset({"threads"}),
+)  # fmt: skip
 TOY = '''"""Story."""
 # header
 import math
@@ -165,9 +168,20 @@ class Kept:
         return left_out(3)
 
 
+class ToyConfig:
+    width: int = 3
+    """Said by a test."""
+    smear_gate: bool = False
+    """Folded away."""
+    codec: str = "lzma"
+    """Frozen."""
+    threads: int = 0
+    """Free."""
+
+
 register_feature = print
 register_feature(Feature := dict)
-print(BY_CODEC["zlib"], gate(None), Kept().used, FROZEN)
+print(BY_CODEC["zlib"], gate(None), Kept().used, FROZEN, ToyConfig().width)
 '''
 
 
@@ -176,6 +190,13 @@ def test_folding_by_example():
     assert "left_out" not in text and "unused" not in text and "import zlib" not in text
     assert "# why it stays" in text and "return math.pi" in text and "FROZEN: dict = {'codec': 'zlib'}" in text
     assert "BY_CODEC = {'zlib': stays}" in text
+
+
+def test_knobs_that_nothing_names_go_with_their_line():
+    text = specialize(TOY.replace("register_feature(Feature := dict)\n", ""), FROZEN)
+    assert "smear_gate" not in text and "Folded away" not in text
+    for kept in ("width: int = 3", "Said by a test", 'codec: str = "lzma"', "threads: int = 0", "Free."):
+        assert kept in text
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from typing import Any
 LOCAL: dict[str, Any] = dict(
     limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", row_order="spread", device="cpu",
     compile="auto", vocab_size=2048, num_layers=2, model_dim=160, num_heads=4, num_kv_heads=2, mlp_mult=2.5,
-    exclusive_attention=True, key_offset=True, bigram_vocab_size=1024, bigram_dim=32, train_seq_len=512,
+    exclusive_attention=True, key_offset=True, bigram_vocab_size=1024, bigram_dim=32, train_seq_len=256,
     max_wallclock_seconds=180.0,
     train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
     swa_start=0.94, swa_snapshots=16, holdout_every=0, train_log_every=100, holdout_tokens=16_384,
     eval_batch_tokens=16_384, embed_bits=5,
     qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="rans", calibration_tokens=32_768,
-    calibration_reserve=6.0, reserve_bytes=1_000, eval_seq_len=512, eval_stride=64, eval_rope="none",
-    eval_batch_seqs=32,
+    calibration_reserve=6.0, reserve_bytes=1_000, eval_seq_len=320, eval_stride=64, eval_batch_seqs=64,
     mixture=True, adapter_rank=8,
 )  # fmt: skip
 
@@ -59,8 +58,8 @@ and coder; docs/FRONTIER.md compares it part by part."""
 
 FRONTIER_BASE_LOCAL: dict[str, Any] = LOCAL | FRONTIER_BASE | dict(
     vocab_size=2048, num_layers=5, model_dim=128, rope_dims=8, loop_first=2, loop_last=2, lanes_from=4,
-    train_seq_len=512, short_seq_len=128, middle_seq_len=0, middle_seq_fraction=0.0, key_offset=False, holdout_every=0,
-    eval_seq_len=512, eval_stride=128, mixture=False, adapter_rank=0,
+    train_seq_len=256, short_seq_len=64, middle_seq_len=0, middle_seq_fraction=0.0, key_offset=False, holdout_every=0,
+    eval_seq_len=256, eval_stride=64, mixture=False, adapter_rank=0,
 )  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
