@@ -17,7 +17,7 @@ from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
-from golf.model.attention import causal_attention, visible_keys
+from golf.model.block import causal_attention, visible_keys
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.quant.export import quantize_state

@@ -9,7 +9,7 @@ from golf.artifact.description import expected_shapes
 from golf.config.config import build_config
 from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
-from golf.model.attention import visible_keys
+from golf.model.block import visible_keys
 from golf.model.layers import Linear
 from golf.quant.export import quantize_state
 from golf.quant.qat import quantized_gpt

@@ -12,7 +12,7 @@ from golf.artifact.description import expected_shapes
 from golf.config.config import build_config
 from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
-from golf.model.attention import visible_keys
+from golf.model.block import visible_keys
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.optim.optimizers import parameters_of_group

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golf.config.config import Config, build_config
-from golf.model.attention import causal_attention
+from golf.model.block import causal_attention
 from golf.runtime import Runtime, compile_fault
 from lab.machine.fingerprint import attention_backend, folder_executes, gpu_states, machine_fingerprint, parse_gpu_query
 

@@ -18,7 +18,7 @@ from golf.config.config import build_config
 from golf.config.knobs import ConfigError, UserError
 from golf.data.loader import TokenStream
 from golf.data.shards import write_shard
-from golf.model.attention import causal_attention, visible_keys
+from golf.model.block import causal_attention, visible_keys
 from golf.model.cache import KeyValueCache
 from golf.model.segments import (
     check_flash,

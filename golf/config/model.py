@@ -136,7 +136,6 @@ def model_rules(config: Any) -> list[Rule]:
             and model.lanes_from < model.num_layers,
             "lanes_from must be a block of the second half, behind those that are repeated",
         ),
-        (not (model.key_offset and model.knowledge_tokens), "key_offset knows no knowledge tokens: switch one off"),
         (
             model.knowledge_at == "input" or not (model.loop_repeats or model.lanes_from),
             "knowledge_at=layers knows no repeated blocks and no lanes",

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from golf.config.features import Feature, register_feature
 from golf.config.model import ModelConfig
-from golf.model.attention import Positions, causal_attention, visible_keys
-from golf.model.block import Block
+from golf.model.block import Block, Positions, causal_attention, visible_keys
 from golf.model.cache import KeyValueCache
 from golf.model.embedding import BigramHash, SmearGate, TokenSmearGate, has_predecessor
 from golf.model.lanes import run_lanes
@@ -116,6 +115,7 @@ class GPT(nn.Module):
         if config.key_offset:
             follows_BT = ids_BT != config.bos_id
             follows_BT[:, 0] &= past > 0
+            follows_BT = F.pad(follows_BT, (new, 0))
         if not (config.document_attention or config.attention_window):
             return Positions(*tables, causal_attention, follows_BT)
         if cache is None and not new and flash_runs(device, self.compute_dtype):
@@ -143,7 +143,9 @@ class GPT(nn.Module):
         joins = self.knowledge is not None and (cache is None or not cache.length)
         renewed = joins and self.knowledge.dim() == 3
         x_BTD = x0_BTD = self.with_knowledge(0, x0_BTD) if joins else x0_BTD
-        order, time, skips = layer_order(self.config, self.looping), x0_BTD.size(1), []
+        order, time, skips = range(len(self.blocks)), x0_BTD.size(1), []
+        if self.config.loop_repeats:
+            order = layer_order(self.config, self.looping)
         half = len(order) // 2
         for place, layer in enumerate(order):
             block, kept = self.blocks[layer], None if cache is None else cache.layers[place]

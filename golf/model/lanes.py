@@ -6,8 +6,7 @@ B batch, T time, S last positions of T, D model width.
 from torch import Tensor
 
 from golf.config.features import Feature, register_feature
-from golf.model.attention import Positions
-from golf.model.block import Block
+from golf.model.block import Block, Positions
 from golf.model.cache import LayerCache
 from golf.model.layers import acts_always, changed_model
 

@@ -1,8 +1,8 @@
 """Computes attention within documents and windows on CUDA, by FlashAttention: in memory that grows with the positions.
 
-The plain form of the same function is `causal_attention` with the mask of `visible_keys` (golf/model/attention.py),
-which other devices, knowledge tokens and caches take. A segment is what a row's queries see at most: a document's part
-in the row, or the row.
+The plain form of the same function is `causal_attention` with the mask of `visible_keys` (golf/model/block.py), which
+other devices, knowledge tokens and caches take. A segment is what a row's queries see at most: a document's part in the
+row, or the row.
 
 B batch, T time, S last positions of T (the queries), N = B T positions of a batch (B S for queries), M bounds of
 segments, H query heads, G key/value heads, K head width.

@@ -105,11 +105,11 @@ class Trainer:
     def warm_up(self) -> None:
         """Compiles and touches everything that training will run, then restores weights and optimizers."""
         before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
-        model, train = self.model, self.config.train
+        train = self.config.train
         changes = self.config.quant.qat_start, train.short_seq_fraction, train.middle_seq_fraction, train.loop_start
         phases = {self.phase(share) for share in (0.0, *changes)}
-        for fake_quantized, self.seq_len, model.looping in sorted(phases, reverse=True):
-            self.set_fake_quantization(fake_quantized)
+        for phase in sorted(phases, reverse=True):
+            self.enter(phase)
             for step in range(train.warmup_steps):
                 self.accumulate_gradients(step)
                 self.optimizers.step(progress=0.0, lr_scale=0.0)
@@ -134,6 +134,11 @@ class Trainer:
             seq_len = train.short_seq_len
         looping = progress >= train.loop_start if train.loop_start else True
         return quant.qat_enabled and progress >= quant.qat_start, seq_len, looping
+
+    def enter(self, phase: tuple[bool, int, bool]) -> None:
+        """Makes the next forward passes those of a phase."""
+        fake_quantized, self.seq_len, self.model.looping = phase
+        self.set_fake_quantization(fake_quantized)
 
     def verify_features(self, at_start: bool) -> None:
         """Verifies that the step, as it is compiled now, has the features that are on."""
@@ -227,8 +232,7 @@ class Trainer:
 
     def take_step(self, progress: float) -> tuple[Tensor, Tensor | None, float]:
         """Returns (this rank's share of the loss, norm of gradients where they are clipped, learning-rate scale)."""
-        fake_quantized, self.seq_len, self.model.looping = self.phase(progress)
-        self.set_fake_quantization(fake_quantized)
+        self.enter(self.phase(progress))
         if self.config.train.prefix_weight:
             self.objective.weight.fill_(prefix_weight(progress, self.config.train))
         train_loss = self.accumulate_gradients(self.step)
@@ -238,6 +242,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Ends training: the last weights count in the average, even if the cap came early."""
+        self.enter(self.phase(1.0))  # a process that resumed behind the last step has not been in it
         self.verify_features(at_start=False)
         self.batches.close()
         self.set_fake_quantization(False)

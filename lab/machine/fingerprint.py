@@ -19,7 +19,7 @@ import torch
 
 from golf.config.config import Config
 from golf.config.model import ModelConfig
-from golf.model.attention import causal_attention
+from golf.model.block import causal_attention
 from golf.model.segments import flash_runs
 from golf.runtime import Runtime, choose_compile
 

@@ -23,7 +23,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golf.config.config import Config, with_knobs
-from golf.model.attention import causal_attention, visible_keys
+from golf.model.block import causal_attention, visible_keys
 from golf.model.init import build_model
 from golf.model.segments import flash_runs, segment_attention, segment_bounds
 from golf.quant.grid import RowGrids, quantize_rows
