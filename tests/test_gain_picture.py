@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lab.compare.gain_picture import draw_gains, fit_gains
+from lab.compare.gain_picture import draw_gains, fit_gains, read_rows
 from lab.compare.statistics import StatisticsError
 
 
@@ -41,3 +41,19 @@ def test_the_picture_says_what_its_lines_say(tmp_path):
     said = draw_gains(rows, 1.0, tmp_path / "gains.png")
     assert {way: figures[0] for way, figures in said.items()} == pytest.approx({"counts": 0.1, "both": 0.2})
     assert (tmp_path / "gains.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}x", "[1]", '[{"run": "a"}]', '[{"run": "a", "what": "b", "val_bpb": "c"}]', "5"]
+)
+def test_files_that_are_no_rows_are_refused_in_a_line(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(StatisticsError, match="rows.json: not the rows"):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_a_picture_of_too_few_runs_is_refused_before_anything_is_measured(tmp_path, run_command_here):
+    rows = tmp_path / "rows.json"
+    rows.write_text('[{"run": "a", "what": "network alone", "val_bpb": 1.5, "seconds": 1}]')
+    refused = run_command_here("tools/adaptation.py", "--rows", rows, "--picture", tmp_path / "gains.png")
+    assert refused.returncode == 2 and "three runs" in refused.stderr and not (tmp_path / "gains.png").exists()

@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from golf.artifact.container import read_artifact
-from golf.config.knobs import parse_json
 from golf.config.presets import PRESETS
 from golf.data.shards import expand_glob, find_shards
 from golf.run.folder import RunFolder
 from golf.runtime import Log, leave, start_runtime
 from lab.cli import DeviceOptions, markdown_table, run_command
 from lab.compare.adaptation import measure_parts, open_artifact
-from lab.compare.gain_picture import draw_gains
+from lab.compare.gain_picture import draw_gains, read_rows
+from lab.compare.statistics import StatisticsError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Options(DeviceOptions):
 
 
 def work(options: Options) -> int:
-    rows = [row for path in options.rows for row in parse_json(path.read_bytes())]
+    rows = [row for path in options.rows for row in read_rows(path)]
+    if options.picture and len({row["run"] for row in rows} | {path.name for path in options.runs}) < 3:
+        raise StatisticsError("--picture needs the rows of three runs at least: name more runs, or --rows FILE")
     with start_runtime(options.run_config(), "adaptation", Log(sys.stderr)) as runtime:
         for path in options.runs:
             folder = RunFolder(path)
@@ -54,14 +56,14 @@ def work(options: Options) -> int:
             shards = expand_glob(options.val) if options.val else find_shards(config.data.data_path, "val")
             opened = open_artifact(artifact, config.data.tokenizer_path, shards, score, runtime, options.targets)
             rows += [{"run": path.name} | asdict(row) for row in measure_parts(opened)]
-    if options.picture:
-        for way, (gain, low, high) in draw_gains(rows, options.wanted, options.picture).items():
-            print(f"{way}: {gain:.4f} ({low:.4f} to {high:.4f}) at {options.wanted}", file=sys.stderr)
     if options.json:
         print(json.dumps(rows))
-        return 0
-    cells = [(row["run"], row["what"], f"{row['val_bpb']:.4f}", f"{row['seconds']:.1f}") for row in rows]
-    print(markdown_table(("run", "what", "bits per byte", "seconds"), cells, texts=2), end="")
+    else:
+        cells = [(row["run"], row["what"], f"{row['val_bpb']:.4f}", f"{row['seconds']:.1f}") for row in rows]
+        print(markdown_table(("run", "what", "bits per byte", "seconds"), cells, texts=2), end="")
+    if options.picture:  # last, so that nothing that was measured is lost with it
+        for way, (gain, low, high) in draw_gains(rows, options.wanted, options.picture).items():
+            print(f"{way}: {gain:.4f} ({low:.4f} to {high:.4f}) at {options.wanted}", file=sys.stderr)
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from golf.config.knobs import parse_json
 from lab.compare.statistics import StatisticsError, student_t_quantile
 from lab.rates.pictures import line_style, save_picture, tidy_axes
 
@@ -33,6 +34,18 @@ class GainLine:
         far = math.sqrt(1 + 1 / self.count + (bpb - self.mean) ** 2 / self.spread)
         half = -student_t_quantile(ALPHA / 2, self.count - 2) * self.error * far
         return gain, gain - half, gain + half
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Reads what tools/adaptation.py printed with --json. Raises StatisticsError, OSError."""
+    try:
+        return [
+            {"run": str(row["run"]), "what": str(row["what"])}
+            | {figure: float(row[figure]) for figure in ("val_bpb", "seconds")}
+            for row in parse_json(path.read_bytes())
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise StatisticsError(f"{path}: not the rows that tools/adaptation.py prints with --json") from None
 
 
 def fit_gains(network_N: Sequence[float], gains_N: Sequence[float]) -> GainLine:
