@@ -33,6 +33,13 @@ def test_presets_are_valid_and_survive_json(preset):
     assert config_from_dict(json.loads(json.dumps(config_dict(config)))) == config
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_names_shards_or_a_text_and_never_both(preset):
+    data = build_config(preset, {}, {}).data
+    assert bool(data.data_path) != bool(data.corpus)
+    assert bool(data.tokenizer_path) == bool(data.data_path)
+
+
 def test_precedence_is_preset_environment_command_line():
     environ = {"NUM_LAYERS": "5", "SEED": "7", "UNRELATED": "x"}
     config = build_config("local", environ, {"num_layers": "4"})

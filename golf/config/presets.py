@@ -57,7 +57,8 @@ FRONTIER_BASE: dict[str, Any] = dict(
 and coder; docs/FRONTIER.md compares it part by part."""
 
 FRONTIER_BASE_LOCAL: dict[str, Any] = LOCAL | FRONTIER_BASE | dict(
-    vocab_size=2048, num_layers=5, model_dim=128, rope_dims=8, loop_first=2, loop_last=2, lanes_from=4,
+    data_path="", tokenizer_path="", vocab_size=2048, num_layers=5, model_dim=128, rope_dims=8, loop_first=2,
+    loop_last=2, lanes_from=4,
     train_seq_len=256, short_seq_len=64, middle_seq_len=0, middle_seq_fraction=0.0, key_offset=False, holdout_every=0,
     eval_seq_len=256, eval_stride=64, mixture=False, adapter_rank=0,
 )  # fmt: skip
