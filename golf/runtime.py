@@ -68,6 +68,8 @@ class Runtime:
     """Whether the training step is compiled by torch.compile."""
     compile_fault: str = ""
     """Why it is not, where compile=auto asked for it."""
+    store: dist.Store | None = None
+    """Numbers that all ranks can add to; None for one rank."""
 
     @property
     def compiles_scoring(self) -> bool:
@@ -193,6 +195,7 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
         torch.set_num_threads(run.threads)
     torch.manual_seed(run.seed)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    store = None
     if world_size > 1:
         store, rank, world_size = next(rendezvous("env://", rank, world_size))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -200,7 +203,7 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
         # Long enough for the main rank to prepare a corpus while the others wait.
         dist.init_process_group(backend, timeout=timedelta(hours=2), world_size=world_size, rank=rank, store=store)
     with sdpa_kernel(CUDNN_FIRST, set_priority=True) if run.attention_kernels == "cudnn" else contextlib.nullcontext():
-        yield Runtime(device, rank, world_size, log or Log(), compiles, fault)
+        yield Runtime(device, rank, world_size, log or Log(), compiles, fault, store)
     if world_size > 1:  # not after an error: the others may be waiting for this rank, and torchrun ends them
         dist.destroy_process_group()
 

@@ -1,6 +1,10 @@
 """Adapters of each document: score first, forgotten with their document, causal, exact, resumed and proven."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +19,10 @@ import golf.score.roundtrip
 from golf.config.config import Config, with_knobs
 from golf.config.features import FEATURES
 from golf.model.init import build_model
-from golf.score.adapted import score_adapted
+from golf.score.adapted import claim_documents, score_adapted
 from golf.score.adapters import Adapters, LaneScorer, chunk_size, lane_steps
 from golf.score.journal import ScoreJournal
-from golf.score.scorer import evaluation_mode, sliding_settings
+from golf.score.scorer import sliding_settings
 from golf.score.windows import stream_documents
 from lab.compress.proof import decode_beginning, encode_beginning, judge, scorer_nats
 from lab.probe.adaptive_scorer import AdaptedScorer, MixtureScorer
@@ -123,21 +127,38 @@ def test_the_model_is_left_as_it_was(model):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_documents(model, ranks):
-    alone, together = nats_of(model), np.zeros(len(STREAM) - 1)
-    for rank in range(ranks):
-        runtime = quiet(rank, ranks)
-        for name in ("sum_over_ranks", "max_over_ranks"):
-            object.__setattr__(runtime, name, lambda *parts: parts[0] if len(parts) == 1 else list(parts))
-        part = np.full(len(STREAM) - 1, np.nan)
-        documents = stream_documents(STREAM, BOS)[rank::ranks]
-        with evaluation_mode(model):
-            lanes = LaneScorer(model, torch.from_numpy(STREAM.astype(np.int32)), SETTINGS, SCORE)
-            for step in lane_steps(documents, SCORE.adapter_lanes, 8):
-                lanes.step(step, lambda i, nats, part=part: part.__setitem__(i.numpy(), nats.numpy()))
-        together += np.nan_to_num(part)
-    assert together == pytest.approx(alone, abs=1e-5)
+@given(st.integers(0, 40), st.lists(st.integers(0, 2), max_size=80))
+def test_every_document_is_claimed_by_one_rank(documents, order):
+    store, taken = torch.distributed.HashStore(), ([], [], [])
+    store.set("documents", "0")
+    runtimes = [dataclasses.replace(quiet(rank, 3), store=store) for rank in range(3)]
+    claims = [claim_documents(range(100, 100 + documents), runtimes[rank], taken[rank]) for rank in range(3)]
+    yielded = [number for rank in [*order, 0] if (number := next(claims[rank], None)) is not None]
+    yielded += [number for rank in range(3) for number in claims[rank]]
+    assert yielded == list(range(100, 100 + documents)) == sorted(sum(taken, []))
+
+
+@pytest.mark.slow
+def test_ranks_share_the_documents_and_the_score_does_not_depend_on_their_number(tmp_path):
+    found = {ranks: score_on(ranks, tmp_path / str(ranks)) for ranks in (1, 2, 3)}
+    scores = {line.partition(" documents ")[0] for lines in found.values() for line in lines}
+    assert len(scores) == 1, found
+    for ranks, lines in found.items():
+        counts = [[int(n) for n in line.partition(" documents ")[2].split(" and ")] for line in lines]
+        assert sum(had for had, _ in counts) == len(stream_documents(STREAM, BOS)) and len(lines) == ranks
+        assert sum(again for _, again in counts) == sum(had - had // 2 for had, _ in counts)
+
+
+def score_on(ranks: int, folder: Path) -> list[str]:
+    """Returns what each rank of tests/score_on_ranks.py printed."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    finished = subprocess.run(
+        [*command, "tests/score_on_ranks.py", str(folder)], cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return [line for line in finished.stdout.splitlines() if line.startswith("scored ")]
 
 
 # ---- the artifact's score ----

@@ -1,10 +1,15 @@
 """Scores a stream with a network that adapts to each document (golf/score/adapters.py).
 
-Ranks take documents in turn. N targets of the stream.
+Ranks claim documents from one queue as their lanes get free: of 50,000 web documents on eight ranks of four lanes, the
+busiest then has 1.1 % more work than the mean, and 3.8 % where they take documents in turn (modelled). Documents know
+nothing of each other, so the score does not depend on who claims which.
+
+D documents, N targets of the stream.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -21,20 +26,40 @@ from golf.runtime import Runtime
 from golf.score.adapters import LaneScorer, document_chunks, lane_steps
 from golf.score.journal import ScoreJournal, ScoreSums
 from golf.score.progress import ScoreProgress
-from golf.score.scorer import Recorder, Score, ScoreSettings, evaluation_mode, prepare_job, sum_sums
+from golf.score.scorer import Recorder, Score, ScoreSettings, evaluation_mode, prepare_job
 from golf.score.windows import stream_documents
 
 TIMED_STEPS = 4
+QUEUE = "documents"
+"""Key of the number of documents that ranks have claimed."""
 
 
 class DocumentSums:
-    """Keeps the nats of single targets until their documents are whole."""
+    """Keeps the nats of single targets until their documents are whole, and the sums of those that this rank scored."""
 
-    def __init__(self, bytes_N: Tensor, recorder: Recorder | None):
-        self.nats_N, self.bytes_N = torch.zeros(len(bytes_N), dtype=torch.float64), bytes_N.cpu()
-        self.counted_N, self.recorder = torch.zeros(len(bytes_N), dtype=torch.bool), recorder
+    def __init__(self, documents: Sequence[tuple[int, int]], bytes_N: Tensor, recorder: Recorder | None):
+        self.documents, self.bytes_N, self.recorder = documents, bytes_N.cpu(), recorder
+        self.nats_N = torch.zeros(len(bytes_N), dtype=torch.float64)
+        self.counted_N = torch.zeros(len(bytes_N), dtype=torch.bool)
+        self.table_D3 = torch.zeros(len(documents), 3, dtype=torch.float64)
+        """Nats, targets and bytes."""
         self.seconds = 0.0
         """Of steps that no document in the journal has taken over yet."""
+
+    def resume(self, journal: ScoreJournal | None, runtime: Runtime) -> list[int]:
+        """Takes the documents that the journal holds; returns the numbers of those that no rank's does."""
+        known = {(row["begin"], row["end"]): row for row in journal.chunks} if journal else {}
+        for number, document in enumerate(self.documents):
+            if row := known.get(document):
+                self.table_D3[number] = torch.tensor([row["nats"], row["tokens"], row["bytes"]], dtype=torch.float64)
+        if runtime.store and runtime.is_main:
+            runtime.store.set(QUEUE, "0")  # before the others can leave the next line
+        targets_D = runtime.sum_over_ranks(self.table_D3[:, 1].clone())
+        left = torch.nonzero(targets_D == 0).flatten().tolist()
+        if known and self.recorder:  # another rank may claim what this one had begun
+            for begin, end in (self.documents[number] for number in left):
+                self.recorder(torch.arange(begin, end), torch.zeros(end - begin, dtype=torch.float64))
+        return left
 
     def record(self, index_M: Tensor, nats_M: Tensor) -> None:
         index_M, nats_M = index_M.cpu(), nats_M.cpu()
@@ -43,15 +68,15 @@ class DocumentSums:
         if self.recorder:
             self.recorder(index_M, nats_M)
 
-    def close(self, document: tuple[int, int], journal: ScoreJournal | None) -> ScoreSums:
-        """Returns the sums of a document that has ended, and journals them."""
-        part = slice(*document)
-        assert self.counted_N[part].all(), "a target of a document was left out"
-        sums = ScoreSums(self.nats_N[part].sum().item(), part.stop - part.start, int(self.bytes_N[part].sum()))
+    def close(self, number: int, journal: ScoreJournal | None) -> None:
+        """Adds up a document that has ended, and journals its sums."""
+        begin, end = self.documents[number]
+        assert self.counted_N[begin:end].all(), "a target of a document was left out"
+        sums = ScoreSums(self.nats_N[begin:end].sum().item(), end - begin, int(self.bytes_N[begin:end].sum()))
+        self.table_D3[number] = torch.tensor([sums.nats, sums.tokens, sums.bytes], dtype=torch.float64)
         if journal:
-            journal.add(*document, sums, self.seconds)
+            journal.add(begin, end, sums, self.seconds)
             self.seconds = 0.0
-        return sums
 
 
 def score_adapted(
@@ -73,38 +98,48 @@ def score_adapted(
     """
     started, earlier = time.perf_counter(), journal.seconds if journal else 0.0
     job = prepare_job(model, tokens, byte_table, settings, runtime.device)
-    own = own_documents(tokens, model, runtime)
-    known = {document: journal.sums_of(*document) for document in own} if journal else {}
-    left = [document for document in own if not known.get(document)]
-    steps = list(lane_steps(left, score.adapter_lanes, settings.stride))
-    sums = DocumentSums(job.bytes_N, recorder)
+    documents = stream_documents(tokens, model.config.bos_id)
+    sums, taken = DocumentSums(documents, job.bytes_N, recorder), []
+    left = sums.resume(journal, runtime)
+    claims = claim_documents(left, runtime, taken)
     with evaluation_mode(model):
         scorer = LaneScorer(model, job.tokens_N1, settings, score)
-        progress = ScoreProgress(runtime, len(steps), settings.seq_len * score.adapter_lanes, len(steps))
-        for step in steps:
+        share = count_steps([documents[number] for number in left], settings, score, runtime)
+        progress = ScoreProgress(runtime, share, settings.seq_len * score.adapter_lanes, share)
+        for step in lane_steps((documents[number] for number in claims), score.adapter_lanes, settings.stride):
             began = time.perf_counter()
             scorer.step(step, sums.record)
             sums.seconds += time.perf_counter() - began
             progress.advance(1)
-            for document in (left[chunk.document] for chunk in step if chunk and chunk.closes):
-                known[document] = sums.close(document, journal)
+            for number in (taken[chunk.document] for chunk in step if chunk and chunk.closes):
+                sums.close(number, journal)
                 check()
-        effect = scorer.effect(own)
-    seconds, total = time.perf_counter() - started, sum_sums(sum(known.values(), ScoreSums()), runtime)
-    assert total.tokens == len(tokens) - 1, f"{total.tokens} targets scored of {len(tokens) - 1}"
+        effect = scorer.effect(documents)
+    seconds = time.perf_counter() - started
+    nats, targets, byte_count = runtime.sum_over_ranks(sums.table_D3).sum(0).tolist()
+    assert targets == len(tokens) - 1, f"{targets:.0f} targets scored of {len(tokens) - 1}"
     most, effect = runtime.max_over_ranks(earlier + seconds, effect)
-    every = enumerate(stream_documents(tokens, model.config.bos_id))
-    chunks = sum(1 for number, document in every for _ in document_chunks(number, *document, settings.stride))
+    chunks = sum(1 for document in documents for _ in document_chunks(0, *document, settings.stride))
     return Score(
-        nats=total.nats, tokens=total.tokens, bytes=total.bytes, documents=job.documents, windows=chunks,
+        nats=nats, tokens=int(targets), bytes=int(byte_count), documents=job.documents, windows=chunks,
         window_tokens=chunks * settings.seq_len, stride=settings.stride, seconds=most,
         parts={"adapter_effect": effect},
     )  # fmt: skip
 
 
-def own_documents(tokens: np.ndarray, model: GPT, runtime: Runtime) -> list[tuple[int, int]]:
-    """Returns this rank's documents."""
-    return stream_documents(tokens, model.config.bos_id)[runtime.rank :: runtime.world_size]
+def claim_documents(left: Sequence[int], runtime: Runtime, taken: list[int]) -> Iterator[int]:
+    """Yields, and adds to `taken`, one after another of the numbers in `left` that no other rank has claimed."""
+    alone = itertools.count(1)
+    while (claimed := runtime.store.add(QUEUE, 1) if runtime.store else next(alone)) <= len(left):
+        taken.append(left[claimed - 1])
+        yield taken[-1]
+
+
+def count_steps(
+    documents: Sequence[tuple[int, int]], settings: ScoreSettings, score: ScoreConfig, runtime: Runtime
+) -> int:
+    """Returns the steps that the busiest rank takes for documents that are claimed, if ranks are equally fast."""
+    return sum(1 for _ in lane_steps(documents, score.adapter_lanes * runtime.world_size, settings.stride))
 
 
 def forecast_adapted(
@@ -113,11 +148,11 @@ def forecast_adapted(
 ) -> float:  # fmt: skip
     """Forecasts the slowest rank's seconds of `score_adapted`, from a few steps, whose scores are forgotten."""
     job = prepare_job(model, tokens, byte_table, settings, runtime.device)
-    own = own_documents(tokens, model, runtime)
-    steps = sum(1 for _ in lane_steps(own, score.adapter_lanes, settings.stride))
+    documents = stream_documents(tokens, model.config.bos_id)
+    steps = count_steps(documents, settings, score, runtime)
     with evaluation_mode(model):
         scorer = LaneScorer(model, job.tokens_N1, settings, score)
-        timed = list(islice(lane_steps(own, score.adapter_lanes, settings.stride), 1 + TIMED_STEPS))
+        timed = list(islice(lane_steps(documents, score.adapter_lanes, settings.stride), 1 + TIMED_STEPS))
         for number, step in enumerate(timed):
             if number == 1:
                 started = time.perf_counter()

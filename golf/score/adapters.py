@@ -8,7 +8,7 @@ there, and then learns from this chunk. Batches have one shape, whatever documen
 B lanes, T tokens of a window, S targets of a chunk (the last S of T), I input width, O output width, R rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
@@ -57,8 +57,9 @@ def document_chunks(number: int, begin: int, end: int, size: int) -> Iterator[Ch
         first = last
 
 
-def lane_steps(documents: Sequence[tuple[int, int]], lanes: int, size: int) -> Iterator[list[Chunk | None]]:
-    """Yields each step's chunks, by lane; None for a lane that has no document left."""
+def lane_steps(documents: Iterable[tuple[int, int]], lanes: int, size: int) -> Iterator[list[Chunk | None]]:
+    """Yields each step's chunks, by lane; None for a lane that has no document left. Documents are numbered as they
+    are taken: one when a lane is free for it."""
     every = iter(enumerate(documents))
     work: list[Iterator[Chunk]] = [iter(())] * lanes
     while True:
