@@ -18,6 +18,7 @@ from golf.model.init import build_model
 from golf.run.trainer import Trainer
 from golf.runtime import Runtime, Stopwatch
 from lab.machine.plan import (
+    ADAPTING_SPEED,
     EXPECTED_STEP_SECONDS,
     EXPECTED_VAL_TOKENS,
     SCORING_SPEED,
@@ -164,14 +165,26 @@ def test_rows_that_can_not_be_dealt_are_refused_before_the_run():
 def test_scoring_forecast():
     """100 windows of 32 tokens are 3,200 tokens; training does 32 in 0.5 s."""
     config = build_config("local", {}, TINY)
-    assert forecast_scoring_seconds(config, 32 + 99 * 8 + 1, 0.5) == (50 / SCORING_SPEED[1], 50 / SCORING_SPEED[0])
+    plain = replace(config, score=replace(config.score, mixture=False, adapter_rank=0))
+    tokens = 32 + 99 * 8 + 1
+    assert forecast_scoring_seconds(plain, tokens, 0.5) == (50 / SCORING_SPEED[1], 50 / SCORING_SPEED[0])
+    counted = replace(config, score=replace(config.score, mixture=True, adapter_rank=0, mixture_parts=2))
+    more = [a - b for a, b in zip(forecast_scoring_seconds(counted, tokens, 0.5), (50 / 6.0, 50 / 1.3), strict=True)]
+    assert more == pytest.approx([tokens / 2 / 170_000, tokens / 2 / 50_000])
+    least, most = forecast_scoring_seconds(replace(plain, score=replace(plain.score, adapter_rank=8)), tokens, 0.5)
+    assert (least, most) == pytest.approx((50 / ADAPTING_SPEED[1], (100 + 3) * 0.5 / ADAPTING_SPEED[0]))
+
+
+def test_the_frontier_s_adaptive_score_is_planned_within_its_limit():
+    plan = plan_run(build_config("frontier", {}, {}))
+    assert plan.problems == [] and plan.scoring_seconds[0] < 600
+
+
+def test_presets_are_planned_with_what_they_score_with():
     own_text = build_config("local", {}, {"corpus": "my.txt"})
     assert plan_run(own_text).scoring_seconds is None and plan_run(own_text, val_tokens=10**6).scoring_seconds
-    assert (
-        plan_run(build_config("local", {}, {})).scoring_seconds[0]
-        < 12
-        < plan_run(own_text, None, 1, 0, 119_474).scoring_seconds[1]
-    )
+    least, most = plan_run(build_config("local", {}, {})).scoring_seconds
+    assert least < 31.8 < most  # three seeds: 31.2 to 32.2 s
 
 
 def test_lines_are_a_table():

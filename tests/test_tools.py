@@ -168,6 +168,16 @@ def test_plan_in_figures(run_here):
     assert 0 < figures["eval_seconds"][0] < figures["eval_seconds"][1] and figures["problems"] == []
 
 
+@pytest.mark.slow
+def test_a_plan_counts_the_packed_code_of_its_own_preset(run_here):
+    sizes = {}
+    for preset in ("local", "baseline-local"):
+        status, output, _ = run_here(plan, "--preset", preset, "--json")
+        sizes[preset], figures = json.loads(output)["bytes_code"], json.loads(output)
+        assert status == 0 and figures["bytes_total"] == [part + sizes[preset] for part in figures["bytes_model"]]
+    assert 30_000 < sizes["baseline-local"] < sizes["local"] < 80_000
+
+
 def test_a_plan_with_problems_is_a_finding(run_here):
     status, output, _ = run_here(plan, "--preset", "local", "--no-code", "--json", "iterations=2")
     assert status == 1 and json.loads(output)["problems"]

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import tyro
 
-from golf.config.config import build_config
+from golf.config.config import Config, build_config
 from golf.config.knobs import EXIT_FINDINGS, ConfigError
 from golf.run.command import parse_overrides
 from lab.bundle.bundler import bundle_source
+from lab.bundle.frozen import freeze_config
 from lab.bundle.packer import pack_source
 from lab.cli import ToolOptions, run_command
 from lab.machine.plan import RunPlan, plan_lines, plan_run, timeline
@@ -65,15 +66,20 @@ def plan_dict(plan: RunPlan) -> dict[str, Any]:
     }
 
 
+def packed_code(config: Config) -> bytes:
+    """Returns the script that a run with this configuration would ship."""
+    return pack_source(bundle_source(REPOSITORY / "train_gpt.py", REPOSITORY, freeze_config(config)))
+
+
 def work(options: Options) -> int:
     if options.world_size < 1:
         raise ConfigError(f"--world-size {options.world_size}: a step needs at least one process")
     named = {"preset": options.preset, "corpus": options.corpus}
     overrides = parse_overrides(options.knobs) | {knob: value for knob, value in named.items() if value}
     config = build_config("leaderboard" if torch.cuda.is_available() else "local", os.environ, overrides)
-    code = "" if options.no_code else pack_source(bundle_source(REPOSITORY / "train_gpt.py", REPOSITORY))
+    code = b"" if options.no_code else packed_code(config)
     step_seconds = None if options.step_ms is None else options.step_ms / 1000
-    planned = plan_run(config, step_seconds, options.world_size, len(code.encode()))
+    planned = plan_run(config, step_seconds, options.world_size, len(code))
     print(json.dumps(plan_dict(planned)) if options.json else "\n".join(plan_lines(planned)))
     return EXIT_FINDINGS if planned.problems else 0
 

@@ -63,6 +63,12 @@ FRONTIER_BASE_LOCAL: dict[str, Any] = LOCAL | FRONTIER_BASE | dict(
     eval_seq_len=256, eval_stride=64, mixture=False, adapter_rank=0,
 )  # fmt: skip
 
+ADAPTIVE: dict[str, Any] = dict(mixture=True, adapter_rank=8)
+FRONTIER: dict[str, Any] = (
+    FRONTIER_BASE | ADAPTIVE | dict(mixture_parts=8, adapter_lanes=32, eval_seq_len=2048, eval_stride=64)
+)
+FRONTIER_LOCAL: dict[str, Any] = FRONTIER_BASE_LOCAL | ADAPTIVE
+
 PRESETS: dict[str, dict[str, Any]] = {
     "leaderboard": {},
     "local": LOCAL,
@@ -71,6 +77,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stories": STORIES,
     "frontier-base": FRONTIER_BASE,
     "frontier-base-local": FRONTIER_BASE_LOCAL,
+    "frontier": FRONTIER,
+    "frontier-local": FRONTIER_LOCAL,
 }
 """Presets by name."""
 

@@ -38,18 +38,29 @@ EXPECTED_STEP_SECONDS = {
     "stories": (0.28, "2 cores of an AMD EPYC virtual machine"),
     "frontier-base": (0.122, "8xH100, log of pull request 2014"),
     "frontier-base-local": (0.25, "2 cores of an AMD EPYC virtual machine"),
+    "frontier": (0.122, "8xH100, log of pull request 2014"),
+    "frontier-local": (0.25, "2 cores of an AMD EPYC virtual machine"),
 }
 """Seconds of a step of each preset as it is, and where; those of the local twins are medians of three runs
 (docs/LOG.md), that of `stories` is 2.1 times `local`'s, as measured one after the other on a busier machine, that of
 `frontier-base-local` is the mean of 12 rounds of four steps, before blocks repeat (0.19) and after (0.28)."""
 EXPECTED_VAL_TOKENS = {
     "leaderboard": 62_021_846, "baseline": 62_021_846, "local": 119_474, "baseline-local": 147_151, "stories": 398_296,
-    "frontier-base": 47_853_344, "frontier-base-local": 119_474,
+    "frontier-base": 47_853_344, "frontier-base-local": 119_474, "frontier": 47_853_344, "frontier-local": 119_474,
 }  # fmt: skip
 SCORING_SPEED = (1.3, 6.0)
 """Window tokens per second in scoring over tokens per second in training. Measured on a CPU: `local` 4.9 to 5.6,
 `leaderboard`'s shape 2.7 to 3.7, plain rows of the baselines 1.5 to 2.2. A script of the competition, which computes
 every logit, reached 1.3 on 8xH100 with windows of 2,048 at stride 64 (168 s; 89.4 ms a step)."""
+ADAPTING_SPEED = (0.8, 1.5)
+"""The same where each window is also learned from. Measured on a CPU: `local` 1.27; no GPU has run it. Two thirds of
+training's products, since the matrices' own gradients are not needed, would be 1.5."""
+SHORTER_CHUNKS = 3, 950
+"""Windows that a document adds by beginning with shorter chunks and ending within one, at most, and its tokens:
+FineWeb's validation documents have 957 CaseOps pieces on average."""
+MIXING_SPEED = (50_000, 170_000)
+"""Targets a second that one process mixes with counts: whole text of millions (its tables outgrow the caches: modelled)
+and 119,473 (measured 150,000 to 170,000)."""
 MOST_STEPS = 1_000_000
 TRAINED_SHARE = (0.90, 1.01)
 """Bytes of trained weights over those of Gaussian ones (which no training of ours has passed: trained rows have longer
@@ -170,9 +181,16 @@ def gaussian_bits(columns: int, bits: int, codec: str) -> float:
 
 def forecast_scoring_seconds(config: Config, tokens: int, step_seconds: float) -> tuple[float, float]:
     """Returns the least and most seconds to score so many tokens, on ranks that train at `step_seconds` a step."""
-    windows = plan_windows(tokens - 1, config.score.eval_seq_len, config.score.eval_stride)
-    train_seconds = len(windows) * windows.length * step_seconds / config.train.train_batch_tokens
-    return train_seconds / SCORING_SPEED[1], train_seconds / SCORING_SPEED[0]
+    score, speed = config.score, SCORING_SPEED
+    windows = plan_windows(tokens - 1, score.eval_seq_len, score.eval_stride)
+    least = most = len(windows)
+    if score.adapter_rank:
+        speed, (more, document) = ADAPTING_SPEED, SHORTER_CHUNKS
+        most += more * (tokens // document + 1)
+    window_seconds = windows.length * step_seconds / config.train.train_batch_tokens
+    part = score.mixture * tokens / score.mixture_parts  # as many ranks as parts
+    slow, fast = (part / targets for targets in MIXING_SPEED)
+    return least * window_seconds / speed[1] + fast, most * window_seconds / speed[0] + slow
 
 
 def plan_problems(plan: RunPlan) -> list[str]:
