@@ -19,6 +19,7 @@ from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
 from golf.data.tokenizer import load_tokenizer
 from golf.model.gpt import GPT
 from golf.model.init import build_model
+from golf.model.kernels import install_kernels
 from golf.model.segments import check_flash
 from golf.optim.average import new_average
 from golf.optim.optimizers import Optimizers
@@ -61,6 +62,8 @@ def new_trainer(config: Config, runtime: Runtime, stream: TokenStream) -> "Train
     if config.model.document_attention or config.model.attention_window:
         check_flash(config.model, runtime.device)
     model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
+    if config.run.kernels != "off" and runtime.device.type == "cuda":
+        install_kernels(model)
     return Trainer(install_activation_quantizers(model), config, runtime, stream)
 
 

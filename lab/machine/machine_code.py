@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from golf.config.site_quantizers import parse_site
-from golf.quant.grid import compiled_kernel
+from golf.model.kernels import compiled_kernel
 from golf.quant.site_grid import kernel_options, launch_shape, site_row_kernel
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
