@@ -176,7 +176,7 @@ def choose_compile(wanted: str, device: torch.device) -> bool:
 
 
 def check_kernels(wanted: str, device: torch.device) -> None:
-    """Raises ConfigError where kernels were asked for (golf/model/kernels.py) and can't run."""
+    """Raises ConfigError where kernels were asked for (golf/model/fused.py) and can't run."""
     if wanted == "on" and device.type != "cuda":
         raise ConfigError("kernels=on: they run on CUDA alone, and this run is on a CPU: set kernels=off")
     if device.type == "cuda" and not find_spec("triton"):

@@ -1,30 +1,35 @@
 """Runs the Triton kernels of golf/model/kernels.py on the CPU, in Triton's interpreter, and compares results and
 gradients with those of the plain forms in float64. A program of its own: the interpreter is chosen before triton is
-imported (TRITON_INTERPRET=1). With the name of a kernel, an error is planted in it."""
+imported (TRITON_INTERPRET=1). With the name of a kernel, an error is planted in its gradients."""
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import golf.model.kernels
+from golf.config.model import ModelConfig
 from golf.model.block import BY_MLP_ACTIVATION, gate_heads, without_own_value
-from golf.model.kernels import SLOPES, CappedLoss, SquaredMlp, exclusive_heads
+from golf.model.fused import SLOPES, install_fused, verify_fused, without_fused
+from golf.model.init import build_model
+from golf.model.kernels import SquaredMlp, exclusive_heads
+from golf.model.layers import changed_model
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
-"""Largest difference, as a share of the largest value: the interpreter cuts to bf16 where a device rounds (2^-7 = 0.8e-2
-each time, and a gradient may be cut twice)."""
-
-
-def plain_loss(x_ND: Tensor, head_VD: Tensor, target_N: Tensor, cap: float) -> Tensor:
-    return F.cross_entropy(cap * torch.tanh(x_ND @ head_VD.T / cap), target_N, reduction="none")
+"""Largest difference, as a share of the largest value: the interpreter cuts to bf16 where a device rounds (2^-7 =
+0.8e-2 each time, and a gradient may be cut twice)."""
+SMALL = ModelConfig(
+    vocab_size=97, num_layers=3, model_dim=24, num_heads=4, num_kv_heads=2, mlp_mult=2.0, bigram_vocab_size=0,
+    train_seq_len=32, mlp_activation="leaky_relu2", exclusive_attention=True, attention_gate_dims=8, loop_first=1,
+    loop_last=1, loop_repeats=1, rope_dims=4, document_attention=True,
+)  # fmt: skip
 
 
 def plain_mlp(x_ND: Tensor, up_MD: Tensor, down_DM: Tensor, activation: str) -> Tensor:
@@ -61,11 +66,6 @@ def cases() -> list[tuple[str, Callable, Callable, list[Tensor]]]:
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, generator=generator)
 
-    for rows, width, columns, cap in ((5, 8, 64, 30.0), (3, 7, 100, 5.0), (2, 16, 1000, 30.0), (1, 4, 3, 2.0)):
-        target_N = torch.randint(columns, (rows,), generator=generator)
-        inputs = [normal(rows, width, scale=3.0), normal(columns, width, scale=3.0)]
-        kernel = lambda x, head, t=target_N, cap=cap: CappedLoss.apply(x, head, t, cap, True)  # noqa: E731
-        found.append(("capped_loss", kernel, partial(plain_loss, target_N=target_N, cap=cap), inputs))
     for rows, width, hidden in ((4, 64, 32), (130, 48, 260), (1, 100, 7)):
         for activation, slope in SLOPES.items():
             inputs = [normal(rows, width), normal(hidden, width, scale=0.2), normal(width, hidden, scale=0.2)]
@@ -96,10 +96,34 @@ def plant(name: str) -> None:
     def wrong(function: Callable, *given: object, **options: object) -> None:
         launch(function, *given, **options)
         if function.__name__ == f"{name}_kernel" and options["BACKWARD"]:
-            place = {"capped_loss": 4, "activated_product": 4, "exclusive_heads": 5}[name]
-            given[place].view(-1)[::3] *= 1.05
+            given[{"activated_product": 4, "exclusive_heads": 5}[name]].view(-1)[::3] *= 1.05
 
     golf.model.kernels.launch_kernel = wrong
+
+
+def check_model() -> str:
+    """Compares loss and gradients of a small network with fused forms to those with plain ones, and its proof."""
+    model = build_model(SMALL, 0)
+    for name, weight in model.named_parameters():  # no output is zero, and no gate
+        weight.data += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+    ids_BT = torch.randint(2, 97, (2, 33), generator=torch.Generator().manual_seed(1))
+    batch, losses, gradients = (ids_BT[:, :-1], ids_BT[:, 1:]), [], []
+    assert verify_fused(model, model, batch)[1].startswith("plain")
+    install_fused(model)
+    for context in (nullcontext(), without_fused(model)):
+        with context:
+            loss = model(*batch)
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+            losses.append(loss.item())
+    assert abs(losses[0] - losses[1]) < 1e-6 * losses[1], losses
+    off = max(difference(one, other) for one, other in zip(*gradients, strict=True))
+    assert off < 1e-4, f"model: {off:.2e}"
+    holds, effect = verify_fused(model, model, batch)
+    assert holds and effect.startswith("8 launches"), effect  # 3 blocks, one of them twice, with two kernels each
+    assert not verify_fused(lambda *given: model(*given) * 1.01, model, batch)[0]
+    with changed_model(model, exclusive_attention=False):
+        assert abs(model(*batch).item() - losses[0]) > 1e-4
+    return effect
 
 
 def main() -> None:
@@ -113,6 +137,7 @@ def main() -> None:
             print(f"{name} {[tuple(part.shape) for part in inputs]} {dtype}: {off:.2e}", file=sys.stderr)
             assert off <= most, f"{name}: {off:.2e} is more than {most:.2e}"
             count += 1
+    print(f"{count} agree, a model too: {check_model()}", file=sys.stderr)
     print(f"{count} agree")
 
 

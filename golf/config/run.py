@@ -25,7 +25,7 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "on"
     """torch.compile the training step and the scorer; auto: where a trial of it works."""
     kernels: Literal["auto", "on", "off"] = "off"
-    """Train by Triton kernels of our own where the network has parts that they compute; auto: on CUDA."""
+    """Train by fused forms (golf/model/fused.py) of loss, MLP and exclusive attention with gates; auto: on CUDA."""
     threads: int = 0
     """CPU threads of torch; 0: torch's own choice."""
     limit_bytes: int = 16_000_000

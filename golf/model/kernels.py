@@ -1,31 +1,29 @@
-"""Defines Triton kernels for parts of the network, operators that launch them, and their gradients.
+"""Defines Triton kernels of the network, and the operators that launch them, with their gradients.
 
-The plain forms are in golf/model/block.py and golf/model/gpt.py, and are what any other device computes. A kernel
-computes in fp32 and rounds what it stores, once.
+Of the MLP: a product whose epilogue is the activation, or its gradient. Of exclusive attention: all that happens to the
+heads' results before the output matrix. The plain forms are in golf/model/block.py. A kernel computes in fp32 and
+rounds what it stores, once.
 
-N positions of a batch, V vocabulary, D model width, M hidden width of the MLP, H query heads, G key/value heads,
-K head width.
+N positions of a batch, D model width, M hidden width of the MLP, H query heads, G key/value heads, K head width.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from golf.config.features import Feature, Verdict, register_feature
-from golf.model.layers import acts_always
+from torch import Tensor
 
 tl, constexpr = None, "constexpr"
 """Triton's language and the annotation that it looks for; both are Triton's own from the first launch on."""
 KERNEL_CALLS: Counter[str] = Counter()
 """Launches of this module's kernels in this process; a compiled graph launches them here too."""
-PRODUCT_TILE = dict(BLOCK_N=128, BLOCK_M=256, BLOCK_D=64)
+PRODUCT_TILE = dict(BLOCK_N=128, BLOCK_M=128, BLOCK_D=64)
 PRODUCT_OPTIONS = dict(num_warps=8, num_stages=3)
+"""Of a program: its 96 KB of shared memory and its registers let an SM of an H100 hold two, so that the epilogue of one
+can run beside the product of the other. No GPU has compared them with others yet."""
 HEAD_ROWS = 32
 """Positions of a program that computes exclusive attention."""
 
@@ -42,69 +40,6 @@ def launch_kernel(function: Callable, programs: int, *given: Any, **options: Any
     """Launches a kernel and counts it."""
     KERNEL_CALLS[function.__name__] += 1
     compiled_kernel(function)[(programs,)](*given, **options)
-
-
-# ---- softcapped cross-entropy ----
-
-
-def capped_loss_kernel(logits, targets, losses, slopes, cap, columns, BLOCK_V: constexpr, BACKWARD: constexpr):
-    """Computes the loss of position `program_id`, -log softmax(cap tanh(logits / cap)) of its target, and its gradient
-    by the logits: one read, and one write."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK_V)
-    inside = column < columns
-    value = tl.load(logits + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    # tanh by one exponential: its error near 0, 1e-7, is of the size of fp32's rounding of the capped logits.
-    bent = 2.0 / (1.0 + tl.exp(value * (-2.0 / cap))) - 1.0
-    capped = tl.where(inside, cap * bent, float("-inf"))
-    power = tl.exp(capped - tl.max(capped, axis=0))
-    total = tl.sum(power, axis=0)
-    hit = column == tl.load(targets + row)
-    own = tl.sum(tl.where(hit, capped, 0.0), axis=0)
-    tl.store(losses + row, tl.max(capped, axis=0) + tl.log(total) - own)
-    if BACKWARD:
-        slope = (power / total - tl.where(hit, 1.0, 0.0)) * (1.0 - bent * bent)
-        tl.store(slopes + row * columns + column, slope.to(slopes.dtype.element_ty), mask=inside)
-
-
-@torch.library.custom_op("golf::capped_loss", mutates_args=())
-def capped_loss(logits_NV: Tensor, target_N: Tensor, cap: float, backward: bool) -> tuple[Tensor, Tensor]:
-    """Returns fp32 losses_N in nats, and their gradients by the logits (empty without `backward`)."""
-    rows, columns = logits_NV.shape
-    loss_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
-    slope_NV, block = torch.empty_like(logits_NV if backward else logits_NV[:0]), 1 << (columns - 1).bit_length()
-    launch_kernel(
-        capped_loss_kernel, rows, logits_NV, target_N, loss_N, slope_NV, cap, columns, BLOCK_V=block, BACKWARD=backward,
-        num_warps=min(max(block // 1024, 1), 16),
-    )  # fmt: skip
-    return loss_N, slope_NV
-
-
-@capped_loss.register_fake
-def capped_loss_shape(logits_NV: Tensor, target_N: Tensor, cap: float, backward: bool) -> tuple[Tensor, Tensor]:
-    return logits_NV.new_empty(len(logits_NV), dtype=torch.float32), logits_NV.new_empty(
-        logits_NV.shape if backward else (0, logits_NV.size(1))
-    )
-
-
-class CappedLoss(torch.autograd.Function):
-    """Computes the losses of a head's softcapped logits.
-
-    The gradient by the logits is made in the forward pass; the gradient of the losses multiplies the narrow sides of
-    the two products that use it.
-    """
-
-    @staticmethod
-    def forward(context: Any, x_ND: Tensor, head_VD: Tensor, target_N: Tensor, cap: float, backward: bool) -> Tensor:
-        loss_N, slope_NV = capped_loss(x_ND @ head_VD.T, target_N, cap, backward)
-        context.save_for_backward(x_ND, head_VD, slope_NV)
-        return loss_N
-
-    @staticmethod
-    def backward(context: Any, g_N: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, head_VD, slope_NV = context.saved_tensors
-        g_N1 = g_N.unsqueeze(1).to(x_ND.dtype)
-        return (slope_NV @ head_VD) * g_N1, slope_NV.T @ (x_ND * g_N1), None, None, None
 
 
 # ---- the MLP ----
@@ -278,83 +213,3 @@ exclusive_heads.register_autograd(
     lambda context, g_NHK: exclusive_heads_gradient(g_NHK.contiguous(), *context.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
-
-
-# ---- in the network ----
-
-
-def fused_losses(model: nn.Module, ids_BT: Tensor, targets_BS: Tensor, rope_base: float | None = None) -> Tensor:
-    """Returns what `GPT.token_losses` does."""
-    x_BSD, head_VD = model.final_states(ids_BT, targets_BS.size(1), rope_base)
-    given = x_BSD.flatten(0, 1), head_VD.to(x_BSD.dtype), targets_BS.flatten()
-    return CappedLoss.apply(*given, model.config.logit_softcap, torch.is_grad_enabled()).view(targets_BS.shape)
-
-
-def fused_mlp(mlp: nn.Module, x_BTD: Tensor, slope: float) -> Tensor:
-    """Returns what `MLP.forward` does."""
-    x_BTD = mlp.act_in(x_BTD)
-    weights = (layer.effective_weight().to(x_BTD.dtype) for layer in (mlp.fc, mlp.proj))
-    return SquaredMlp.apply(x_BTD.flatten(0, -2), *weights, slope).view(x_BTD.shape)
-
-
-def fused_heads(attention: nn.Module, y_BHSK: Tensor, v_BGSK: Tensor, x_BSD: Tensor) -> Tensor:
-    """Returns what `CausalSelfAttention.finish` does."""
-    gate_HI = attention.gate
-    gate_BSH = x_BSD[..., : gate_HI.size(1)] @ gate_HI.to(x_BSD.dtype).T
-    y_NHK, v_NGK = (part.transpose(1, 2).flatten(0, 1).contiguous() for part in (y_BHSK, v_BGSK))
-    out_NHK = exclusive_heads(y_NHK, v_NGK, gate_BSH.flatten(0, 1))
-    return out_NHK.unflatten(0, gate_BSH.shape[:2]).transpose(1, 2)
-
-
-SLOPES = {"relu2": 0.0, "leaky_relu2": 0.5}
-"""Of the activations that the kernel of the MLP computes, below zero."""
-
-
-def kernel_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable]]:
-    """Yields the parts of a GPT that have kernels, the method that they replace, and its replacement."""
-    config = model.config
-    yield model, "token_losses", partial(fused_losses, model)
-    for block in model.blocks:
-        if config.mlp_activation in SLOPES and not config.act_hidden:
-            yield block.mlp, "forward", partial(fused_mlp, block.mlp, slope=SLOPES[config.mlp_activation])
-        if config.exclusive_attention and config.attention_gate_dims:
-            yield block.attn, "finish", partial(fused_heads, block.attn)
-
-
-def install_kernels(model: nn.Module) -> None:
-    """Makes a GPT compute by kernels where there are some. Modules inside of what they fuse are then not called, so
-    hooks don't hear them: this is for training."""
-    for part, name, function in kernel_places(model):
-        setattr(part, name, function)
-
-
-@contextmanager
-def without_kernels(model: nn.Module) -> Iterator[None]:
-    """Makes a GPT compute its plain forms within the context."""
-    installed = [place for place in kernel_places(model) if place[1] in vars(place[0])]
-    for part, name, _ in installed:
-        delattr(part, name)
-    yield
-    for part, name, function in installed:
-        setattr(part, name, function)
-
-
-def verify_kernels(forward: Callable, model: nn.Module, batch: tuple) -> Verdict:
-    """Verifies that the compiled step launches kernels, and that its loss is that of the plain forms."""
-    if "token_losses" not in vars(model):
-        return True, "plain forms, because this is no CUDA device"
-    before = KERNEL_CALLS.total()
-    loss = forward(*batch).item()
-    calls = KERNEL_CALLS.total() - before
-    with torch.no_grad(), without_kernels(model):
-        plain = model(*batch).item()
-    close = abs(loss - plain) < 0.005  # of bf16's own noise in a batch's loss: less than 0.0001
-    return calls > 0 and close, f"{calls} launches in a compiled step, loss {loss:.6f}, of plain forms {plain:.6f}"
-
-
-register_feature(
-    Feature(
-        "kernels", lambda config: config.run.kernels != "off", "set kernels=off", acts_always,
-        verify_step=verify_kernels,
-    )
-)  # fmt: skip

@@ -27,8 +27,8 @@ import golf.model.gpt
 import golf.optim.optimizers
 import golf.quant.site_operator
 from golf.config.config import Config
+from golf.model.fused import install_fused
 from golf.model.gpt import GPT
-from golf.model.kernels import install_kernels
 from golf.model.recurrence import layer_order
 from golf.optim.optimizers import Optimizers, clip_gradients, orthogonal_updates
 from golf.quant.qat import install_activation_quantizers, install_fake_quantization
@@ -51,8 +51,8 @@ TENSORS_OF_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 BLOCKS_OF_LAUNCH, CHUNK = 320, 65_536
 """Most tensors by lists, and blocks, of one launch over lists of tensors (ATen's MultiTensorApply.cuh)."""
 INPUTS_OF_CONCATENATION = 128
-OWN_KERNELS = ("golf.capped_loss", "golf.mlp_hidden", "golf.exclusive_heads")
-"""Operators of golf/model/kernels.py, one launch each."""
+OWN_KERNELS = ("golf.mlp_hidden", "golf.exclusive_heads")
+"""How the names of the operators of golf/model/kernels.py begin; each is a launch."""
 POWERS_AND_SINES = re.compile(r"(?:libdevice|tl_math)\.(pow|cos|sin)\(")
 FREE = re.compile(
     r"(view|detach|alias|empty|new_empty|empty_like|unbind|split\w*|select|slice|t|transpose|permute|expand|unsqueeze|"
@@ -135,7 +135,7 @@ def capture_step(config: Config, micro_steps: int, world_size: int) -> dict[str,
         made = install_activation_quantizers(GPT(model_config, torch.bfloat16))
         made.keep_rotary(model_config.train_seq_len)
         if config.run.kernels != "off":
-            install_kernels(made)
+            install_fused(made)
         if config.quant.qat_enabled:
             install_fake_quantization(made, config.quant)
         return made
@@ -204,7 +204,7 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
 
 
 def own_flops(node: Any) -> float:
-    """Returns the operations of the product in a kernel of golf/model/kernels.py, 0 where it has none."""
+    """Returns the operations of the product in a kernel of ours, 0 where it has none."""
     shapes = [tuple(map(int, given.get_size())) for given in node.inputs[:2]]
     return 2.0 * math.prod(shapes[0]) * max(shapes[1]) if "mlp_hidden" in str(node.op_overload) else 0.0
 
