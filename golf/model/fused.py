@@ -98,8 +98,9 @@ def install_fused(model: nn.Module) -> None:
 
 @contextmanager
 def without_fused(model: nn.Module) -> Iterator[None]:
-    """Makes a GPT compute its plain forms within the context."""
-    installed = [place for place in fused_places(model) if place[1] in vars(place[0])]
+    """Makes a GPT compute its plain forms within the context; the same objects come back, so that what is compiled
+    with them stays valid."""
+    installed = [(part, name, vars(part)[name]) for part, name, _ in fused_places(model) if name in vars(part)]
     for part, name, _ in installed:
         delattr(part, name)
     yield
