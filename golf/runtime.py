@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -176,6 +177,14 @@ def choose_compile(wanted: str, device: torch.device) -> bool:
     return wanted != "off" and not fault
 
 
+def check_kernels(wanted: str, device: torch.device) -> None:
+    """Raises ConfigError where kernels were asked for (golf/model/fused.py) and can't run."""
+    if wanted == "on" and device.type != "cuda":
+        raise ConfigError("kernels=on: they run on CUDA alone, and this run is on a CPU: set kernels=off")
+    if device.type == "cuda" and not find_spec("triton"):
+        raise ConfigError(f"kernels={wanted}: the triton package is not installed: install it, or set kernels=off")
+
+
 @contextlib.contextmanager
 def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterator[Runtime]:
     """Sets up device, threads, seeds and (under torchrun) the process group of one `stage`.
@@ -184,6 +193,8 @@ def start_runtime(run: RunConfig, stage: str, log: Log | None = None) -> Iterato
     replaced itself for the next stage must not read addresses that the previous stage left.
     """
     device = choose_device(run.device)
+    if run.kernels != "off":
+        check_kernels(run.kernels, device)
     compiles = choose_compile(run.compile, device)
     fault = compile_fault(device) if run.compile == "auto" else ""
     if device.type == "cuda":

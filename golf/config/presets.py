@@ -51,7 +51,7 @@ FRONTIER_BASE: dict[str, Any] = dict(
     matrix_lr=0.026, muon_momentum=0.97, muon_momentum_warmup_fraction=0.3, muon_iteration="polar_express",
     muon_row_norm=True, muon_weight_decay=0.095, embed_weight_decay=0.085, scalar_weight_decay=0.02, beta2=0.99,
     swa_enabled=False, ema_fraction=0.058, qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="rans",
-    eval_seq_len=3072, eval_rope="none", holdout_every=1000,
+    eval_seq_len=3072, eval_rope="none", holdout_every=1000, kernels="auto",
 )  # fmt: skip
 """The published stack behind 1.0565 bpb (parameter-golf pull requests 1855, 2014, 2135), with this project's quantizer
 and coder; docs/FRONTIER.md compares it part by part."""
@@ -60,7 +60,7 @@ FRONTIER_BASE_LOCAL: dict[str, Any] = LOCAL | FRONTIER_BASE | dict(
     data_path="", tokenizer_path="", vocab_size=2048, num_layers=5, model_dim=128, rope_dims=8, loop_first=2,
     loop_last=2, lanes_from=4,
     train_seq_len=256, short_seq_len=64, middle_seq_len=0, middle_seq_fraction=0.0, key_offset=False, holdout_every=0,
-    eval_seq_len=256, eval_stride=64, mixture=False, adapter_rank=0,
+    eval_seq_len=256, eval_stride=64, mixture=False, adapter_rank=0, kernels="off",
 )  # fmt: skip
 
 ADAPTIVE: dict[str, Any] = dict(mixture=True, adapter_rank=8)

@@ -24,6 +24,8 @@ class RunConfig:
     """Order in which CUDA's attention kernels are tried: torch's own, or cuDNN's first (untried)."""
     compile: Literal["auto", "on", "off"] = "on"
     """torch.compile the training step and the scorer; auto: where a trial of it works."""
+    kernels: Literal["auto", "on", "off"] = "off"
+    """Train by fused forms (golf/model/fused.py) of loss, MLP and exclusive attention with gates; auto: on CUDA."""
     threads: int = 0
     """CPU threads of torch; 0: torch's own choice."""
     limit_bytes: int = 16_000_000

@@ -136,11 +136,16 @@ class CausalSelfAttention(nn.Module):
         else:
             k_BGTK, v_BGTK = cache.extend(k_BGTK, v_BGTK, self.act_k, self.act_v)
         y_BHSK = positions.attend(q_BHSK, k_BGTK, v_BGTK)
-        if self.config.exclusive_attention:
-            y_BHSK = without_own_value(y_BHSK, v_BGTK[:, :, -last:])
-        if self.config.attention_gate_dims:
-            y_BHSK = gate_heads(y_BHSK, x_BTD[:, -last:], self.gate)
+        y_BHSK = self.finish(y_BHSK, v_BGTK[:, :, -last:], x_BTD[:, -last:])
         return self.proj(self.act_out(y_BHSK.transpose(1, 2).flatten(-2)))
+
+    def finish(self, y_BHSK: Tensor, v_BGSK: Tensor, x_BSD: Tensor) -> Tensor:
+        """Returns the heads' results as they go into the output matrix."""
+        if self.config.exclusive_attention:
+            y_BHSK = without_own_value(y_BHSK, v_BGSK)
+        if self.config.attention_gate_dims:
+            y_BHSK = gate_heads(y_BHSK, x_BSD, self.gate)
+        return y_BHSK
 
 
 BY_MLP_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {

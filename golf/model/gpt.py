@@ -168,11 +168,11 @@ class GPT(nn.Module):
                 skips.append(x_BTD)
         return (x_BTD + lane_BTD) / 2 if self.config.lanes_from else x_BTD
 
-    def logits(
+    def final_states(
         self, ids_BT: Tensor, last: int | None = None, rope_base: float | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Returns fp32 logits_BSV of the `last` S positions (default: all), soft-capped to +-logit_softcap.
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Returns the normalised stream x_BSD of the `last` S positions (default: all), and the head's weight_VD.
 
         `rope_base` replaces the model's own base (for rows longer than the training length). With a `cache`, `ids_BT`
         continue the positions that it keeps, under the same base, and are added to it.
@@ -183,8 +183,15 @@ class GPT(nn.Module):
         x_BSD = self.trunk(x0_BTD, positions, last or ids_BT.size(1), cache)
         if cache is not None:
             cache.advance(ids_BT)
-        head_VD = embedding_VD if self.head is None else self.head.effective_weight()
-        logits_BSV = F.linear(self.final_norm(x_BSD), head_VD.to(x_BSD.dtype)).float()
+        return self.final_norm(x_BSD), embedding_VD if self.head is None else self.head.effective_weight()
+
+    def logits(
+        self, ids_BT: Tensor, last: int | None = None, rope_base: float | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Returns fp32 logits_BSV of what `final_states` takes, soft-capped to +-logit_softcap."""
+        x_BSD, head_VD = self.final_states(ids_BT, last, rope_base, cache)
+        logits_BSV = F.linear(x_BSD, head_VD.to(x_BSD.dtype)).float()
         return self.config.logit_softcap * torch.tanh(logits_BSV / self.config.logit_softcap)
 
     def token_losses(self, ids_BT: Tensor, targets_BS: Tensor, rope_base: float | None = None) -> Tensor:

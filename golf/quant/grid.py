@@ -5,23 +5,19 @@ Training and export use one rule, so that the trained weights are those that shi
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from golf.config.config import stores_plain_rows
+from golf.model.kernels import compiled_kernel, constexpr, tl
 from golf.quant.trellis import trellis_halves
 
 FP16_TINY = 2.0**-14
 """Smallest normal fp16 (6.104e-5): the floor of a row's scale, so that an all-zero row has one too."""
 FP16_MAX = 65_504.0
-tl, constexpr = None, "constexpr"
-"""Triton's language and the annotation that it looks for; both are Triton's own from the first launch on."""
 
 
 def grid_clip(bits: int) -> int:
@@ -139,14 +135,6 @@ def grid_row_kernel(table_N4, values, BLOCK: constexpr):
     # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, ties to even, and leaves no -0.
     code = (code + 12582912.0) - 12582912.0
     tl.store(places + column, (code * scale).to(values.dtype.element_ty), mask=inside)
-
-
-@cache
-def compiled_kernel(function: Callable) -> Any:
-    """Returns a kernel, made by Triton, which CUDA alone has and whose import reads files."""
-    language = import_module("triton.language")
-    function.__globals__.update(tl=language, constexpr=language.constexpr)
-    return import_module("triton").jit(function)
 
 
 def launch_rows(table_N4: Tensor, dtype: torch.dtype, columns: int) -> None:

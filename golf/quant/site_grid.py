@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from golf.config.site_quantizers import SiteQuantizer
-from golf.quant.grid import FP16_MAX, FP16_TINY, compiled_kernel, constexpr, group_width, spread_groups, tl
+from golf.model.kernels import compiled_kernel, constexpr, tl
+from golf.quant.grid import FP16_MAX, FP16_TINY, group_width, spread_groups
 
 SMALLEST_STEP = 1e-5
 """Floor of an activation's step, as in BitNet (arXiv 2310.11453)."""

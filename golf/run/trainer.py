@@ -17,6 +17,7 @@ from golf.config.features import Feature, StepFacts, register_feature
 from golf.config.knobs import ConfigError, UserError
 from golf.data.loader import BatchPrefetcher, TokenStream, order_stream
 from golf.data.tokenizer import load_tokenizer
+from golf.model.fused import install_fused
 from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.model.segments import check_flash
@@ -61,6 +62,8 @@ def new_trainer(config: Config, runtime: Runtime, stream: TokenStream) -> "Train
     if config.model.document_attention or config.model.attention_window:
         check_flash(config.model, runtime.device)
     model = build_model(config.model, config.run.seed, runtime.compute_dtype).to(runtime.device)
+    if config.run.kernels != "off" and runtime.device.type == "cuda":
+        install_fused(model)
     return Trainer(install_activation_quantizers(model), config, runtime, stream)
 
 

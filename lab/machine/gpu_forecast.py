@@ -27,6 +27,7 @@ import golf.model.gpt
 import golf.optim.optimizers
 import golf.quant.site_operator
 from golf.config.config import Config
+from golf.model.fused import install_fused
 from golf.model.gpt import GPT
 from golf.model.recurrence import layer_order
 from golf.optim.optimizers import Optimizers, clip_gradients, orthogonal_updates
@@ -50,6 +51,8 @@ TENSORS_OF_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 BLOCKS_OF_LAUNCH, CHUNK = 320, 65_536
 """Most tensors by lists, and blocks, of one launch over lists of tensors (ATen's MultiTensorApply.cuh)."""
 INPUTS_OF_CONCATENATION = 128
+OWN_KERNELS = ("golf.mlp_hidden", "golf.exclusive_heads")
+"""How the names of the operators of golf/model/kernels.py begin; each is a launch."""
 POWERS_AND_SINES = re.compile(r"(?:libdevice|tl_math)\.(pow|cos|sin)\(")
 FREE = re.compile(
     r"(view|detach|alias|empty|new_empty|empty_like|unbind|split\w*|select|slice|t|transpose|permute|expand|unsqueeze|"
@@ -131,6 +134,8 @@ def capture_step(config: Config, micro_steps: int, world_size: int) -> dict[str,
     def model() -> nn.Module:
         made = install_activation_quantizers(GPT(model_config, torch.bfloat16))
         made.keep_rotary(model_config.train_seq_len)
+        if config.run.kernels != "off":
+            install_fused(made)
         if config.quant.qat_enabled:
             install_fake_quantization(made, config.quant)
         return made
@@ -166,7 +171,7 @@ def product_flops(graph: torch.fx.GraphModule) -> tuple[float, float]:
 
 def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list[Part], list[str], int]:
     """Returns the parts of all micro steps of a step, the generated programs, and the elements of a mask."""
-    launches, moved, programs = Counter(), Counter(), []
+    launches, moved, programs, own = Counter(), Counter(), [], []
     graphs = capture_step(config, micro_steps, world_size)
     flops = [product_flops(graph) for graph, _ in graphs.values()]  # before they are lowered
     mask = max((masks(graph) for graph, _ in graphs.values()), default=0)
@@ -178,8 +183,12 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
         programs.append(code)
         for node, size in sizes:
             kind = type(node.node).__name__
-            if str(getattr(node.node, "op_overload", "")).startswith("golf.site"):
+            operator = str(getattr(node.node, "op_overload", ""))
+            if operator.startswith("golf.site"):
                 continue  # counted by what it launches
+            if operator.startswith(OWN_KERNELS):
+                own.append(part(operator, micro_steps, micro_steps * size, micro_steps * own_flops(node.node)))
+                continue
             moved[{"ExternKernelOut": "products", "FallbackKernel": "attention"}.get(kind, "generated")] += size
     products, attended = (micro_steps * sum(part) for part in zip(*flops, strict=True))
     rate = ATTENTION_FLOPS[config.run.attention_kernels]
@@ -188,9 +197,22 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
         part("matrix products", micro_steps * launches["products"], micro_steps * moved["products"], products),
         part("attention", calls, micro_steps * moved["attention"], attended, rate),
         part("generated kernels", micro_steps * launches["generated"], micro_steps * moved["generated"]),
+        summed("own kernels", own),
         sites,
     ]
     return parts, programs, mask
+
+
+def own_flops(node: Any) -> float:
+    """Returns the operations of the product in a kernel of ours, 0 where it has none."""
+    shapes = [tuple(map(int, given.get_size())) for given in node.inputs[:2]]
+    return 2.0 * math.prod(shapes[0]) * max(shapes[1]) if "mlp_hidden" in str(node.op_overload) else 0.0
+
+
+def summed(name: str, parts: list[Part]) -> Part:
+    """Returns the sum of parts that wait for each other."""
+    keys = "launches", "gigabytes", "teraflops", "modelled_ms"
+    return Part(name, *(sum(getattr(one, key) for one in parts) for key in keys))
 
 
 def site_part(graphs: list[torch.fx.GraphModule], micro_steps: int) -> Part:

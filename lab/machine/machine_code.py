@@ -7,16 +7,20 @@ import importlib.util
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import golf.model.kernels
 from golf.config.site_quantizers import parse_site
-from golf.quant.grid import compiled_kernel
+from golf.model.kernels import compiled_kernel
 from golf.quant.site_grid import kernel_options, launch_shape, site_row_kernel
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
@@ -27,6 +31,7 @@ PRELUDE = (
 KERNEL = re.compile(r"^(triton_\w+) = async_compile\.triton\('\1', '''(.*?)''', device_str='cuda'\)", re.S | re.M)
 SIGNATURE = re.compile(r"'signature': \{(.*?)\}")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", re.M)
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32", float: "fp32"}
 WARPS, POINTWISE_BLOCK, ROWS_OF_PERSISTENT = 8, 1024, 8
 OTHER_BLOCKS = {"YBLOCK": 16, "R0_BLOCK": 1024, "RSPLIT_SIZE": 64, "NUM_STAGES": 1}
 """Sizes that all kernels are compiled with, so that their counts compare."""
@@ -76,11 +81,28 @@ def opcodes_of(
     kernel: triton.JITFunction, signature: dict[str, str], fixed: dict[str, Any], options: dict[str, Any]
 ) -> list[str]:
     """Returns the opcodes of a kernel, whose pointers are aligned as torch aligns tensors."""
+    return opcodes_in(machine_code(kernel, signature, fixed, options))
+
+
+def machine_code(
+    kernel: triton.JITFunction, signature: dict[str, str], fixed: dict[str, Any], options: dict[str, Any],
+    multiples: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
+    """Compiles a kernel for an H100, whose pointers are aligned as torch aligns tensors; `multiples` are multiples of
+    16."""
     names = list(signature)
-    aligned = {(n,): [["tt.divisibility", 16]] for n, key in enumerate(names) if signature[key].startswith("*")}
+    aligned = {
+        (n,): [["tt.divisibility", 16]]
+        for n, key in enumerate(names)
+        if signature[key].startswith("*") or key in multiples
+    }
     constants = {(names.index(key),): value for key, value in fixed.items() if key in names}
     ast = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    made = triton.compile(ast, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(ast, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def opcodes_in(made: Any) -> list[str]:
+    """Returns the opcodes of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(made.asm["cubin"])
@@ -100,6 +122,40 @@ def site_kernel_opcodes(text: str, activation: bool, columns: int, backward: boo
     types = {"gamma": "*fp32", "rows": "i32", "columns": "i32"}
     signature = {name: "constexpr" if name in fixed else types.get(name, f"*{dtype}") for name in kernel.arg_names}
     return opcodes_of(kernel, signature, fixed, options)
+
+
+@dataclass(frozen=True)
+class LaunchedCode:
+    """Describes the machine code of a launch of a kernel of golf/model/kernels.py."""
+
+    name: str
+    opcodes: list[str]
+    shared_bytes: int
+
+    @property
+    def spills(self) -> int:
+        return sum(map(is_spill, self.opcodes))
+
+
+def launched_codes(call: Callable[[], Any]) -> list[LaunchedCode]:
+    """Returns the code of what a call launches, of golf/model/kernels.py; nothing runs."""
+    found = []
+
+    def compile_launch(function: Callable, programs: int, *given: Any, **options: Any) -> None:
+        kernel, settings = compiled_kernel(function), {k: v for k, v in options.items() if k.startswith("num_")}
+        fixed = {k: v for k, v in options.items() if k not in settings}
+        values = dict(zip(kernel.arg_names, given, strict=False))
+        whole = {name: value for name, value in values.items() if isinstance(value, int)}
+        fixed |= {name: 1 for name, value in whole.items() if value == 1}
+        types = {name: TYPES[getattr(value, "dtype", type(value))] for name, value in values.items()}
+        signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
+        multiples = tuple(name for name, value in whole.items() if value % 16 == 0)
+        made = machine_code(kernel, signature, fixed, settings, multiples)
+        found.append(LaunchedCode(function.__name__, opcodes_in(made), made.metadata.shared))
+
+    with mock.patch.object(golf.model.kernels, "launch_kernel", compile_launch):
+        call()
+    return found
 
 
 def code_table(kernels: list[KernelCode]) -> str:
