@@ -35,6 +35,7 @@ from golf.run.trainer import count_micro_steps
 from golf.runtime import Runtime
 from lab.machine.fake_gpu import GPU
 from lab.machine.gpu_code import Graph, capture_graphs, generate_code, module_on_gpu, on_gpu
+from lab.machine.gpu_memory import Memory, memory_text, step_memory
 
 MATRIX_FLOPS, MEMORY_BYTES, LINK_BYTES = 520e12, 2.5e12, 300e9
 """Assumed rates: of the large products (989e12 is the device's limit in bf16), of memory (limit 3.35e12), of a ring
@@ -80,6 +81,7 @@ class Forecast:
     powers_and_sines: int
     mask_elements: int
     """Of the attention mask that a layer reads."""
+    memory: Memory
     programs: list[str] = field(default_factory=list, repr=False)
     """What Inductor generated: the forward pass, the backward pass."""
 
@@ -98,7 +100,7 @@ class Forecast:
 @torch.library.custom_op("golf_forecast::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """Stands for a library's kernel."""
-    return torch.empty_like(q)
+    return attention_shape(q, k, v)
 
 
 @attention.register_fake
@@ -164,8 +166,8 @@ def product_flops(graph: torch.fx.GraphModule) -> tuple[float, float]:
     return products, attended
 
 
-def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list[Part], list[str], int]:
-    """Returns the parts of all micro steps of a step, the generated programs, and the elements of a mask."""
+def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list[Part], list[str], int, Memory]:
+    """Returns the parts of all micro steps of a step, the generated programs, the elements of a mask, and memory."""
     launches, moved, programs = Counter(), Counter(), []
     graphs = capture_step(config, micro_steps, world_size)
     flops = [product_flops(graph) for graph, _ in graphs.values()]  # before they are lowered
@@ -190,7 +192,7 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
         part("generated kernels", micro_steps * launches["generated"], micro_steps * moved["generated"]),
         sites,
     ]
-    return parts, programs, mask
+    return parts, programs, mask, step_memory(config, programs, graphs["forward"][1])
 
 
 def site_part(graphs: list[torch.fx.GraphModule], micro_steps: int) -> Part:
@@ -353,13 +355,13 @@ def forecast_step(config: Config, world_size: int) -> Forecast:
     """Returns the forecast of a step after warm-up, with the features of the whole recipe on. The process must pretend
     to have a GPU (lab/machine/fake_gpu.py). Raises ConfigError where the batch can't be dealt to the GPUs."""
     micro_steps = count_micro_steps(config, world_size)
-    parts, programs, mask = graph_parts(config, micro_steps, world_size)
+    parts, programs, mask, memory = graph_parts(config, micro_steps, world_size)
     sines = sum(len(POWERS_AND_SINES.findall(program)) for program in programs)
     parts += update_parts(config, world_size)
     launching = 1000 * HOST_SECONDS * sum(part.launches for part in parts)
     waiting = max(0.0, launching - sum(part.modelled_ms for part in parts))
     parts.append(Part("host", 0, 0.0, 0.0, waiting))
-    return Forecast(config.run.preset, world_size, micro_steps, parts, sines, mask, programs)
+    return Forecast(config.run.preset, world_size, micro_steps, parts, sines, mask, memory, programs)
 
 
 def forecast_table(forecast: Forecast) -> str:
@@ -372,6 +374,5 @@ def forecast_table(forecast: Forecast) -> str:
         for part in forecast.parts
     ]
     lines.append(f"{'step':26}{forecast.launches:9,}{'':16}{forecast.modelled_ms:8.2f}")
-    return "\n".join(
-        [*lines, f"powers, sines, cosines: {forecast.powers_and_sines}; attention mask: {forecast.mask_elements:,}"]
-    )
+    lines.append(f"powers, sines, cosines: {forecast.powers_and_sines}; attention mask: {forecast.mask_elements:,}")
+    return "\n".join([*lines, memory_text(forecast.memory)])
