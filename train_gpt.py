@@ -25,6 +25,7 @@ from golf.run.command import Command, parse_command
 from golf.run.datasets import locate_data, open_training_data
 from golf.run.feature_audit import FeatureAudit
 from golf.run.folder import RunFolder, choose_run_folder
+from golf.run.forecast import forecast_line
 from golf.run.frozen_code import Program
 from golf.run.log_lines import final_lines, opening_lines, packing_lines, partial_line, result_line, scoring_lines
 from golf.run.parity import check_parity, ntk_effect, parity_row
@@ -107,6 +108,8 @@ def train(config: Config, session: Session) -> StageResult:
         runtime.barrier()
         trainer.warm_up()
         take_up_checkpoint(trainer, folder)
+        if not BUNDLED and not trainer.step:
+            runtime.print(forecast_line(trainer, data.data_id))
     writer = CheckpointWriter(folder.checkpoints, runtime.rank, runtime.world_size)
     take_steps(trainer, data, session, writer)
     trainer.finish()

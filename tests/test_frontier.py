@@ -37,6 +37,8 @@ TECHNIQUES = {
     "documents": dict(document_attention=True),
 }
 WHOLE = {knob: value for knobs in TECHNIQUES.values() for knob, value in knobs.items()}
+TECHNIQUES["late_mix"] = dict(late_mix_hidden=8)  # which knows no lanes
+LATE = WHOLE | dict(lanes_from=0, late_mix_hidden=8)
 
 
 def lively_model(config: ModelConfig, seed: int = 0) -> GPT:
@@ -112,6 +114,11 @@ def mlp(p: dict, i: int, x: torch.Tensor, c: ModelConfig) -> torch.Tensor:
     return p[f"blocks.{i}.mlp.proj.weight"] @ h
 
 
+def late_weights(p: dict, x: torch.Tensor) -> torch.Tensor:
+    h = p["late_mix.inner"] @ rms(x)
+    return 0.3 * (p["late_mix.outer"] @ (h * (1 + torch.erf(h / math.sqrt(2))) / 2) + p["late_mix.bias"])
+
+
 def reference_logits(model: GPT, ids: list[int], looping: bool = True) -> torch.Tensor:
     c = model.config
     p = {name: value.double() for name, value in model.state_dict().items()}
@@ -141,6 +148,9 @@ def reference_logits(model: GPT, ids: list[int], looping: bool = True) -> torch.
                 x = [a + b for a, b in zip(joined, x, strict=True)]
         mix, block = p[f"blocks.{i}.resid_mix"], f"blocks.{i}."
         u = [mix[0] * a + mix[1] * b for a, b in zip(x, x0, strict=True)]
+        late = c.late_mix_hidden and place == len(order) - 1
+        w = [late_weights(p, e) if late else torch.zeros(6) for e in x]
+        u = [e + w[t][0] * x0[t] + w[t][1] * x[t] for t, e in enumerate(u)]
         attended = [p[block + "attn_scale"] * y for y in attention(p, i, normed(u, i), ids, c)]
         if two:
             f = [p[block + "mlp_scale"] * mlp(p, i, e, c) for e in normed(lane, i)]
@@ -150,8 +160,10 @@ def reference_logits(model: GPT, ids: list[int], looping: bool = True) -> torch.
                 for stream, d, (to_a, to_m) in zip((x, lane), decay, inputs, strict=True)
             )
         else:
-            u = [a + b for a, b in zip(u, attended, strict=True)]
-            x = [e + p[block + "mlp_scale"] * mlp(p, i, n, c) for e, n in zip(u, normed(u, i), strict=True)]
+            u = [a + (1 + w[t][2]) * b for t, (a, b) in enumerate(zip(u, attended, strict=True))]
+            added = [p[block + "mlp_scale"] * mlp(p, i, n, c) for n in normed(u, i)]
+            ends = [w[t][4] * x0[t] + w[t][5] * x[t] for t in range(len(x))]
+            x = [e + (1 + w[t][3]) * f + end for t, (e, f, end) in enumerate(zip(u, added, ends, strict=True))]
         if place < len(order) // 2:
             skips.append(x)
     if lane is not None:
@@ -198,9 +210,10 @@ def test_the_preset_has_the_published_parameters():
     assert model.skip_weights.shape == model.skip_gates.shape == (8, 512)
 
 
+@pytest.mark.parametrize("knobs", [WHOLE, LATE], ids=["lanes", "late_mix"])
 @pytest.mark.parametrize("position", [0, 4, 9, 14])
-def test_the_future_leaves_earlier_logits_bit_identical(position):
-    model, ids_BT = lively_model(replace(PLAIN, **WHOLE)), random_ids()
+def test_the_future_leaves_earlier_logits_bit_identical(position, knobs):
+    model, ids_BT = lively_model(replace(PLAIN, **knobs)), random_ids()
     changed_BT = ids_BT.clone()
     changed_BT[:, position + 1 :] = random_ids(seed=9)[:, position + 1 :]
     with torch.no_grad():
@@ -209,8 +222,9 @@ def test_the_future_leaves_earlier_logits_bit_identical(position):
     assert not torch.equal(before[:, position + 1 :], after[:, position + 1 :])
 
 
-def test_another_document_leaves_the_logits_bit_identical():
-    model, ids_BT = lively_model(replace(PLAIN, **WHOLE)), random_ids()
+@pytest.mark.parametrize("knobs", [WHOLE, LATE], ids=["lanes", "late_mix"])
+def test_another_document_leaves_the_logits_bit_identical(knobs):
+    model, ids_BT = lively_model(replace(PLAIN, **knobs)), random_ids()
     changed_BT = ids_BT.clone()
     changed_BT[:, :5] = random_ids(seed=9)[:, :5]
     with torch.no_grad():
@@ -218,15 +232,17 @@ def test_another_document_leaves_the_logits_bit_identical():
     assert torch.equal(before[:, 5:], after[:, 5:]) and not torch.equal(before[:, :5], after[:, :5])
 
 
-def test_losses_of_the_last_positions_are_a_slice_of_all_losses():
-    model, ids_BT, targets_BT = lively_model(replace(PLAIN, **WHOLE)), random_ids(), random_ids(seed=5)
+@pytest.mark.parametrize("knobs", [WHOLE, LATE], ids=["lanes", "late_mix"])
+def test_losses_of_the_last_positions_are_a_slice_of_all_losses(knobs):
+    model, ids_BT, targets_BT = lively_model(replace(PLAIN, **knobs)), random_ids(), random_ids(seed=5)
     with torch.no_grad():
         everything = model.token_losses(ids_BT, targets_BT)
         torch.testing.assert_close(model.token_losses(ids_BT, targets_BT[:, -3:]), everything[:, -3:])
 
 
-def test_a_cache_of_every_run_of_a_block_gives_the_same_logits():
-    model, ids_BT = lively_model(replace(PLAIN, **WHOLE)), random_ids()
+@pytest.mark.parametrize("knobs", [WHOLE, LATE], ids=["lanes", "late_mix"])
+def test_a_cache_of_every_run_of_a_block_gives_the_same_logits(knobs):
+    model, ids_BT = lively_model(replace(PLAIN, **knobs)), random_ids()
     cache = KeyValueCache(model.config)
     assert len(cache.layers) == 10
     with torch.no_grad():
@@ -235,9 +251,10 @@ def test_a_cache_of_every_run_of_a_block_gives_the_same_logits():
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_agree_with_finite_differences(monkeypatch):
+@pytest.mark.parametrize("knobs", [WHOLE, LATE], ids=["lanes", "late_mix"])
+def test_gradients_agree_with_finite_differences(monkeypatch, knobs):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RoPE and logits are fp32, whose steps would show
-    model, ids_BT, targets_BT = lively_model(replace(PLAIN, **WHOLE)), random_ids(), random_ids(seed=5)
+    model, ids_BT, targets_BT = lively_model(replace(PLAIN, **knobs)), random_ids(), random_ids(seed=5)
     model.double().compute_dtype = torch.float64
     model.keep_rotary(16)
     model.rotary = {key: tuple(part.double() for part in tables) for key, tables in model.rotary.items()}
@@ -262,6 +279,13 @@ def test_blocks_run_once_within_the_proofs_context():
         with run_once(model):
             assert not torch.equal(model.logits(ids_BT), looped)
         assert torch.equal(model.logits(ids_BT), looped)
+
+
+def test_late_weights_do_nothing_at_first():
+    plain, late = (build_model(replace(PLAIN, late_mix_hidden=hidden), 0) for hidden in (0, 8))
+    assert late.late_mix.inner.std().item() == pytest.approx(32**-0.5, rel=0.15)
+    with torch.no_grad():
+        assert torch.equal(plain.logits(random_ids()), late.logits(random_ids()))
 
 
 def test_outputs_begin_at_zero_where_asked():
@@ -343,6 +367,7 @@ def test_an_exponential_average_fades_with_the_budget_and_not_with_the_steps(ble
         {"lanes_from": "4"}, {"lanes_from": "11"}, {"smear_gate": "0"}, {"attention_gate_dims": "600"},
         {"ema_blend": "1.5"}, {"swa_enabled": "1"}, {"muon_ns_steps": "6"}, {"middle_seq_len": "1024"},
         {"middle_seq_fraction": "0.05"}, {"loop_start": "1"},
+        {"late_mix_hidden": "16"},
     ],
 )  # fmt: skip
 def test_knobs_that_do_not_fit_together_are_refused(wrong):

@@ -8,9 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lab.machine.fake_gpu import NoTriton, pretend
+from lab.machine.gpu_flops import document_share
 
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 LOW_BIT = (
@@ -33,7 +35,7 @@ CEILINGS = {
     },
     "frontier-base": {
         "matrix products": 326, "attention": 68, "generated kernels": 530, "own kernels": 68, "site quantizers": 0,
-        "fake quantization": 0, "gradient reduction": 3, "clipping and optimizers": 58, "GB": 107.0, "ms": 184.0,
+        "fake quantization": 0, "gradient reduction": 3, "clipping and optimizers": 58, "GB": 107.0, "ms": 144.0,
     },
 }  # fmt: skip
 """Launches of each part of a step on 8 GPUs, gigabytes that the generated kernels move, modelled milliseconds of the
@@ -103,6 +105,20 @@ print(forecast_step(build_config("leaderboard", {}, knobs), 1).powers_and_sines)
 
 @needs_triton
 @pytest.mark.slow
+def test_pairs_of_a_row_are_those_within_its_documents():
+    """By hand on single tokens and pairs; on whole rows by drawing each token's document anew."""
+    assert document_share(1) == 1.0 and 0.99 < document_share(2) < 1.0
+    shares = [document_share(tokens) for tokens in (256, 1024, 3072)]
+    assert shares == sorted(shares, reverse=True)
+    generator, seen = np.random.default_rng(1), []
+    for _ in range(2000):
+        ends = np.cumsum(generator.lognormal(np.log(575), np.sqrt(2 * np.log(957 / 575)), 60))
+        start = generator.uniform(20_000, 24_000)
+        inside = ends[(ends > start) & (ends < start + 3072)] - start
+        seen.append((np.diff([0, *inside, 3072]) ** 2).sum() / 3072**2)
+    assert shares[2] == pytest.approx(np.mean(seen), rel=0.05)
+
+
 def test_powers_in_the_kernels_are_counted(repository):
     """Planted: rotary tables that are computed inside of the graph."""
     finished = subprocess.run([sys.executable, "-c", POWERS, *TOY], capture_output=True, text=True, cwd=repository)

@@ -1,4 +1,4 @@
-"""Forecast a training step on H100s without a GPU: kernels, bytes and operations by parts, and modelled milliseconds.
+"""Forecast a training step on H100s without a GPU: kernels, bytes, operations, memory, and modelled milliseconds.
 
 python tools/gpu_forecast.py --preset leaderboard [--world-size 8] [--machine-code] [--json]\n    [key=value ...]
 
@@ -42,7 +42,7 @@ def work(options: Options) -> int:
     forecast = forecast_step(config, options.world_size)
     kernels = [kernel for program in forecast.programs if options.machine_code for kernel in kernel_codes(program)]
     if options.json:
-        sums = {"modelled_ms": forecast.modelled_ms, "launches": forecast.launches}
+        sums = {"modelled_ms": forecast.modelled_ms, "launches": forecast.launches, "peak_bytes": forecast.memory.peak}
         record = asdict(forecast) | sums | {"kernels": [asdict(kernel) for kernel in kernels]}
         print(json.dumps({key: value for key, value in record.items() if key != "programs"}))
     else:

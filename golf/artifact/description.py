@@ -51,7 +51,7 @@ LARGEST_NUMBER = 2**24
 MOST_LAYERS = 1024
 MAY_BE_ZERO = (
     "bigram_vocab_size", "bigram_dim", "bos_id", "attention_window", "knowledge_tokens", "smear_gate_dims", "rope_dims",
-    "attention_gate_dims", "loop_first", "loop_last", "loop_repeats", "lanes_from",
+    "attention_gate_dims", "loop_first", "loop_last", "loop_repeats", "lanes_from", "late_mix_hidden",
 )  # fmt: skip
 """Whole numbers that may be 0; all others are at least 1."""
 VERSION_1_FIELDS = {

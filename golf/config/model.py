@@ -74,6 +74,8 @@ class ModelConfig:
     """How many times more they run; 0: every block runs once."""
     lanes_from: int = 0
     """Block from which attention and MLP have a residual stream each; 0: one stream."""
+    late_mix_hidden: int = 0
+    """Hidden width of what weighs, for each token, all that the last block reads and adds; 0: no such weights."""
     knowledge_tokens: int = 0
     """Learned vectors that every query sees beside the text, never a target (External Knowledge Tokens)."""
     knowledge_at: Literal["input", "layers"] = "input"
@@ -139,6 +141,10 @@ def model_rules(config: Any) -> list[Rule]:
         (
             model.knowledge_at == "input" or not (model.loop_repeats or model.lanes_from),
             "knowledge_at=layers knows no repeated blocks and no lanes",
+        ),
+        (
+            not model.late_mix_hidden or not model.lanes_from and model.knowledge_at == "input",
+            "late_mix_hidden knows no lanes and no knowledge_at=layers: set those off, or it to 0",
         ),
         (
             model.attention_window < model.train_seq_len,

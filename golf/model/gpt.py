@@ -18,6 +18,7 @@ from golf.model.block import Block, Positions, causal_attention, visible_keys
 from golf.model.cache import KeyValueCache
 from golf.model.embedding import BigramHash, SmearGate, TokenSmearGate, has_predecessor
 from golf.model.lanes import run_lanes
+from golf.model.late_mix import LateMix, run_late
 from golf.model.layers import (
     Embedding,
     Linear,
@@ -71,6 +72,8 @@ class GPT(nn.Module):
         if config.skip_gates:
             self.skip_gates = nn.Parameter(torch.zeros(skips, config.model_dim))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        if config.late_mix_hidden:
+            self.late_mix = LateMix(config.model_dim, config.late_mix_hidden)
         self.final_norm = RmsNorm()
 
     def embed(self, ids_BT: Tensor, embedding_VD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -162,6 +165,8 @@ class GPT(nn.Module):
             shown = last if place == len(order) - 1 else time
             if self.config.lanes_from and layer >= self.config.lanes_from:
                 x_BTD, lane_BTD = run_lanes(block, x_BTD, lane_BTD, x0_BTD, positions, shown, kept)
+            elif self.config.late_mix_hidden and place == len(order) - 1:
+                x_BTD = run_late(self.late_mix, block, x_BTD, x0_BTD, positions, shown, kept)
             else:
                 x_BTD = block(x_BTD, x0_BTD, positions, shown, kept)
             if place < half:

@@ -20,6 +20,8 @@ def build_model(config: ModelConfig, seed: int, compute_dtype: torch.dtype = tor
             init_matrix(module.weight, name, config, generator)
     if model.knowledge is not None:  # the size of normalised embeddings, which they stand among
         nn.init.normal_(model.knowledge, generator=generator)
+    if config.late_mix_hidden:
+        nn.init.normal_(model.late_mix.inner, std=config.model_dim**-0.5, generator=generator)
     return model
 
 

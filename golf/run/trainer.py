@@ -109,9 +109,7 @@ class Trainer:
         """Compiles and touches everything that training will run, then restores weights and optimizers."""
         before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         train = self.config.train
-        changes = self.config.quant.qat_start, train.short_seq_fraction, train.middle_seq_fraction, train.loop_start
-        phases = {self.phase(share) for share in (0.0, *changes)}
-        for phase in sorted(phases, reverse=True):
+        for phase in sorted(set(map(self.phase, self.phase_starts())), reverse=True):
             self.enter(phase)
             for step in range(train.warmup_steps):
                 self.accumulate_gradients(step)
@@ -126,6 +124,11 @@ class Trainer:
         """Returns the lengths that rows have in training."""
         train = self.config.train
         return list(filter(None, (train.short_seq_len, train.middle_seq_len, self.config.model.train_seq_len)))
+
+    def phase_starts(self) -> list[float]:
+        """Returns the shares of the budget at which another phase may begin."""
+        quant, train = self.config.quant, self.config.train
+        return sorted({0.0, quant.qat_start, train.short_seq_fraction, train.middle_seq_fraction, train.loop_start})
 
     def phase(self, progress: float) -> tuple[bool, int, bool]:
         """Returns (whether weights pass through the export grid, tokens in a row, whether blocks repeat) at a share of

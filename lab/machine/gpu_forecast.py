@@ -36,6 +36,8 @@ from golf.run.trainer import count_micro_steps
 from golf.runtime import Runtime
 from lab.machine.fake_gpu import GPU
 from lab.machine.gpu_code import Graph, capture_graphs, generate_code, module_on_gpu, on_gpu
+from lab.machine.gpu_flops import own_flops, product_flops
+from lab.machine.gpu_memory import Memory, memory_text, step_memory
 
 MATRIX_FLOPS, MEMORY_BYTES, LINK_BYTES = 520e12, 2.5e12, 300e9
 """Assumed rates: of the large products (989e12 is the device's limit in bf16), of memory (limit 3.35e12), of a ring
@@ -83,6 +85,7 @@ class Forecast:
     powers_and_sines: int
     mask_elements: int
     """Of the attention mask that a layer reads."""
+    memory: Memory
     programs: list[str] = field(default_factory=list, repr=False)
     """What Inductor generated: the forward pass, the backward pass."""
 
@@ -101,7 +104,7 @@ class Forecast:
 @torch.library.custom_op("golf_forecast::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """Stands for a library's kernel."""
-    return torch.empty_like(q)
+    return attention_shape(q, k, v)
 
 
 @attention.register_fake
@@ -149,31 +152,12 @@ def capture_step(config: Config, micro_steps: int, world_size: int) -> dict[str,
         return capture_graphs(model, batch)
 
 
-def product_flops(graph: torch.fx.GraphModule) -> tuple[float, float]:
-    """Returns the operations of a graph's matrix products, and of its attention (causal: half of all pairs, as if a row
-    were one document)."""
-    products = attended = 0.0
-    for node in graph.graph.nodes:
-        name = str(node.target)
-        shapes = [part.meta["val"].shape for part in node.all_input_nodes if isinstance(part.meta.get("val"), Tensor)]
-        if re.match(r"aten\.(mm|bmm|addmm|baddbmm)\.", name):
-            products += 2.0 * node.meta["val"].numel() * shapes[-1][-2]
-        elif name.startswith("golf_forecast.attention"):
-            rows, heads, time, width = shapes["backward" in name]
-            attended += (5 if "backward" in name else 2) * rows * heads * time * time * width
-        elif name.startswith("golf.segment_attention"):
-            positions, heads, width = shapes["backward" in name]
-            _, keys, window = node.args[-3:]
-            seen = (window or keys) * (2 - (window or keys) / keys)  # twice the keys that a query sees on average
-            attended += (5 if "backward" in name else 2) * positions * heads * seen * width
-    return products, attended
-
-
-def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list[Part], list[str], int]:
-    """Returns the parts of all micro steps of a step, the generated programs, and the elements of a mask."""
+def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list[Part], list[str], int, Memory]:
+    """Returns the parts of all micro steps of a step, the generated programs, the elements of a mask, and memory."""
     launches, moved, programs, own = Counter(), Counter(), [], []
     graphs = capture_step(config, micro_steps, world_size)
-    flops = [product_flops(graph) for graph, _ in graphs.values()]  # before they are lowered
+    documents = config.model.document_attention
+    flops = [product_flops(graph, documents) for graph, _ in graphs.values()]  # before they are lowered
     mask = max((masks(graph) for graph, _ in graphs.values()), default=0)
     sites = site_part([graph for graph, _ in graphs.values()], micro_steps)
     for name, (graph, inputs) in graphs.items():
@@ -200,13 +184,7 @@ def graph_parts(config: Config, micro_steps: int, world_size: int) -> tuple[list
         summed("own kernels", own),
         sites,
     ]
-    return parts, programs, mask
-
-
-def own_flops(node: Any) -> float:
-    """Returns the operations of the product in a kernel of ours, 0 where it has none."""
-    shapes = [tuple(map(int, given.get_size())) for given in node.inputs[:2]]
-    return 2.0 * math.prod(shapes[0]) * max(shapes[1]) if "mlp_hidden" in str(node.op_overload) else 0.0
+    return parts, programs, mask, step_memory(config, programs, graphs["forward"][1])
 
 
 def summed(name: str, parts: list[Part]) -> Part:
@@ -375,13 +353,13 @@ def forecast_step(config: Config, world_size: int) -> Forecast:
     """Returns the forecast of a step after warm-up, with the features of the whole recipe on. The process must pretend
     to have a GPU (lab/machine/fake_gpu.py). Raises ConfigError where the batch can't be dealt to the GPUs."""
     micro_steps = count_micro_steps(config, world_size)
-    parts, programs, mask = graph_parts(config, micro_steps, world_size)
+    parts, programs, mask, memory = graph_parts(config, micro_steps, world_size)
     sines = sum(len(POWERS_AND_SINES.findall(program)) for program in programs)
     parts += update_parts(config, world_size)
     launching = 1000 * HOST_SECONDS * sum(part.launches for part in parts)
     waiting = max(0.0, launching - sum(part.modelled_ms for part in parts))
     parts.append(Part("host", 0, 0.0, 0.0, waiting))
-    return Forecast(config.run.preset, world_size, micro_steps, parts, sines, mask, programs)
+    return Forecast(config.run.preset, world_size, micro_steps, parts, sines, mask, memory, programs)
 
 
 def forecast_table(forecast: Forecast) -> str:
@@ -394,6 +372,5 @@ def forecast_table(forecast: Forecast) -> str:
         for part in forecast.parts
     ]
     lines.append(f"{'step':26}{forecast.launches:9,}{'':16}{forecast.modelled_ms:8.2f}")
-    return "\n".join(
-        [*lines, f"powers, sines, cosines: {forecast.powers_and_sines}; attention mask: {forecast.mask_elements:,}"]
-    )
+    lines.append(f"powers, sines, cosines: {forecast.powers_and_sines}; attention mask: {forecast.mask_elements:,}")
+    return "\n".join([*lines, memory_text(forecast.memory)])
