@@ -81,7 +81,9 @@ def test_masks_and_spills_are_counted(repository):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(("knob", "share"), [("document_attention=1", 1), ("attention_window=64", 0.4375)])
+@pytest.mark.parametrize(
+    ("knob", "share"), [("document_attention=1", document_share(256)), ("attention_window=64", 0.4375)]
+)
 def test_documents_and_windows_need_no_mask(repository, knob, share):
     """In 64 of 256 positions a query sees 64 - 64^2 / 512 = 56 keys on average, without the window 128."""
     plain, segments = (forecast(repository, "--world-size", "1", *more, *TOY) for more in ((), (knob,)))

@@ -24,7 +24,7 @@ TOY = dict(
     vocab_size="256", model_dim="64", train_seq_len="64", short_seq_len="0", short_seq_fraction="0",
     middle_seq_len="0", middle_seq_fraction="0", seq_rewarmup_fraction="0", eval_seq_len="64", rope_dims="8",
     train_batch_tokens="512", micro_batch_tokens="512", document_attention="0", num_layers="6", loop_first="2",
-    loop_last="3", loop_repeats="2", lanes_from="4",
+    loop_last="3", loop_repeats="2", lanes_from="4", kernels="off",
 )  # fmt: skip
 
 
