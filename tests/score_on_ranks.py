@@ -1,6 +1,8 @@
 """Scores a toy stream with adapters on as many ranks as torchrun started, twice: whole, and with a journal that loses
-its end; each rank prints both scores and the documents that it had."""
+its end; each rank writes both scores and the documents that it had into a file of its own (ranks share one terminal,
+where their lines can mix)."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,7 +27,8 @@ def main(folder: Path) -> None:
         kept = journal.chunks[: had // 2]
         journal.chunks[:] = kept  # as after a kill in which the rest was not journaled: other ranks may claim it
         resumed = score(runtime, journal)
-        print(f"scored {whole!r} {resumed!r} documents {had} and {len(journal.chunks) - len(kept)}", flush=True)
+        found = {"scores": [whole, resumed], "documents": [had, len(journal.chunks) - len(kept)]}
+        (folder / f"found{runtime.rank}.json").write_text(json.dumps(found))
 
 
 def score(runtime: Runtime, journal: ScoreJournal) -> tuple[float, int, int]:

@@ -1,6 +1,7 @@
 """Adapters of each document: score first, forgotten with their document, causal, exact, resumed and proven."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -140,17 +141,17 @@ def test_every_document_is_claimed_by_one_rank(documents, order):
 
 @pytest.mark.slow
 def test_ranks_share_the_documents_and_the_score_does_not_depend_on_their_number(tmp_path):
-    found = {ranks: score_on(ranks, tmp_path / str(ranks)) for ranks in (1, 2, 3)}
-    scores = {line.partition(" documents ")[0] for lines in found.values() for line in lines}
-    assert len(scores) == 1, found
-    for ranks, lines in found.items():
-        counts = [[int(n) for n in line.partition(" documents ")[2].split(" and ")] for line in lines]
-        assert sum(had for had, _ in counts) == len(stream_documents(STREAM, BOS)) and len(lines) == ranks
+    by_ranks = {ranks: score_on(ranks, tmp_path / str(ranks)) for ranks in (1, 2, 3)}
+    scores = [score for found in by_ranks.values() for rank in found for score in rank["scores"]]
+    assert all(score == scores[0] for score in scores), scores
+    for ranks, found in by_ranks.items():
+        counts = [rank["documents"] for rank in found]
+        assert sum(had for had, _ in counts) == len(stream_documents(STREAM, BOS)) and len(found) == ranks
         assert sum(again for _, again in counts) == sum(had - had // 2 for had, _ in counts)
 
 
-def score_on(ranks: int, folder: Path) -> list[str]:
-    """Returns what each rank of tests/score_on_ranks.py printed."""
+def score_on(ranks: int, folder: Path) -> list[dict]:
+    """Returns what each rank of tests/score_on_ranks.py found."""
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     finished = subprocess.run(
@@ -158,7 +159,7 @@ def score_on(ranks: int, folder: Path) -> list[str]:
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
-    return [line for line in finished.stdout.splitlines() if line.startswith("scored ")]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("found*.json"))]
 
 
 # ---- the artifact's score ----
