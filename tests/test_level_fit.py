@@ -16,7 +16,7 @@ from golf.model.gpt import GPT
 from golf.model.init import build_model
 from golf.optim.schedule import training_budget
 from golf.quant.calibration import calibrate
-from golf.quant.grid import dequantize_state
+from golf.quant.grid import QuantizedTensor, dequantize_state
 from golf.runtime import Runtime
 from lab.rates.packing_fit import FINE_ENOUGH, smallest_at_score
 
@@ -86,10 +86,16 @@ def test_a_limit_that_nothing_meets_says_what_the_smallest_is(trained):
         fit(trained, 900)
 
 
-def test_a_limit_that_does_not_bind_is_left_unfilled(trained):
-    fitted = fit(trained, 10_000_000)
-    assert len(fitted.data) < 40_000
-    assert divergence(trained, fitted) < 2e-3
+def test_room_that_codes_leave_is_filled_with_fp16(trained):
+    lines, some = [], fit(trained, 50_000)
+    every = fit(trained, 10_000_000, log=lines.append)
+    kept = [sum(isinstance(entry, QuantizedTensor) for entry in one.stored.values()) for one in (some, every)]
+    assert 0 < kept[0] < len(trained[1]) and kept[1] == 0
+    assert 40_000 < len(some.data) <= 50_000 < len(every.data)
+    assert divergence(trained, every) < 1e-5 < 10 * divergence(trained, some) < 1e-2
+    assert same_stored_state(read_artifact(some.data).state, some.stored)
+    said = next(line for line in lines if "in fp16" in line)
+    assert "15 of 15 matrices in fp16" in said and f"{10_000_000 - len(every.data):,} bytes stay free" in said
 
 
 @pytest.mark.slow

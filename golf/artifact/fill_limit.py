@@ -26,7 +26,7 @@ from golf.quant.calibration import LayerStatistics
 from golf.quant.export import PruneReport, prune_state, quantize_state
 from golf.quant.grid import QuantizedState, QuantizedTensor, dequantize_state, dequantize_tensor
 from golf.quant.spreading import batch_equal_shapes, share_entries, spread_matrices
-from golf.quant.tensor_classes import bits_of, tensor_class, weight_site
+from golf.quant.tensor_classes import FP16_BITS, bits_of, tensor_class, weight_site
 from golf.quant.waterfill import (
     PreparedMatrix,
     hidden_orders,
@@ -69,6 +69,8 @@ class FittedArtifact:
     """Weights that `stored` was rounded to nearest from; None where codes were chosen otherwise."""
     codes_not_nearest: int = 0
     """Codes that error feedback or their price moved away from the nearest."""
+    matrices_fp16: int = 0
+    """Matrices that the limit had room for without codes."""
 
 
 def fit_to_limit(
@@ -224,11 +226,18 @@ class LevelSearch:
         codes = share_entries(mine, shapes, self.runtime)
         return {name: codes[name] if name in codes else part.detach().cpu().half() for name, part in self.state.items()}
 
-    def of_all(self, value_of: Callable[[PreparedMatrix, QuantizedTensor], float], stored: QuantizedState) -> float:
-        """Returns the sum of a value over the matrices of all ranks, which does not depend on who has which."""
+    def of_all(
+        self, value_of: Callable[[PreparedMatrix, QuantizedTensor | Tensor], float], stored: QuantizedState
+    ) -> dict[str, float]:
+        """Returns a value of each matrix, on every rank; it does not depend on who has which."""
         values = [value_of(self.matrices[name], stored[name]) if name in self.matrices else 0.0 for name in self.shapes]
         values_N = torch.tensor(values, dtype=torch.float64, device=self.runtime.device)
-        return sum(self.runtime.sum_over_ranks(values_N).tolist())
+        return dict(zip(self.shapes, self.runtime.sum_over_ranks(values_N).tolist(), strict=True))
+
+    def packed(self, log_level: float, stored: QuantizedState) -> LevelArtifact:
+        """Returns the artifact of these entries."""
+        data, sizes = pack_artifact(stored, self.model, self.tokenizer_sha256, self.quant.codec, verify=False)
+        return LevelArtifact(log_level, len(data), data, sizes, stored, sum(self.of_all(loss_of, stored).values()))
 
     def at(self, log_level: float) -> LevelArtifact:
         """Returns the artifact at a level, quantized and packed once."""
@@ -237,10 +246,10 @@ class LevelSearch:
             if self.stride > 1:
                 self.tried[log_level] = self.sampled(log_level, stored)
                 return self.tried[log_level]
-            data, sizes = pack_artifact(stored, self.model, self.tokenizer_sha256, self.quant.codec, verify=False)
-            loss = self.of_all(lambda matrix, entry: matrix.loss_added(dequantize_tensor(entry)), stored)
-            self.tried[log_level] = LevelArtifact(log_level, len(data), data, sizes, stored, loss)
-            self.log(f"fit: level 2^{log_level:.4f}: {len(data):,} bytes, {loss:.5f} nats per token expected")
+            found = self.tried[log_level] = self.packed(log_level, stored)
+            self.log(
+                f"fit: level 2^{log_level:.4f}: {found.size:,} bytes, {found.loss_added:.5f} nats per token expected"
+            )
         return self.tried[log_level]
 
     def sampled(self, log_level: float, stored: QuantizedState) -> LevelArtifact:
@@ -289,6 +298,33 @@ class LevelSearch:
         return over + min(max(share, 0.02), 0.98) * (within - over)
 
 
+def loss_of(matrix: PreparedMatrix, entry: QuantizedTensor | Tensor) -> float:
+    """Returns the predicted loss of a stored matrix, nats per token."""
+    return matrix.loss_added(dequantize_tensor(entry) if isinstance(entry, QuantizedTensor) else entry.float())
+
+
+def fill_with_fp16(search: LevelSearch, found: LevelArtifact, goal: int) -> LevelArtifact:
+    """Returns the artifact with matrices as fp16 where the finest codes leave room: those first whose error costs most
+    for each of their weights. Says in one line what stays free, and how little more bytes could win."""
+    losses, taken, room = search.of_all(loss_of, found.stored), [], goal - found.size
+    for name in sorted(losses, key=lambda name: -losses[name] / search.state[name].numel()):
+        more = search.state[name].numel() * (FP16_BITS - found.sizes.bits_per_weight) / 8
+        if more <= room:
+            taken, room = [*taken, name], room - more
+    finest = found
+    while taken:
+        fp16 = {name: search.state[name].half() for name in taken}
+        found = search.packed(found.log_level, finest.stored | fp16)
+        if found.size <= goal:
+            break
+        found, taken = finest, taken[:-1]
+    search.log(
+        f"fit: codes are at their finest, {len(taken)} of {len(losses)} matrices in fp16: {goal - found.size:,} bytes "
+        f"stay free, {found.loss_added:.2g} nats per token is the most that more could win"
+    )
+    return found
+
+
 def fill_limit(
     statistics: Mapping[str, LayerStatistics], state: Mapping[str, Tensor], quant: QuantConfig, model: ModelConfig,
     tokenizer_sha256: str, limit_bytes_model: int, reserve_bytes: int, log: Callable[[str], None],
@@ -310,14 +346,18 @@ def fill_limit(
     search.first_guess, packings = search.fill(goal).log_level, len(search.tried)
     search.trellis, search.near_enough, search.stride, search.tried = True, NEAR_ENOUGH, 1, {}
     found, packings = search.fill(goal), packings + len(search.tried)
-    zeros = sum(int((found.stored[name].codes_RC == 0).sum()) for name in statistics)
-    codes = sum(found.stored[name].codes_RC.numel() for name in statistics)
-    woven = sum(found.stored[name].trellis for name in statistics)
+    if goal - found.size > NEAR_ENOUGH:
+        found = fill_with_fp16(search, found, goal)
+    coded = [entry for entry in found.stored.values() if isinstance(entry, QuantizedTensor)]
+    zeros = sum(int((entry.codes_RC == 0).sum()) for entry in coded)
+    codes = sum(entry.codes_RC.numel() for entry in coded)
+    woven, in_fp16 = sum(entry.trellis for entry in coded), sum(isinstance(found.stored[k], Tensor) for k in statistics)
     action = (
         f"water level 2^{found.log_level:.4f}, {found.loss_added:.5f} nats per token expected, {woven} of "
-        f"{len(statistics)} matrices on a trellis, {zeros / codes:.1%} of the codes zero"
+        f"{len(statistics)} matrices on a trellis, {in_fp16} in fp16, "
+        f"{zeros / max(codes, 1):.1%} of the codes zero"
     )
     log(f"fit: {len(found.data):,} bytes in {packings} packings: {action}")
-    moved = int(search.of_all(PreparedMatrix.codes_not_nearest, found.stored))
+    moved = int(sum(search.of_all(PreparedMatrix.codes_not_nearest, found.stored).values()))
     sizes = replace(found.sizes, streams=tuple(read_back(found.data, found.stored, found.sizes.streams)))
-    return FittedArtifact(found.data, sizes, found.stored, [], [action], codes_not_nearest=moved)
+    return FittedArtifact(found.data, sizes, found.stored, [], [action], None, moved, in_fp16)

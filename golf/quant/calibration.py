@@ -288,9 +288,10 @@ def calibrate_run(
 
 
 def calibration_acts(files: Mapping[str, Any]) -> tuple[int, bool, str]:
-    """Tokens that were calibrated on, and the codes that this moved from the nearest."""
-    moved = files["pruning"]["codes_not_nearest"]
-    return files["pruning"]["calibration_tokens"], moved > 0, f"{moved} codes are not the nearest to their weights"
+    """Tokens that were calibrated on, the codes that this moved from the nearest, the matrices that it left in fp16."""
+    moved, left = files["pruning"]["codes_not_nearest"], files["pruning"].get("matrices_fp16", 0)
+    text = f"{moved} codes are not the nearest to their weights" + (f", {left} matrices are in fp16" if left else "")
+    return files["pruning"]["calibration_tokens"], moved + left > 0, text
 
 
 register_feature(

@@ -145,11 +145,13 @@ class PreparedMatrix:
         bits = class_entropy(entry.codes_RC.float()) * entry.codes_RC.numel()
         return self.loss_added(dequantize_tensor(entry)) + 0.5 * HIGH_RATE_SLOPE * level * bits
 
-    def codes_not_nearest(self, entry: QuantizedTensor) -> int:
+    def codes_not_nearest(self, entry: QuantizedTensor | Tensor) -> int:
         """Counts the codes that differ from rounding each weight alone with the steps of `entry`.
 
-        Counts all codes of a trellis, which has no nearest code.
+        Counts all codes of a trellis, which has no nearest code; fp16 has no codes.
         """
+        if isinstance(entry, Tensor):
+            return 0
         if entry.trellis:
             return entry.codes_RC.numel()
         step_RC = (entry.scale_SG.float() * entry.column_scale_C.float()).to(self.weight_RC.device)

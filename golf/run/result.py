@@ -67,6 +67,7 @@ def pruning_record(fitted: FittedArtifact) -> dict[str, Any]:
         "pruned_codes": sum(tensor.codes_changed for tensor in fitted.prune_reports),
         "codes": sum(tensor.weights for tensor in fitted.prune_reports),
         "codes_not_nearest": fitted.codes_not_nearest,
+        "matrices_fp16": fitted.matrices_fp16,
         "fit_actions": fitted.actions,
     }
 
