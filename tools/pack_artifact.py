@@ -4,6 +4,11 @@
         [--codec rans|brotli|lzma|zstd|zlib|none] [--code FILE] [--json]
     python tools/pack_artifact.py --weights FILE --out FILE --fit [--calibration 'GLOB'] [--reserve-bytes N]
         [--target-bpb X --val 'GLOB' --tokenizer FILE]
+    python tools/pack_artifact.py --weights FILE --out FILE --tokenizer FILE --fit [--knobs 'train_seq_len=1024 ...']
+        [--val 'GLOB']
+
+Weights are this project's, or those of another script of the competition (the baseline's or the recipe's names;
+.safetensors, or a state dict in .pt), which need --tokenizer. With --val the loss is measured too.
 
 --fit chooses the step of every row and column after calibration, so that the artifact fills the limit with the least
 loss; with --target-bpb it is the smallest that keeps the score. Exit status: 0 packed; 1 over the limit (nothing is
@@ -22,16 +27,20 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf.artifact.codecs import ArtifactError
-from golf.artifact.container import pack_artifact
+from golf.artifact.container import pack_artifact, read_artifact
 from golf.artifact.sizes import SizeReport, StreamSize, size_report_dict
-from golf.artifact.weights import SavedWeights, load_weights
+from golf.artifact.weights import SavedWeights
 from golf.config.config import Config, check_config
 from golf.config.knobs import EXIT_FINDINGS, ConfigError
 from golf.config.quantization import CODECS, QuantConfig
+from golf.data.shards import expand_glob
 from golf.quant.export import PruneReport, prune_state, quantize_state
-from golf.runtime import Log, start_runtime, write_file_atomically
+from golf.runtime import Log, Runtime, start_runtime, write_file_atomically
+from golf.score.roundtrip import score_artifact, score_weights
 from lab.cli import DeviceOptions, run_command
+from lab.rates.foreign_weights import open_weights
 from lab.rates.packing_fit import FitRequest, fit_weights
+from lab.rates.trained_run import scoring_config
 
 WIDTH_OF_TABLE = 100
 
@@ -39,7 +48,7 @@ WIDTH_OF_TABLE = 100
 @dataclass(frozen=True)
 class Options(DeviceOptions):
     weights: Path
-    """weights.safetensors of a training run."""
+    """weights.safetensors of a training run, or the weights of another script (.safetensors or .pt)."""
     out: Path
     """The artifact to write; an existing one is replaced only by one that fits."""
     limit_bytes: int = 16_000_000
@@ -63,9 +72,11 @@ class Options(DeviceOptions):
     target_bpb: float | None = None
     """With --fit: the smallest artifact of at most so many bits per byte on --val, in plain rows."""
     val: str = ""
-    """With --target-bpb: pattern of validation shards, quoted."""
+    """Pattern of validation shards, quoted: says bits per byte before and after, in plain rows."""
     tokenizer: Path | None = None
-    """With --target-bpb: their tokenizer."""
+    """With --val, or weights of another script: the tokenizer."""
+    knobs: str = ""
+    """With weights of another script: what their shapes don't say, such as 'train_seq_len=4096 rope_base=50000'."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,8 @@ class PackResult:
     code_counted: bool
     fit: dict[str, Any] | None = None
     """How a fit came about."""
+    val_bpb: tuple[float, float] | None = None
+    """Bits per byte of the weights, and of the artifact, in plain rows."""
 
     @property
     def bytes_total(self) -> int:
@@ -101,23 +114,34 @@ def pack(options: Options) -> PackResult:
     """Writes the artifact if it fits. Raises UserError or OSError for bad input."""
     if not options.out.parent.is_dir():
         raise ArtifactError(f"there is no folder {options.out.parent} to write {options.out.name} to")
+    if options.val and not options.tokenizer:
+        raise ConfigError("--val is counted in bytes of text: give its --tokenizer too")
     bytes_code = options.code.stat().st_size if options.code else 0
-    saved = load_weights(options.weights)
-    if options.fit:
-        return pack_fitted(saved, options, bytes_code)
-    if options.target_bpb is not None or options.calibration or options.reserve_bytes:
-        raise ConfigError("--target-bpb, --calibration and --reserve-bytes go with --fit")
-    quant = choose_quantization(saved, options)
-    state, pruned = prune_state(saved.state, quant)
-    data, sizes = pack_artifact(quantize_state(state, quant), saved.model, saved.tokenizer_sha256, quant.codec)
-    result = PackResult(sizes, pruned, bytes_code, options.limit_bytes, options.code is not None)
+    saved, reading = open_weights(options.weights, options.tokenizer, options.knobs)
+    with start_runtime(options.run_config(), "pack", Log(sys.stderr)) as runtime:
+        if reading:
+            runtime.print(reading)
+        packed = pack_fitted if options.fit else pack_as_configured
+        data, result = packed(saved, options, bytes_code, runtime)
+        if result.fits and options.val and options.target_bpb is None:
+            result = replace(result, val_bpb=score_before_and_after(saved, data, options, runtime))
     if result.fits:
         write_file_atomically(options.out, data)
     return result
 
 
-def pack_fitted(saved: SavedWeights, options: Options, bytes_code: int) -> PackResult:
-    """Writes the artifact that a fit gives. Raises UserError."""
+def pack_as_configured(saved: SavedWeights, options: Options, bytes_code: int, _: Runtime) -> tuple[bytes, PackResult]:
+    """Returns the artifact on the configured grids. Raises UserError."""
+    if options.target_bpb is not None or options.calibration or options.reserve_bytes:
+        raise ConfigError("--target-bpb, --calibration and --reserve-bytes go with --fit")
+    quant = choose_quantization(saved, options)
+    state, pruned = prune_state(saved.state, quant)
+    data, sizes = pack_artifact(quantize_state(state, quant), saved.model, saved.tokenizer_sha256, quant.codec)
+    return data, PackResult(sizes, pruned, bytes_code, options.limit_bytes, options.code is not None)
+
+
+def pack_fitted(saved: SavedWeights, options: Options, bytes_code: int, runtime: Runtime) -> tuple[bytes, PackResult]:
+    """Returns the artifact that a fit gives. Raises UserError."""
     if options.prune is not None:
         raise ConfigError("--prune has no place in --fit: it sets codes to zero by itself")
     goal = options.limit_bytes - options.reserve_bytes - bytes_code
@@ -125,13 +149,17 @@ def pack_fitted(saved: SavedWeights, options: Options, bytes_code: int) -> PackR
         goal, options.calibration, options.calibration_tokens, options.seed, options.codec or "rans",
         options.target_bpb, options.val, options.tokenizer,
     )  # fmt: skip
-    run = options.run_config()
-    with start_runtime(run, "pack", Log(sys.stderr)) as runtime:
-        fitted, record = fit_weights(saved, request, runtime, runtime.print)
-    result = PackResult(fitted.sizes, [], bytes_code, options.limit_bytes, options.code is not None, record)
-    if result.fits:
-        write_file_atomically(options.out, fitted.data)
-    return result
+    fitted, record = fit_weights(saved, request, runtime, runtime.print)
+    return fitted.data, PackResult(fitted.sizes, [], bytes_code, options.limit_bytes, options.code is not None, record)
+
+
+def score_before_and_after(saved: SavedWeights, data: bytes, options: Options, runtime: Runtime) -> tuple[float, float]:
+    """Returns bits per byte on --val of the weights, and of the artifact read back. Raises UserError."""
+    artifact, paths = read_artifact(data), expand_glob(options.val)
+    score = scoring_config(saved.model, 0, 0, runtime.device.type)
+    before = score_weights(saved.state, artifact, options.tokenizer, paths, score.eval_batch_seqs, runtime)
+    after, _ = score_artifact(artifact, options.tokenizer, paths, score, runtime)
+    return before.val_bpb, after.val_bpb
 
 
 def result_dict(result: PackResult) -> dict:
@@ -142,6 +170,7 @@ def result_dict(result: PackResult) -> dict:
         "fits": result.fits,
         "pruned": [asdict(report) for report in result.pruned],
         "fit": result.fit,
+        "val_bpb": result.val_bpb,
     }
 
 
@@ -178,6 +207,9 @@ def print_result(result: PackResult) -> None:
     console = Console()
     console.width = max(console.width, WIDTH_OF_TABLE)
     console.print(size_table(result))
+    if result.val_bpb:
+        before, after = result.val_bpb
+        console.print(f"{after:.4f} bits per byte; {before:.4f} before, in plain rows")
     if result.fit:
         console.print(*result.fit["fit_actions"], sep="; ")
         return
