@@ -49,7 +49,8 @@ CASES = {
     ),
     "activations alone": FLOAT | dict(mlp_activation="tanh", act_hidden="unit-ternary-dge3"),
     "knowledge": FLOAT | dict(knowledge_tokens="3"),
-    "knowledge in layers, window": FLOAT | dict(knowledge_tokens="3", knowledge_at="layers", attention_window="5"),
+    "knowledge in layers, window": FLOAT
+    | dict(knowledge_tokens="3", knowledge_at="layers", attention_window="5", late_mix_hidden="0"),
 }  # fmt: skip
 FEATURES = ("qat", "activation_quantizers", "attention_window", "knowledge_tokens")
 

@@ -7,8 +7,8 @@
     python tools/pack_artifact.py --weights FILE --out FILE --tokenizer FILE --fit [--knobs 'train_seq_len=1024 ...']
         [--val 'GLOB']
 
-Weights are this project's, or those of another script of the competition (the baseline's or the recipe's names;
-.safetensors, or a state dict in .pt), which need --tokenizer. With --val the loss is measured too.
+Weights are this project's, or those of another script of the competition (the baseline's or the recipe's names, as
+.safetensors), which need --tokenizer. With --val the loss is measured too.
 
 --fit chooses the step of every row and column after calibration, so that the artifact fills the limit with the least
 loss; with --target-bpb it is the smallest that keeps the score. Exit status: 0 packed; 1 over the limit (nothing is
@@ -48,7 +48,7 @@ WIDTH_OF_TABLE = 100
 @dataclass(frozen=True)
 class Options(DeviceOptions):
     weights: Path
-    """weights.safetensors of a training run, or the weights of another script (.safetensors or .pt)."""
+    """weights.safetensors of a training run, or the weights of another script (.safetensors)."""
     out: Path
     """The artifact to write; an existing one is replaced only by one that fits."""
     limit_bytes: int = 16_000_000

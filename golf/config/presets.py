@@ -5,8 +5,8 @@ from typing import Any
 LOCAL: dict[str, Any] = dict(
     limit_bytes=500_000, data_path="", tokenizer_path="", corpus="embedded", row_order="spread", device="cpu",
     compile="auto", vocab_size=2048, num_layers=2, model_dim=160, num_heads=4, num_kv_heads=2, mlp_mult=2.5,
-    exclusive_attention=True, key_offset=True, bigram_vocab_size=1024, bigram_dim=32, train_seq_len=256,
-    max_wallclock_seconds=180.0,
+    exclusive_attention=True, key_offset=True, late_mix_hidden=16, bigram_vocab_size=1024, bigram_dim=32,
+    train_seq_len=256, max_wallclock_seconds=180.0,
     train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=2, warmdown_fraction=0.8, muon_momentum=0.95,
     swa_start=0.94, swa_snapshots=16, holdout_every=0, train_log_every=100, holdout_tokens=16_384,
     eval_batch_tokens=16_384, embed_bits=5,
@@ -28,7 +28,7 @@ BASELINE: dict[str, Any] = dict(
 BASELINE_LOCAL: dict[str, Any] = LOCAL | BASELINE | dict(
     vocab_size=1024, num_layers=3, model_dim=128, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
     holdout_every=0, train_log_every=100, reserve_bytes=10_000, eval_seq_len=256, eval_stride=256,
-    exclusive_attention=False, key_offset=False, mixture=False, adapter_rank=0,
+    exclusive_attention=False, key_offset=False, late_mix_hidden=0, mixture=False, adapter_rank=0,
 )  # fmt: skip
 
 STORIES: dict[str, Any] = LOCAL | dict(
@@ -36,7 +36,8 @@ STORIES: dict[str, Any] = LOCAL | dict(
     bigram_dim=0, smear_gate=False, train_seq_len=256, train_batch_tokens=1024, micro_batch_tokens=1024,
     max_wallclock_seconds=300.0, qat_enabled=False, mlp_bits=8, attn_bits=8, embed_bits=16, prune_frac=0.0,
     quantizer="rtn", codec="lzma", reserve_bytes=10_000, limit_bytes=4_000_000, eval_seq_len=256, eval_stride=256,
-    eval_rope="none", eval_batch_seqs=8, exclusive_attention=False, key_offset=False, mixture=False, adapter_rank=0,
+    eval_rope="none", eval_batch_seqs=8, exclusive_attention=False, key_offset=False, late_mix_hidden=0,
+    mixture=False, adapter_rank=0,
 )  # fmt: skip
 
 FRONTIER_BASE: dict[str, Any] = dict(
@@ -59,8 +60,8 @@ and coder; docs/FRONTIER.md compares it part by part."""
 FRONTIER_BASE_LOCAL: dict[str, Any] = LOCAL | FRONTIER_BASE | dict(
     data_path="", tokenizer_path="", vocab_size=2048, num_layers=5, model_dim=128, rope_dims=8, loop_first=2,
     loop_last=2, lanes_from=4,
-    train_seq_len=256, short_seq_len=64, middle_seq_len=0, middle_seq_fraction=0.0, key_offset=False, holdout_every=0,
-    eval_seq_len=256, eval_stride=64, mixture=False, adapter_rank=0, kernels="off",
+    train_seq_len=256, short_seq_len=64, middle_seq_len=0, middle_seq_fraction=0.0, key_offset=False, late_mix_hidden=0,
+    holdout_every=0, eval_seq_len=256, eval_stride=64, mixture=False, adapter_rank=0, kernels="off",
 )  # fmt: skip
 
 ADAPTIVE: dict[str, Any] = dict(mixture=True, adapter_rank=8)

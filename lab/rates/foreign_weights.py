@@ -35,9 +35,11 @@ table."""
 
 
 def open_weights(path: Path, tokenizer: Path | None = None, knobs: str = "") -> tuple[SavedWeights, str]:
-    """Returns the weights in a .safetensors file, or in a state dict that torch.save wrote, and a line on how they were
-    read (empty for this project's own). Raises ArtifactError, ConfigError."""
-    if path.suffix != ".pt" and not is_foreign(path):
+    """Returns the weights in a .safetensors file, and a line on how they were read (empty for this project's own).
+
+    Raises ArtifactError, ConfigError.
+    """
+    if not is_foreign(path):
         if knobs:
             raise ConfigError(f"--knobs is for weights of another script: {path} says all about its model itself")
         return load_weights(path), ""
@@ -72,20 +74,9 @@ def is_foreign(path: Path) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a .safetensors file or of a saved state dict, which may hold nothing but tensors.
-
-    Raises ArtifactError.
-    """
-    if path.suffix != ".pt":
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever a file makes of it
-        raise ArtifactError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(part, Tensor) for part in state.values()):
-        raise ArtifactError(f"{path} is no state dict: save model.state_dict() alone")
-    return dict(state)
+    """Returns the tensors of a file whose header has been read."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def own_name(name: str) -> str:
