@@ -9,9 +9,10 @@ from golf.config.model import ModelConfig
 from golf.config.quantization import QuantConfig
 from golf.model.gpt import GPT
 from golf.model.init import build_model
-from golf.quant.grid import QuantizedTensor, dequantize_state
+from golf.quant.grid import QuantizedTensor, dequantize_state, dequantize_tensor
 from golf.runtime import Runtime
 from lab.rates.methods import METHODS, MethodInput, prepare_method_input
+from lab.rates.rescaling import refit_scales
 
 MODEL = ModelConfig(
     vocab_size=80, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, bigram_vocab_size=40,
@@ -68,3 +69,22 @@ def test_the_variants_do_what_their_names_say(given):
     assert not any(
         isinstance(e, QuantizedTensor) and e.trellis for e in METHODS["fit-plain"].encode(given, 27.0).values()
     )
+
+
+def test_refitted_scales_lessen_the_predicted_loss_and_keep_the_codes(given):
+    matrices = given.search.matrices
+    before = METHODS["fit-nearest"].encode(given, 20.0)
+    for name, matrix in matrices.items():
+        refitted = refit_scales(matrix, before[name])
+        assert torch.equal(refitted.codes_RC, before[name].codes_RC)
+        losses = [matrix.loss_added(dequantize_tensor(entry)) for entry in (refitted, before[name])]
+        assert losses[0] <= 1.001 * losses[1], name
+
+
+def test_one_step_a_matrix_and_columns_alone(given):
+    for method, rows, columns in (("gptq-step", 1, False), ("watersic", None, True)):
+        stored = METHODS[method].encode(given, 22.0)
+        for name, matrix in given.search.matrices.items():
+            entry = stored[name]
+            assert entry.scale_SG.shape == (rows or len(matrix.weight_RC), 1)
+            assert (entry.column_scale_C is not None) == columns

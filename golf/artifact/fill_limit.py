@@ -346,7 +346,7 @@ def fill_limit(
     search.first_guess, packings = search.fill(goal).log_level, len(search.tried)
     search.trellis, search.near_enough, search.stride, search.tried = True, NEAR_ENOUGH, 1, {}
     found, packings = search.fill(goal), packings + len(search.tried)
-    if goal - found.size > NEAR_ENOUGH:
+    if found.log_level == FINEST and goal - found.size > NEAR_ENOUGH:
         found = fill_with_fp16(search, found, goal)
     coded = [entry for entry in found.stored.values() if isinstance(entry, QuantizedTensor)]
     zeros = sum(int((entry.codes_RC == 0).sum()) for entry in coded)

@@ -19,8 +19,9 @@ from golf.quant.waterfill import RD_LAMBDA
 from golf.runtime import Runtime
 from lab.rates.corrections import correct_worst, protected_steps
 from lab.rates.grids import QuantSpec
-from lab.rates.quantizers import quantize_matrix
+from lab.rates.quantizers import GptqOptions, quantize_matrix
 from lab.rates.rate_points import RateMethod
+from lab.rates.rescaling import refit_scales, steps_of_matrix
 from lab.rates.trained_run import load_float_model
 
 FRONTIER_GRIDS = {"attn": (6, 13.0), "mlp": (6, 11.5), "embed": (7, 14.0), "bigram": (6, 13.0)}
@@ -106,6 +107,24 @@ def round_by_level(
     return given.search.quantize(-rate)
 
 
+def round_by_matrix(given: MethodInput, rate: float, by_column: bool) -> QuantizedState:
+    """Rounds by GPTQ with one step for each matrix at a water level of 2^-rate nats; `by_column`: WaterSIC's steps for
+    its columns, and scales refitted to the codes."""
+    stored, spec = {}, QuantSpec(8, "tensor")
+    for name, matrix in given.search.matrices.items():
+        scales = steps_of_matrix(matrix, 2.0**-rate, by_column)
+        hessian_CC = matrix.damped_CC - matrix.damping_C.diag()
+        entry = quantize_matrix(matrix.weight_RC, spec, hessian_CC, GptqOptions(act_order=False), scales)
+        stored[name] = refit_scales(matrix, entry) if by_column else entry
+    return others_as_fp16(given, stored)
+
+
+def refit_level(given: MethodInput, rate: float) -> QuantizedState:
+    """Rounds by one water level, and refits scales of rows and columns to the codes."""
+    stored, matrices = round_by_level(given, rate), given.search.matrices
+    return {name: refit_scales(matrices[name], part) if name in matrices else part for name, part in stored.items()}
+
+
 RECIPE_RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 FRONTIER_RATES = (0.3, 0.45, 0.65, 1.0, 1.5, 2.2, 3.2)
 LEVEL_RATES = (19.5, 20.5, 21.5, 22.5, 23.5, 24.5, 25.5, 27.0)
@@ -121,10 +140,15 @@ METHODS: dict[str, RateMethod] = {
                    round_with_correction),
         RateMethod("frontier-awq", "GPTQ, SDClip, a protected group, our coder", "rans", FRONTIER_RATES,
                    round_with_protection),
+        RateMethod("gptq-step", "GPTQ, one step a matrix by one water level, our coder", "rans", LEVEL_RATES,
+                   lambda given, rate: round_by_matrix(given, rate, by_column=False)),
+        RateMethod("watersic", "WaterSIC's steps of columns, scales refitted, our coder", "rans", LEVEL_RATES,
+                   lambda given, rate: round_by_matrix(given, rate, by_column=True)),
         RateMethod("fit-nearest", "one water level, plain grids, codes by error alone", "rans", LEVEL_RATES,
                    lambda given, rate: round_by_level(given, rate, 0.0, trellis=False)),
         RateMethod("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,
                    lambda given, rate: round_by_level(given, rate, trellis=False)),
         RateMethod("waterfill", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
+        RateMethod("waterfill-refit", "the same, scales refitted to the codes", "rans", LEVEL_RATES, refit_level),
     )
 }  # fmt: skip
