@@ -13,10 +13,10 @@ from golf.runtime import Stopwatch
 FORECAST_STEPS = 3
 """Steps of each phase that are timed, off the training clock, after the warm-up."""
 RECORDED_SCORES = {
-    ("78b97a74318e3286adb5", "7e426bd209081b39"): ((1_256, 1.1433), (1_341, 1.1392), (1_352, 1.1367)),
+    ("ab754a8cbb3b553ca2aa", "7e426bd209081b39"): ((1_367, 1.1287), (1_404, 1.1280), (1_434, 1.1312)),
 }
 """Steps and val_bpb of finished runs, by the hashes of their configuration and of their training text: `local` on the
-embedded text (records/track_local/2026-11-28_local_sp2048_d160_key_offset)."""
+embedded text (records/track_local/2026-11-29_local_sp2048_d160_late_mix)."""
 ALIKE = 1.25
 """Ratio of steps up to which a run on record says something of this one."""
 
