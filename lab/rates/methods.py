@@ -119,12 +119,6 @@ def round_by_matrix(given: MethodInput, rate: float, by_column: bool) -> Quantiz
     return others_as_fp16(given, stored)
 
 
-def refit_level(given: MethodInput, rate: float) -> QuantizedState:
-    """Rounds by one water level, and refits scales of rows and columns to the codes."""
-    stored, matrices = round_by_level(given, rate), given.search.matrices
-    return {name: refit_scales(matrices[name], part) if name in matrices else part for name, part in stored.items()}
-
-
 RECIPE_RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
 FRONTIER_RATES = (0.3, 0.45, 0.65, 1.0, 1.5, 2.2, 3.2)
 LEVEL_RATES = (19.5, 20.5, 21.5, 22.5, 23.5, 24.5, 25.5, 27.0)
@@ -149,6 +143,5 @@ METHODS: dict[str, RateMethod] = {
         RateMethod("fit-plain", "one water level, plain grids, codes by error and bits", "rans", LEVEL_RATES,
                    lambda given, rate: round_by_level(given, rate, trellis=False)),
         RateMethod("waterfill", "one water level, plain grids and trellises", "rans", LEVEL_RATES, round_by_level),
-        RateMethod("waterfill-refit", "the same, scales refitted to the codes", "rans", LEVEL_RATES, refit_level),
     )
 }  # fmt: skip
