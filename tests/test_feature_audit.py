@@ -123,6 +123,7 @@ def test_a_whole_training_testifies_for_itself(stream):
         "warmdown": (4, 12, 9), "muon_momentum_warmup": (1, 3, 3), "grad_clip": (1, 12, 12), "qat": (7, 12, 6),
         "swa": (8, 12, 4), "smear_gate": (1, 12, 12), "bigram_hash": (1, 12, 12), "prune": (None, None, 0),
         "ntk_rope": (None, None, 0), "exclusive_attention": (1, 12, 12), "key_offset": (1, 12, 12),
+        "late_mix": (1, 12, 12),
     }  # fmt: skip
     assert [finding.split()[0] for finding in trainer.audit.findings()] == ["prune", "ntk_rope"]
 
