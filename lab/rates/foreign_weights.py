@@ -5,7 +5,6 @@ shapes don't say (the training length, RoPE's base) is taken from those scripts'
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from golf.artifact.codecs import ArtifactError
 from golf.artifact.container import check_shapes
-from golf.artifact.description import expected_shapes
+from golf.artifact.description import config_of, expected_shapes
 from golf.artifact.weights import METADATA_ENTRIES, SavedWeights, load_weights
 from golf.config.config import Config, check_config, with_knobs
 from golf.config.knobs import ConfigError
@@ -48,11 +47,8 @@ def open_weights(path: Path, tokenizer: Path | None = None, knobs: str = "") -> 
     state = {own_name(name): part.float() for name, part in read_tensors(path).items()}
     script = "recipe" if "bigram.embed.weight" in state else "baseline"
     chosen = shape_knobs(path, state) | SCRIPT_DEFAULTS[script] | split_knobs(knobs)
-    config = with_knobs(Config(), chosen | {"eval_rope": "none"})
-    row = replace(
-        config.train, **dict.fromkeys(("train_batch_tokens", "micro_batch_tokens"), config.model.train_seq_len)
-    )
-    check_config(replace(config, train=row))
+    config = with_knobs(Config(), chosen)
+    check_config(config_of(config.model, config.quant))
     shapes = expected_shapes(config.model)
     check_shapes({name: tuple(part.shape) for name, part in state.items()}, shapes)
     for name, part in state.items():

@@ -41,9 +41,8 @@ def refit_scales(matrix: PreparedMatrix, entry: QuantizedTensor) -> QuantizedTen
     row_R1, column_C = torch.ones(rows, 1).to(restored_RC), torch.ones_like(restored_RC[0])
     for _ in range(ROUNDS):
         now_RC = restored_RC * column_C
-        row_R1 = bounded((wanted_RC * now_RC).sum(1) / ((now_RC @ hessian_CC) * now_RC).sum(1).clamp_min(1e-300))[
-            :, None
-        ]
+        power_R = ((now_RC @ hessian_CC) * now_RC).sum(1).clamp_min(1e-300)
+        row_R1 = bounded((wanted_RC * now_RC).sum(1) / power_R)[:, None]
         column_C = fit_columns(restored_RC * row_R1, wanted_RC, hessian_CC, matrix.row_weight_R)
     scale_R1 = (entry.scale_SG.double().to(row_R1.device) * row_R1).clamp(FP16_TINY, FP16_MAX).half()
     given_C = torch.ones_like(column_C) if entry.column_scale_C is None else entry.column_scale_C.to(column_C)
