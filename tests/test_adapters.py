@@ -1,5 +1,6 @@
 """Adapters of each document: score first, forgotten with their document, causal, exact, resumed and proven."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -119,6 +120,30 @@ def test_an_optimizer_step_is_adam_s(model):
         optimizer.step()
     for ours, theirs in zip(adapters.parameters, twins, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_lane_is_the_network_with_changed_matrices_and_head(model):
+    adapters = Adapters(model, SCORE)
+    names = {module: name for name, module in model.named_modules()}
+    assert "unembed" in {names[module] for module in adapters.modules}
+    ids_BT = torch.randint(2, MODEL.vocab_size, (SCORE.adapter_lanes, 12))
+    with torch.no_grad():
+        for up_BOR in adapters.up:
+            up_BOR.normal_(std=0.3)
+        with adapters.attached():
+            found_BTV = model.logits(ids_BT).detach()
+        assert (found_BTV - model.logits(ids_BT)).abs().max() > 0.01
+        for lane, row_T in enumerate(ids_BT):
+            twin = copy.deepcopy(model)
+            for module, down_BRI, up_BOR in zip(adapters.modules, adapters.down, adapters.up, strict=True):
+                change_OI = up_BOR[lane] @ down_BRI[lane]
+                if names[module] == "unembed":
+                    head_change_VD = change_OI
+                else:
+                    twin.get_submodule(names[module]).weight += change_OI
+            x_1TD, head_VD = twin.final_states(row_T[None])
+            capped_1TV = (x_1TD @ (head_VD + head_change_VD).T / MODEL.logit_softcap).tanh() * MODEL.logit_softcap
+            torch.testing.assert_close(found_BTV[lane], capped_1TV[0], atol=1e-5, rtol=1e-4)
 
 
 def test_the_model_is_left_as_it_was(model):

@@ -23,6 +23,7 @@ from golf.model.layers import (
     Embedding,
     Linear,
     RmsNorm,
+    Unembedding,
     acts_always,
     changed_model,
     rms_norm,
@@ -75,6 +76,7 @@ class GPT(nn.Module):
         if config.late_mix_hidden:
             self.late_mix = LateMix(config.model_dim, config.late_mix_hidden)
         self.final_norm = RmsNorm()
+        self.unembed = Unembedding()
 
     def embed(self, ids_BT: Tensor, embedding_VD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Returns the first block's input: token (+ hashed bigram), normalised, smeared with its predecessor."""
@@ -195,8 +197,7 @@ class GPT(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:  # fmt: skip
         """Returns fp32 logits_BSV of what `final_states` takes, soft-capped to +-logit_softcap."""
-        x_BSD, head_VD = self.final_states(ids_BT, last, rope_base, cache)
-        logits_BSV = F.linear(x_BSD, head_VD.to(x_BSD.dtype)).float()
+        logits_BSV = self.unembed(*self.final_states(ids_BT, last, rope_base, cache)).float()
         return self.config.logit_softcap * torch.tanh(logits_BSV / self.config.logit_softcap)
 
     def token_losses(self, ids_BT: Tensor, targets_BS: Tensor, rope_base: float | None = None) -> Tensor:

@@ -50,6 +50,13 @@ class Embedding(Matrix):
         return F.embedding(ids_BT, self.effective_weight() if weight_VD is None else weight_VD)
 
 
+class Unembedding(nn.Module):
+    """Computes logits y_BSV = x_BSD W_VD^T of a table that is not its own: a module, so that hooks reach them."""
+
+    def forward(self, x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        return F.linear(x_BSD, weight_VD.to(x_BSD.dtype))
+
+
 class ActivationSite(nn.Module):
     """Applies the activation quantizer that the model's configuration names here; golf/quant/qat.py installs it."""
 

@@ -14,14 +14,14 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from golf.config.scoring import ScoreConfig
 from golf.model.gpt import GPT
 from golf.model.layers import Linear
 from golf.score.scorer import Recorder, ScoreSettings
 
-ADAPTED = ("attn.c_k", "attn.proj", "mlp.fc", "mlp.proj")
+ADAPTED = ("attn.c_k", "attn.proj", "mlp.fc", "mlp.proj", "unembed")
 """Matrices that are changed, by the ends of their names. Queries and values are not (pull request 1953)."""
 BETAS = 0.9, 0.99
 SHORTEST = 4
@@ -81,13 +81,11 @@ class Adapters:
     def __init__(self, model: GPT, score: ScoreConfig):
         self.model, self.score, lanes = model, score, score.adapter_lanes
         device = model.skip_weights.device
-        self.modules = [
-            module for name, module in model.named_modules() if isinstance(module, Linear) and name.endswith(ADAPTED)
-        ]
+        self.modules = [module for name, module in model.named_modules() if name.endswith(ADAPTED)]
         generator = torch.Generator().manual_seed(0)
         self.down, self.up = [], []
         for module in self.modules:
-            width_out, width_in = module.weight.shape
+            width_out, width_in = module.weight.shape if isinstance(module, Linear) else model.tok_emb.weight.shape
             start_RI = (2 * torch.rand(score.adapter_rank, width_in, generator=generator) - 1) / width_in**0.5
             self.down.append(start_RI.repeat(lanes, 1, 1).to(device).requires_grad_())
             self.up.append(torch.zeros(lanes, width_out, score.adapter_rank, device=device, requires_grad=True))
@@ -101,7 +99,7 @@ class Adapters:
         """Adds each lane's change to the matrices' outputs within the context; gradients are on."""
 
         def change(down_BRI: Tensor, up_BOR: Tensor) -> Callable:
-            def hook(module: Linear, inputs: tuple[Tensor], y_BTO: Tensor) -> Tensor:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y_BTO: Tensor) -> Tensor:
                 x_BTI = inputs[0]
                 return y_BTO + (x_BTI @ down_BRI.mT.to(x_BTI.dtype)) @ up_BOR.mT.to(x_BTI.dtype)
 
