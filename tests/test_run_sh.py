@@ -27,11 +27,12 @@ def project(tmp_path, repository, write_tree):
         "requirements-data.txt": "",
         "requirements-demo.txt": "",
         "requirements-lab.txt": "",
+        "requirements-track.txt": "",
         "requirements-dev.txt": "ruff\n",
         "constraints.txt": "# comment\ntorch==2.13.0\n",
         "fake/__init__.py": "",
     }
-    files |= {f"tools/{name}.py": TOOL.format(name=name) for name in ("compare", "demo", "inspect_data")}
+    files |= {f"tools/{name}.py": TOOL.format(name=name) for name in ("compare", "demo", "inspect_data", "track")}
     files |= {"fake/torch/__init__.py": TORCH.format(count=0)}
     files |= {"fake/torch/distributed/__init__.py": ""}
     files |= {"fake/torch/distributed/run.py": "import sys\nprint('torchrun', *sys.argv[1:])\n"}
@@ -173,7 +174,8 @@ def test_a_failing_venv_module_is_one_clear_line(project):
         (["tool", "compare"], ["requirements", "requirements-lab"]),
         (["tool", "inspect_data"], ["requirements", "requirements-lab", "requirements-data"]),
         (["tool", "demo"], ["requirements", "requirements-lab", "requirements-demo"]),
-        (["test"], ["requirements", *(f"requirements-{name}" for name in ("data", "lab", "demo", "dev"))]),
+        (["tool", "track"], ["requirements", "requirements-lab", "requirements-track"]),
+        (["test"], ["requirements", *(f"requirements-{name}" for name in ("data", "lab", "demo", "track", "dev"))]),
         (["lint"], ["requirements-dev"]),
     ],
 )
@@ -196,7 +198,7 @@ def test_a_tool_runs_where_the_command_is_given_with_its_arguments_and_status(pr
 def test_a_tool_that_is_none_is_one_line_with_all_names(project, name):
     finished = run_sh(project, "tool", *name)
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr == "run.sh: tool takes one of these names: compare demo inspect_data\n"
+    assert finished.stderr == "run.sh: tool takes one of these names: compare demo inspect_data track\n"
 
 
 OLD_DRIVER, NEW_DRIVER = "550.54.15", "580.65.06"

@@ -50,6 +50,7 @@ BAD_INPUT = {
     "tools/roundtrip_eval.py": ["--artifact", NOWHERE, "--val", "*", "--tokenizer", NOWHERE],
     "tools/sample.py": ["--run", NOWHERE],
     "tools/study.py": ["nonsense"],
+    "tools/track.py": [NOWHERE],
 }
 TORCH_FREE = ("tools/check_submission.py", "tools/make_submission.py")
 """What judges evidence, for which a reviewer needs no torch."""
