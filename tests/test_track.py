@@ -115,16 +115,19 @@ def test_rows_that_are_written_while_it_reads_are_all_read_once(tmp_path):
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"step": 1}', '{"step": 6, "elapsed": 1, "train_loss": "x"}'])
 def test_a_damaged_row_is_named(folder, line):
+    write_events(folder, lambda: True)
     with folder.metrics.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(TrackError, match=r"metrics\.jsonl, line 7, is no row of metrics"):
         write_events(folder, lambda: True)
+    assert len(read_events(folder)["train_loss"]) == 5, "what was written before is lost"
 
 
 def test_a_run_that_has_not_trained_is_one_line(tmp_path, folder, run_tool_here):
     folder.metrics.unlink()
     status, said, complaint = run_tool_here(str(tmp_path))
     assert (status, said) == (2, "") and "the run has not trained yet" in complaint and complaint.count("\n") == 1
+    assert not (tmp_path / "tensorboard").exists()
 
 
 @pytest.fixture

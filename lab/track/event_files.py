@@ -42,26 +42,30 @@ def write_events(folder: RunFolder, ended: Callable[[], bool], pause: float = PA
     if not folder.config.exists():
         raise TrackError(f"{folder.config} is missing: {folder.path} is not the folder of a run")
     started, reader, rows = folder.config.stat().st_mtime, MetricsReader(folder), 0
-    writer, last = open_events(folder), Figures(0, 0.0, {})
+    writer, last = None, Figures(0, 0.0, {})
     try:
         while True:
             is_last = ended()  # before reading, so that nothing that was written before the end is missed
             anew, new = reader.read()
-            if anew:
+            rows = len(new) + (0 if anew else rows)
+            if anew and writer:
                 writer.close()
-                writer, rows = open_events(folder), 0
+                writer = None
+            if new and not writer:  # earlier event files stay until there is something to put in their place
+                writer = open_events(folder)
             for last in new:
                 add(writer, last, started)
-            rows += len(new)
-            writer.flush()
+            if writer:
+                writer.flush()
             if is_last:
                 break
             time.sleep(pause)
-        if not rows:
+        if not writer:
             raise TrackError(f"{folder.metrics} has no rows: the run has not trained yet (--follow waits for it)")
         add(writer, last._replace(values=result_figures(folder)), started)
     finally:
-        writer.close()
+        if writer:
+            writer.close()
     return rows, last.step
 
 

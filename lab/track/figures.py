@@ -1,6 +1,7 @@
 """Reads the figures of a run while it writes them: rows of metrics.jsonl as they appear, and the result at the end."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class MetricsReader:
         if not self.folder.metrics.exists():
             return False, []
         with self.folder.metrics.open("rb") as file:
-            described = self.folder.metrics.stat()
+            described = os.fstat(file.fileno())  # of the file that is read, also where a resumed run replaces it now
             anew = self.file is not None and (self.file != described.st_ino or described.st_size < self.place)
             if anew:
                 self.place = self.lines = 0
