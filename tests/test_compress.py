@@ -93,7 +93,7 @@ def test_a_stream_s_distributions_are_those_of_the_scorer(model):
         score = ScoreConfig(mixture=mixture, mixture_orders=3, mixture_parts=parts)
         expected_N = network_N
         if mixture:
-            expected_N = mixed_nats(tokens_N1, network_N, model.model.config, score, model.runtime)
+            expected_N, _ = mixed_nats(tokens_N1, network_N, model.model.config, score, model.runtime)
         predictor = StreamPredictor(model.model, WINDOWS, score, [len(network_N)])
         for target, token in enumerate(tokens_N1[1:].tolist()):
             predictor.predict()

@@ -19,6 +19,8 @@ from golf.run.trainer import Trainer
 from golf.runtime import Runtime, Stopwatch
 from lab.machine.plan import (
     ADAPTING_SPEED,
+    CORRECTING_SPEED,
+    MIXING_SPEED,
     EXPECTED_STEP_SECONDS,
     EXPECTED_VAL_TOKENS,
     SCORING_SPEED,
@@ -169,8 +171,10 @@ def test_scoring_forecast():
     tokens = 32 + 99 * 8 + 1
     assert forecast_scoring_seconds(plain, tokens, 0.5) == (50 / SCORING_SPEED[1], 50 / SCORING_SPEED[0])
     counted = replace(config, score=replace(config.score, mixture=True, adapter_rank=0, mixture_parts=2))
-    more = [a - b for a, b in zip(forecast_scoring_seconds(counted, tokens, 0.5), (50 / 6.0, 50 / 1.3), strict=True)]
-    assert more == pytest.approx([tokens / 2 / 170_000, tokens / 2 / 50_000])
+    for successors, (slow, fast) in ((0, MIXING_SPEED), (128, CORRECTING_SPEED)):
+        mixed = replace(counted, score=replace(counted.score, mixture_successors=successors))
+        least, most = forecast_scoring_seconds(mixed, tokens, 0.5)
+        assert (least - 50 / 6.0, most - 50 / 1.3) == pytest.approx((tokens / 2 / fast, tokens / 2 / slow))
     least, most = forecast_scoring_seconds(replace(plain, score=replace(plain.score, adapter_rank=8)), tokens, 0.5)
     assert (least, most) == pytest.approx((50 / ADAPTING_SPEED[1], (100 + 3) * 0.5 / ADAPTING_SPEED[0]))
 

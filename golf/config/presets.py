@@ -12,7 +12,7 @@ LOCAL: dict[str, Any] = dict(
     eval_batch_tokens=16_384, embed_bits=5,
     qat_enabled=False, prune_frac=0.0, quantizer="waterfill", codec="rans", calibration_tokens=32_768,
     calibration_reserve=6.0, reserve_bytes=1_000, eval_seq_len=320, eval_stride=64, eval_batch_seqs=64,
-    mixture=True, adapter_rank=8,
+    mixture=True, mixture_successors=128, adapter_rank=8,
 )  # fmt: skip
 
 BASELINE: dict[str, Any] = dict(
@@ -28,7 +28,8 @@ BASELINE: dict[str, Any] = dict(
 BASELINE_LOCAL: dict[str, Any] = LOCAL | BASELINE | dict(
     vocab_size=1024, num_layers=3, model_dim=128, train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
     holdout_every=0, train_log_every=100, reserve_bytes=10_000, eval_seq_len=256, eval_stride=256,
-    exclusive_attention=False, key_offset=False, late_mix_hidden=0, mixture=False, adapter_rank=0,
+    exclusive_attention=False, key_offset=False, late_mix_hidden=0, mixture=False, mixture_successors=0,
+    adapter_rank=0,
 )  # fmt: skip
 
 STORIES: dict[str, Any] = LOCAL | dict(
@@ -37,7 +38,7 @@ STORIES: dict[str, Any] = LOCAL | dict(
     max_wallclock_seconds=300.0, qat_enabled=False, mlp_bits=8, attn_bits=8, embed_bits=16, prune_frac=0.0,
     quantizer="rtn", codec="lzma", reserve_bytes=10_000, limit_bytes=4_000_000, eval_seq_len=256, eval_stride=256,
     eval_rope="none", eval_batch_seqs=8, exclusive_attention=False, key_offset=False, late_mix_hidden=0,
-    mixture=False, adapter_rank=0,
+    mixture=False, mixture_successors=0, adapter_rank=0,
 )  # fmt: skip
 
 FRONTIER_BASE: dict[str, Any] = dict(
@@ -61,14 +62,15 @@ FRONTIER_BASE_LOCAL: dict[str, Any] = LOCAL | FRONTIER_BASE | dict(
     data_path="", tokenizer_path="", vocab_size=2048, num_layers=5, model_dim=128, rope_dims=8, loop_first=2,
     loop_last=2, lanes_from=4,
     train_seq_len=256, short_seq_len=64, middle_seq_len=0, middle_seq_fraction=0.0, key_offset=False, late_mix_hidden=0,
-    holdout_every=0, eval_seq_len=256, eval_stride=64, mixture=False, adapter_rank=0, kernels="off",
+    holdout_every=0, eval_seq_len=256, eval_stride=64, mixture=False, mixture_successors=0, adapter_rank=0,
+    kernels="off",
 )  # fmt: skip
 
 ADAPTIVE: dict[str, Any] = dict(mixture=True, adapter_rank=8)
 FRONTIER: dict[str, Any] = (
     FRONTIER_BASE | ADAPTIVE | dict(mixture_parts=8, adapter_lanes=32, eval_seq_len=2048, eval_stride=64)
 )
-FRONTIER_LOCAL: dict[str, Any] = FRONTIER_BASE_LOCAL | ADAPTIVE
+FRONTIER_LOCAL: dict[str, Any] = FRONTIER_BASE_LOCAL | ADAPTIVE | dict(mixture_successors=128)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "leaderboard": {},

@@ -22,6 +22,8 @@ class ScoreConfig:
     """Mix the network's probabilities with counts of what was scored before, score first."""
     mixture_orders: int = 6
     """Longest context that is counted, in tokens."""
+    mixture_successors: int = 0
+    """Most tokens that followed a known context whose probabilities are corrected at last; 0: none."""
     mixture_parts: int = 1
     """Parts of the stream with counts of their own, which ranks take in turn: as many as there are ranks, or 1."""
     adapter_rank: int = 0

@@ -205,6 +205,10 @@ class GPT(nn.Module):
         logits_BSV = self.logits(ids_BT, targets_BS.size(1), rope_base)
         return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none").view(targets_BS.shape)
 
+    def token_nats(self, ids_BT: Tensor, last: int, rope_base: float | None = None) -> Tensor:
+        """Returns fp32 nats_BSV of every token of the vocabulary behind the last S positions."""
+        return -self.logits(ids_BT, last, rope_base).log_softmax(-1)
+
     def forward(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Returns the mean loss in nats, the training objective."""
         return self.token_losses(ids_BT, targets_BT).mean()

@@ -90,11 +90,12 @@ def score_adapted(
     journal: ScoreJournal | None = None,
     check: Callable[[], None] = lambda: None,
     recorder: Recorder | None = None,
+    distributions: Recorder | None = None,
 ) -> Score:
     """Scores every target of `tokens` once, over all ranks, as score_stream does, in chunks of `settings.stride`.
 
     Documents that a started `journal` holds are not scored again; `check` is called after others, and may raise; a
-    `recorder` gets what this process scores. Raises ScoreError.
+    `recorder` gets what this process scores, another whole `distributions`. Raises ScoreError.
     """
     started, earlier = time.perf_counter(), journal.seconds if journal else 0.0
     job = prepare_job(model, tokens, byte_table, settings, runtime.device)
@@ -103,7 +104,7 @@ def score_adapted(
     left = sums.resume(journal, runtime)
     claims = claim_documents(left, runtime, taken)
     with evaluation_mode(model):
-        scorer = LaneScorer(model, job.tokens_N1, settings, score)
+        scorer = LaneScorer(model, job.tokens_N1, settings, score, distributions)
         share = count_steps([documents[number] for number in left], settings, score, runtime)
         progress = ScoreProgress(runtime, share, settings.seq_len * score.adapter_lanes, share)
         for step in lane_steps((documents[number] for number in claims), score.adapter_lanes, settings.stride):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from golf.config.scoring import ScoreConfig
 from golf.model.gpt import GPT
 from golf.model.layers import Linear
-from golf.score.scorer import Recorder, ScoreSettings
+from golf.score.scorer import Recorder, ScoreSettings, target_nats
 
 ADAPTED = ("attn.c_k", "attn.proj", "mlp.fc", "mlp.proj", "unembed")
 """Matrices that are changed, by the ends of their names. Queries and values are not (pull request 1953)."""
@@ -140,8 +140,12 @@ class Adapters:
 class LaneScorer:
     """Scores chunks by lanes: predicts, reports, learns."""
 
-    def __init__(self, model: GPT, tokens_N1: Tensor, settings: ScoreSettings, score: ScoreConfig):
+    def __init__(
+        self, model: GPT, tokens_N1: Tensor, settings: ScoreSettings, score: ScoreConfig,
+        distributions: Recorder | None = None,
+    ):  # fmt: skip
         self.model, self.settings, self.adapters = model.requires_grad_(False), settings, Adapters(model, score)
+        self.distributions = distributions
         filler_T = torch.full((settings.seq_len,), model.config.bos_id, dtype=tokens_N1.dtype, device=tokens_N1.device)
         self.padded_N1 = torch.cat((filler_T, tokens_N1, filler_T))  # token t of the stream is at T + t
 
@@ -162,7 +166,12 @@ class LaneScorer:
                 self.adapters.forget(lane)
         ids_BT, targets_BS, index_BS, counted_BS = self.batch(step)
         with self.adapters.attached():
-            losses_BS = self.model.token_losses(ids_BT, targets_BS, self.settings.rope_base)
+            if self.distributions:
+                nats_BSV = self.model.token_nats(ids_BT, self.settings.stride, self.settings.rope_base)
+                self.distributions(index_BS[counted_BS], nats_BSV.detach()[counted_BS])
+                losses_BS = target_nats(nats_BSV, targets_BS)
+            else:
+                losses_BS = self.model.token_losses(ids_BT, targets_BS, self.settings.rope_base)
             loss_B = (losses_BS * counted_BS).sum(1) / counted_BS.sum(1).clamp(min=1)
         nats_BS = losses_BS.detach().double()
         recorder(index_BS[counted_BS], nats_BS[counted_BS])
@@ -177,6 +186,7 @@ class LaneScorer:
             first, *more = islice(document_chunks(number, *document, self.settings.stride), 2)
             if more:
                 idle = [None] * (len(self.adapters.clock_B11) - 1)
+                self.distributions = None
                 self.step([first, *idle], lambda index_M, nats_M: None)
                 ids_BT, targets_BS, _, counted_BS = self.batch([*more, *idle])
                 plain_BS = self.model.token_losses(ids_BT, targets_BS, self.settings.rope_base)

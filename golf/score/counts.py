@@ -17,6 +17,7 @@ M targets.
 
 import functools
 import os
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -263,12 +264,20 @@ KERNELS = (
 
 @functools.cache
 def compiled_kernels() -> dict[str, Any]:
-    """Returns the functions of KERNELS by name, as machine code, which is kept beside the source where that is a file:
-    a second in place of five. numba is imported here, where it is needed. Raises ImportError where it is missing."""
+    """Returns this file's names, those of KERNELS as machine code. Raises ImportError where numba is missing."""
+    return compile_kernels(KERNELS, dict(globals()))
+
+
+def compile_kernels(functions: Sequence[FunctionType], names: dict[str, Any], stamp: str = "") -> dict[str, Any]:
+    """Returns `names` with the functions as machine code, which is kept beside the source where that is a file: a
+    second in place of five. It is made anew where that file has changed, or the `stamp` of what it calls in others.
+
+    numba is imported here, where it is needed. Raises ImportError where it is missing.
+    """
     from numba import njit
 
-    names = dict(globals())
-    for function in KERNELS:
-        kept = os.path.exists(function.__code__.co_filename)
-        names[function.__name__] = njit(FunctionType(function.__code__, names, function.__name__), cache=kept)
+    for function in functions:
+        kernel = FunctionType(function.__code__, names, function.__name__)
+        kernel.__qualname__ += stamp
+        names[function.__name__] = njit(kernel, cache=os.path.exists(function.__code__.co_filename))
     return names

@@ -21,7 +21,7 @@ from golf.runtime import Runtime
 from golf.score.adapted import forecast_adapted, score_adapted
 from golf.score.deadline import choose_stride
 from golf.score.journal import ScoreJournal
-from golf.score.mixture import NetworkNats, forecast_mixture, mix_score
+from golf.score.mixture import DISTRIBUTIONS, NetworkNats, forecast_mixture, mix_score
 from golf.score.scorer import (
     Forward,
     Score,
@@ -109,6 +109,8 @@ def score_artifact(
         subject["adapters"] = [score.adapter_rank, score.adapter_lr, score.adapter_lanes]
     if isinstance(byte_table, StreamBytes):
         subject["bytes"] = stream_identity(byte_table.bytes_N)
+    if journal and score.mixture_successors and not journal.path.with_suffix(DISTRIBUTIONS).exists():
+        journal.identity = None  # what it says was scored can't be mixed any more
     begun = (journal and journal.identity) or {}
     stride = begun["stride"] if subject.items() <= begun.items() else 0
     largest, smallest = runtime.max_over_ranks(stride, -stride)
@@ -132,17 +134,21 @@ def measure(
     runtime: Runtime, forward: Forward, journal: ScoreJournal | None, check: Callable[[], None],
 ) -> Score:  # fmt: skip
     """Scores the stream by the network, adapted to each document where that is on; then mixes counts in."""
+    recorder = distributions = None
     if score.mixture:
-        nats = NetworkNats(len(tokens) - 1, journal)
-    recorder = nats.record if score.mixture else None
+        nats = NetworkNats(len(tokens) - 1, journal, score.mixture_successors and model.config.vocab_size)
+        recorder = nats.record
+        if score.mixture_successors:
+            distributions = nats.record_distributions
     if score.adapter_rank:
         measured = score_adapted(
-            model, tokens, byte_table, settings, score, runtime, journal=journal, check=check, recorder=recorder
+            model, tokens, byte_table, settings, score, runtime, journal=journal, check=check, recorder=recorder,
+            distributions=distributions,
         )  # fmt: skip
     else:
         measured = score_stream(
             model, tokens, byte_table, settings, runtime, forward=forward, journal=journal, check=check,
-            recorder=recorder,
+            recorder=recorder, distributions=distributions,
         )  # fmt: skip
     if score.mixture:
         measured = mix_score(measured, nats, tokens, model.config, score, runtime, journal, check)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -37,7 +37,8 @@ Forward = Callable[[Tensor, Tensor, float | None], Tensor]
 
 
 Recorder = Callable[[Tensor, Tensor], None]
-"""Callback for scored targets, batch by batch: (numbers of the targets in the stream, their float64 nats)."""
+"""Callback for scored targets, batch by batch: (numbers of the targets in the stream, their float64 nats). One for
+whole distributions gets fp32 nats of every token of the vocabulary in their place."""
 
 
 CHUNKS = 100
@@ -104,6 +105,7 @@ class ScoreJob:
     """int32 bytes of text that each target stands for."""
     ends_W: Tensor
     first_scored_W: Tensor
+    distributions: Recorder | None = None
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,18 @@ def score_stream(
     journal: ScoreJournal | None = None,
     check: Callable[[], None] = lambda: None,
     recorder: Recorder | None = None,
+    distributions: Recorder | None = None,
 ) -> Score:
     """Scores every target of `tokens` (N + 1 integers, a document start first) once, over all ranks.
 
     `forward` replaces `model.token_losses` for the windows that share a shape (pass its compiled form); `announce`
     prints a forecast of the time and progress. Chunks that a started `journal` holds are not scored again; `check` is
-    called between chunks, and may raise; a `recorder` gets what this process scores. Raises ScoreError.
+    called between chunks, and may raise; a `recorder` gets what this process scores, another whole `distributions`.
+    Raises ScoreError.
     """
     started = time.perf_counter()
     job = prepare_job(model, tokens, byte_table, settings, runtime.device, forward)
+    job = replace(job, distributions=distributions)
     begin, end = rank_share(len(job.plan), runtime.rank, runtime.world_size)
     progress = ScoreProgress(runtime, len(job.plan), job.plan.length, end - begin) if announce else None
     earlier_seconds = journal.seconds if journal else 0.0
@@ -344,14 +349,24 @@ def gather_windows(job: ScoreJob, first: int, last: int, rows: int, scored: int)
 def score_batch(job: ScoreJob, batch: WindowBatch, recorder: Recorder | None = None) -> Tensor:
     """Returns float64 (nats, targets, bytes) of one forward pass."""
     assert not job.model.training, "the model left eval mode while it was being scored"
-    # a compiled forward keeps its one shape: the long first window would make it compile again, for dynamic shapes
-    forward = job.forward if batch.targets_BS.size(1) == job.plan.stride else job.model.token_losses
-    nats_BS = forward(batch.ids_BT, batch.targets_BS, job.settings.rope_base).double()
+    if job.distributions:
+        nats_BSV = job.model.token_nats(batch.ids_BT, batch.targets_BS.size(1), job.settings.rope_base)
+        job.distributions(batch.index_BS[batch.counted_BS], nats_BSV[batch.counted_BS])
+        nats_BS = target_nats(nats_BSV, batch.targets_BS).double()
+    else:
+        # a compiled forward keeps its one shape: the long first window would make it compile again, for dynamic shapes
+        forward = job.forward if batch.targets_BS.size(1) == job.plan.stride else job.model.token_losses
+        nats_BS = forward(batch.ids_BT, batch.targets_BS, job.settings.rope_base).double()
     if recorder:
         recorder(batch.index_BS[batch.counted_BS], nats_BS[batch.counted_BS])
     nats = nats_BS.masked_fill(~batch.counted_BS, 0.0).sum()
     byte_count = (job.bytes_N[batch.index_BS] * batch.counted_BS).sum()
     return torch.stack((nats, batch.counted_BS.sum().double(), byte_count.double()))
+
+
+def target_nats(nats_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Returns nats_BS of the targets."""
+    return nats_BSV.gather(-1, targets_BS[..., None]).squeeze(-1)
 
 
 def sum_sums(local: ScoreSums, runtime: Runtime) -> ScoreSums:

@@ -76,23 +76,27 @@ def open_artifact(
 def measure_parts(opened: OpenedArtifact) -> Iterator[PartRow]:
     """Yields the score of the network alone, with the published tilt, and with each part and both."""
     for adapters in (False, True):
-        nats = NetworkNats(len(opened.tokens_N1) - 1, None)
+        nats = NetworkNats(len(opened.tokens_N1) - 1, None, opened.artifact.model.vocab_size)
         name = "adapters of each document" if adapters else "network alone"
         network = score_network(opened, adapters, nats)
         yield PartRow(name, network.val_bpb, network.seconds)
         if not adapters:
             yield tilt_row(opened, network, nats)
-        mixed = mix_score(network, nats, opened.tokens_N1, opened.artifact.model, opened.score, opened.runtime)
-        yield PartRow(f"{name} + counts", mixed.val_bpb, mixed.seconds)
+        for successors, words in ((0, "counts"), (opened.score.mixture_successors, "corrected counts")):
+            if successors or words == "counts":
+                score = replace(opened.score, mixture_successors=successors)
+                mixed = mix_score(network, nats, opened.tokens_N1, opened.artifact.model, score, opened.runtime)
+                yield PartRow(f"{name} + {words}", mixed.val_bpb, mixed.seconds)
 
 
 def score_network(opened: OpenedArtifact, adapters: bool, nats: NetworkNats) -> Score:
-    model, runtime, recorder = opened.model(), opened.runtime, nats.record
+    model, runtime = opened.model(), opened.runtime
+    recorders = {"recorder": nats.record, "distributions": nats.record_distributions}
     if adapters:
         return score_adapted(
-            model, opened.tokens_N1, opened.counter, opened.settings, opened.score, runtime, recorder=recorder
+            model, opened.tokens_N1, opened.counter, opened.settings, opened.score, runtime, **recorders
         )
-    return score_stream(model, opened.tokens_N1, opened.counter, opened.settings, runtime, recorder=recorder)
+    return score_stream(model, opened.tokens_N1, opened.counter, opened.settings, runtime, **recorders)
 
 
 # ---- the published tilt ----

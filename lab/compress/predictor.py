@@ -16,7 +16,9 @@ from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
 from golf.score.adapters import Chunk, LaneScorer, chunk_size
 from golf.score.counts import CountTables, MixtureWeights, compiled_kernels, new_tables, new_weights
+from golf.score.mixture import half_nats
 from golf.score.scorer import ScoreSettings
+from golf.score.successors import SuccessorWeights, compiled_corrections, new_successor_weights
 from golf.score.windows import plan_windows
 from lab.compress.distribution import compiled_distribution
 
@@ -81,7 +83,8 @@ class StreamState:
     """Holds what the mixture knows of one stream."""
 
     weights: MixtureWeights
-    """All streams', but for the class of this one's last target's probability."""
+    """All streams', as `learned` is, but for the class of this one's last target's probability."""
+    learned: SuccessorWeights
     document: CountTables
     begin: int
     """The document's first token."""
@@ -103,6 +106,7 @@ class StreamPredictor:
         self.vocabulary, self.target = model.config.vocab_size, 0
         self.rows_BV, self.part = np.zeros(0), -1
         self.streams: list[StreamState] = []
+        self.corrected = score.mixture_successors if score.mixture else 0
         if score.mixture:
             self.open_documents(0)
 
@@ -111,9 +115,10 @@ class StreamPredictor:
         self.part = self.score.mixture_parts * begin // (self.whole + 1)
         self.everything = new_tables(sum(self.lengths), self.score.mixture_orders)
         weights = new_weights(self.score.mixture_orders, self.vocabulary)
+        learned = new_successor_weights(self.score.mixture_orders, self.vocabulary)
         for _ in self.lengths:
             own = weights._replace(hit=np.zeros(1, np.int64))
-            self.streams.append(StreamState(own, self.everything, begin))
+            self.streams.append(StreamState(own, learned, self.everything, begin))
         for number in range(len(self.lengths)):
             self.open_document(number, begin)
 
@@ -125,6 +130,9 @@ class StreamPredictor:
     def predict(self) -> None:
         """Makes the distributions of the next target ready."""
         self.rows_BV = self.network.rows(self.tokens_BN, self.target)
+        if self.corrected:
+            with np.errstate(divide="ignore"):
+                self.rows_BV = half_nats(-np.log(self.rows_BV).astype(np.float16))
 
     def distribution(self, number: int) -> np.ndarray:
         """Returns the distribution_V of the next token of a stream; streams are asked and taught in order."""
@@ -133,7 +141,9 @@ class StreamPredictor:
             return row_V
         stream = self.streams[number]
         known = self.tokens_BN[number, stream.begin : self.target + 1]
-        return compiled_distribution()(self.everything, stream.document, stream.weights, known, row_V)
+        return compiled_distribution()(
+            self.everything, stream.document, stream.weights, stream.learned, self.corrected, known, row_V
+        )
 
     def learn(self, number: int, token: int) -> None:
         """Takes the token that followed in a stream."""
@@ -142,10 +152,15 @@ class StreamPredictor:
             return
         stream, place = self.streams[number], self.target - self.streams[number].begin
         document, mixed_1 = self.tokens_BN[number, stream.begin : self.target + 2], np.zeros(1)
-        compiled_kernels()["score_targets"](
-            self.everything, stream.document, stream.weights, document, place,
-            self.rows_BV[number, token : token + 1], mixed_1,
-        )  # fmt: skip
+        state = self.everything, stream.document, stream.weights
+        if self.corrected:
+            compiled_corrections()["score_distributions"](
+                *state, stream.learned, self.corrected, document, place, self.rows_BV[number : number + 1], mixed_1,
+                np.zeros(1),
+            )  # fmt: skip
+        else:
+            network_1 = self.rows_BV[number, token : token + 1]
+            compiled_kernels()["score_targets"](*state, document, place, network_1, mixed_1)
         begin = self.target + 1
         if token == self.bos_id and begin < self.lengths[number]:
             if self.score.mixture_parts * begin // (self.whole + 1) == self.part:

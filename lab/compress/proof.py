@@ -10,11 +10,10 @@ N targets of the whole stream, T those that are proven.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from golf.config.knobs import parse_json
 from golf.config.scoring import ScoreConfig
@@ -23,7 +22,7 @@ from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
 from golf.runtime import write_file_atomically
 from golf.score.adapters import LaneScorer, lane_steps
-from golf.score.mixture import score_documents, stream_parts
+from golf.score.mixture import NetworkNats, score_documents, stream_parts
 from golf.score.scorer import ScoreSettings, evaluation_mode, prepare_job, score_windows
 from golf.score.windows import stream_documents
 from lab.compress.container import this_machine
@@ -84,21 +83,21 @@ def scorer_nats(
 ) -> np.ndarray:  # fmt: skip
     """Returns float64 nats_T of the first targets, by the scorer's own code."""
     job = prepare_job(model, tokens_N1, counter, settings, next(model.parameters()).device)
-    network_N = np.zeros(len(tokens_N1) - 1)
-
-    def record(index_M: Tensor, nats_M: Tensor) -> None:
-        network_N[index_M.cpu().numpy()] = nats_M.cpu().numpy()
-
+    corrects = score.mixture and score.mixture_successors > 0
+    network = NetworkNats(len(tokens_N1) - 1, None, model.config.vocab_size if corrects else 0)
+    distributions = network.record_distributions if corrects else None
     with evaluation_mode(model):
         if score.adapter_rank:
-            lanes = LaneScorer(model, job.tokens_N1, settings, score)
+            lanes = LaneScorer(model, job.tokens_N1, settings, score, distributions)
             documents = [part for part in stream_documents(tokens_N1, model.config.bos_id) if part[0] < targets]
             for step in lane_steps(documents, score.adapter_lanes, settings.stride):
-                lanes.step(step, record)
+                lanes.step(step, network.record)
         else:
-            score_windows(job, 0, int(np.searchsorted(job.plan.ends_W, targets)) + 1, recorder=record)
+            job = replace(job, distributions=distributions)
+            score_windows(job, 0, int(np.searchsorted(job.plan.ends_W, targets)) + 1, recorder=network.record)
     if not score.mixture:
-        return network_N[:targets]
+        return network.nats_N[:targets]
+    network_N = network.nats_NV if corrects else network.nats_N
     mixed_T = np.zeros(targets)
     for documents in stream_parts(tokens_N1, model.config.bos_id, score.mixture_parts):
         begun = [(begin, min(end, targets)) for begin, end in documents if begin < targets]

@@ -61,6 +61,8 @@ FineWeb's validation documents have 957 CaseOps pieces on average."""
 MIXING_SPEED = (50_000, 170_000)
 """Targets a second that one process mixes with counts: whole text of millions (its tables outgrow the caches: modelled)
 and 119,473 (measured 150,000 to 170,000)."""
+CORRECTING_SPEED = (8_000, 25_000)
+"""The same with `mixture_successors=128` and 2,048 tokens: 119,473 targets, one busy core and one quiet one."""
 MOST_STEPS = 1_000_000
 TRAINED_SHARE = (0.90, 1.01)
 """Bytes of trained weights over those of Gaussian ones (which no training of ours has passed: trained rows have longer
@@ -189,7 +191,7 @@ def forecast_scoring_seconds(config: Config, tokens: int, step_seconds: float) -
         most += more * (tokens // document + 1)
     window_seconds = windows.length * step_seconds / config.train.train_batch_tokens
     part = score.mixture * tokens / score.mixture_parts  # as many ranks as parts
-    slow, fast = (part / targets for targets in MIXING_SPEED)
+    slow, fast = (part / targets for targets in (CORRECTING_SPEED if score.mixture_successors else MIXING_SPEED))
     return least * window_seconds / speed[1] + fast, most * window_seconds / speed[0] + slow
 
 

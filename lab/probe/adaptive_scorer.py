@@ -14,7 +14,7 @@ from torch import Tensor
 from golf.config.scoring import ScoreConfig
 from golf.model.gpt import GPT
 from golf.score.adapters import Chunk, LaneScorer, lane_steps
-from golf.score.mixture import CountMixture, stream_parts
+from golf.score.mixture import CountMixture, NetworkNats, stream_parts
 from golf.score.scorer import ScoreSettings, evaluation_mode
 from golf.score.windows import stream_documents
 from lab.probe.probes import ProbedScorer, ScoreEvent, ScoreTrace
@@ -34,9 +34,12 @@ class MixtureScorer:
         self.traced: tuple[bytes, np.ndarray] | None = None
 
     def network_nats(self, tokens_N1: np.ndarray) -> np.ndarray:
-        """Returns the network's nats_N, from memory where the stream is the last one."""
+        """Returns the network's nats_N, or nats_NV where the mixture is corrected at last, from memory where the stream
+        is the last one."""
         if self.traced is None or self.traced[0] != tokens_N1.tobytes():
-            self.traced = tokens_N1.tobytes(), self.network.trace(tokens_N1).nats_N
+            corrects, network = self.score.mixture_successors > 0, self.network
+            nats_N = network.distributions(tokens_N1) if corrects else network.trace(tokens_N1).nats_N
+            self.traced = tokens_N1.tobytes(), nats_N
         return self.traced[1]
 
     def targets(self, tokens_N1: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, CountMixture]]:
@@ -61,7 +64,10 @@ class MixtureScorer:
     def log_probabilities(self, tokens_N1: np.ndarray, target: int, candidates_K: np.ndarray) -> np.ndarray:
         """Asks the mixture itself: scores each candidate in the target's place, each time from a copy of its state."""
         network_N = self.network_nats(tokens_N1)
-        network_K = -self.network.log_probabilities(tokens_N1, target, candidates_K)
+        if self.score.mixture_successors:
+            network_K = np.broadcast_to(network_N[target], (len(candidates_K), self.vocab_size))
+        else:
+            network_K = -self.network.log_probabilities(tokens_N1, target, candidates_K)
         for number, place, document, mixture in self.targets(tokens_N1):
             if number == target:
                 return np.array(
@@ -106,6 +112,15 @@ class AdaptedScorer:
                 scorer.step(step, record, learned)
         return ScoreTrace(nats_N, events)
 
+    def distributions(self, tokens_N1: np.ndarray) -> np.ndarray:
+        """Returns float16 nats_NV of all tokens of the vocabulary for each target."""
+        nats = NetworkNats(len(tokens_N1) - 1, None, self.vocab_size)
+        with evaluation_mode(self.model):
+            for scorer, step in self.steps(tokens_N1):
+                scorer.distributions = nats.record_distributions
+                scorer.step(step, nats.record)
+        return nats.nats_NV
+
     def log_probabilities(self, tokens_N1: np.ndarray, target: int, candidates_K: np.ndarray) -> np.ndarray:
         """Asks the network as it has adapted when the target's turn comes, in the batch that scores it."""
         with evaluation_mode(self.model):
@@ -124,12 +139,13 @@ class AdaptedScorer:
         raise AssertionError(f"target {target} is in no document")
 
 
-def score_candidate(mixture: CountMixture, document: np.ndarray, place: int, candidate: int, nats: float) -> float:
+def score_candidate(
+    mixture: CountMixture, document: np.ndarray, place: int, candidate: int, nats: float | np.ndarray
+) -> float:
     """Returns ln of what the mixture gives to a candidate in a target's place, and leaves no trace in it."""
     alone, changed = copy.copy(mixture), document.copy()
-    alone.everything, alone.document, alone.weights = (
-        type(part)(*(array.copy() for array in part))
-        for part in (mixture.everything, mixture.document, mixture.weights)
-    )
+    for name, part in vars(mixture).items():
+        if isinstance(part, tuple):  # of arrays
+            setattr(alone, name, type(part)(*(array.copy() for array in part)))
     changed[place + 1] = candidate
     return -float(alone.score_targets(changed, place, np.array([nats]))[0])

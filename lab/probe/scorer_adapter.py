@@ -4,12 +4,15 @@ Letters: N targets of a stream, W windows, K candidate tokens, B windows of a ba
 M targets of an event.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from golf.data.tokenizer import ByteTable
 from golf.model.gpt import GPT
+from golf.score.mixture import NetworkNats
 from golf.score.scorer import (
     Forward,
     ScoreJob,
@@ -69,6 +72,14 @@ class ArtifactScorer:
         if any(not torch.equal(tensor, before[name]) for name, tensor in self.model.state_dict().items()):
             events.insert(0, ScoreEvent("update", 0, len(nats_N)))
         return ScoreTrace(nats_N, events)
+
+    def distributions(self, tokens_N1: np.ndarray) -> np.ndarray:
+        """Returns float16 nats_NV of all tokens of the vocabulary for each target."""
+        nats = NetworkNats(len(tokens_N1) - 1, None, self.vocab_size)
+        job = replace(self.job(tokens_N1), distributions=nats.record_distributions)
+        with evaluation_mode(self.model):
+            score_windows(job, 0, len(job.plan), recorder=nats.record)
+        return nats.nats_NV
 
     def log_probabilities(self, tokens_N1: np.ndarray, target: int, candidates_K: np.ndarray) -> np.ndarray:
         """Asks the forward itself: the window that scores the target, once with every candidate as its target."""
