@@ -109,7 +109,7 @@ def test_the_kernel_gives_what_whole_normalised_distributions_give(orders):
 def test_contexts_of_a_thousand_times_as_many_targets_do_not_meet():
     """A hash that let contexts meet would count together what followed different ones."""
     tokens = np.random.default_rng(0).integers(0, 8000, 20_000).astype(np.int32)
-    tables, mix = counts.new_tables(20_000, 3), counts.compiled_kernels()
+    tables, mix = counts.new_tables(20_000, 3, 8000), counts.compiled_kernels()
     contexts = {}
     for n in range(3, len(tokens)):
         key = np.uint64(1)

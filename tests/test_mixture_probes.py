@@ -86,7 +86,7 @@ class SharesKnowTheTarget(Planted):
         source = inspect.getsource(counts.correct_probability)
         names = dict(vars(counts))
         exec(source.replace("by_token[scope]", "weights.share_by_token[scope, last]"), names)
-        for name in ("mixed_probability", "score_targets"):
+        for name in ("mixed_probability", "score_each", "score_targets"):
             function = getattr(counts, name)
             names[name] = FunctionType(function.__code__, names, name)
         self.honest = names["score_targets"]

@@ -20,9 +20,9 @@ from golf.runtime import Runtime, Stopwatch
 from lab.machine.plan import (
     ADAPTING_SPEED,
     CORRECTING_SPEED,
-    MIXING_SPEED,
     EXPECTED_STEP_SECONDS,
     EXPECTED_VAL_TOKENS,
+    MIXING_SPEED,
     SCORING_SPEED,
     Moment,
     forecast_scoring_seconds,
@@ -188,7 +188,7 @@ def test_presets_are_planned_with_what_they_score_with():
     own_text = build_config("local", {}, {"corpus": "my.txt"})
     assert plan_run(own_text).scoring_seconds is None and plan_run(own_text, val_tokens=10**6).scoring_seconds
     least, most = plan_run(build_config("local", {}, {})).scoring_seconds
-    assert least < 31.8 < most  # three seeds: 31.2 to 32.2 s
+    assert least < 39.6 and most > 54.5  # three seeds, of which 2 to 4 s are less by now
 
 
 def test_lines_are_a_table():

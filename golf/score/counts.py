@@ -45,6 +45,9 @@ class CountTables(NamedTuple):
     token: np.ndarray
     count: np.ndarray
     following: np.ndarray
+    preceding: np.ndarray
+    by_token: np.ndarray
+    """Entries of the first context, which is that of order 0: its list is long, the others' are short."""
     used: np.ndarray
     """int64 (contexts, entries)."""
 
@@ -67,14 +70,15 @@ class MixtureWeights(NamedTuple):
     """The class of the last target's probability, int64 (1,)."""
 
 
-def new_tables(targets: int, orders: int) -> CountTables:
+def new_tables(targets: int, orders: int, vocabulary: int) -> CountTables:
     """Returns empty tables with room for the contexts of orders 0 to `orders` of so many targets."""
     room = targets * (orders + 1) + 1
     slots = 1 << int(2 * room - 1).bit_length()
-    whole = [np.zeros(room, np.int32) for _ in range(4)]
+    total, distinct, token, count = (np.zeros(room, np.int32) for _ in range(4))
+    first, following, preceding = (np.full(room, -1, np.int32) for _ in range(3))
     return CountTables(
-        np.zeros(slots, np.uint64), np.zeros(slots, np.int32), whole[0], whole[1], np.full(room, -1, np.int32),
-        whole[2], whole[3], np.full(room, -1, np.int32), np.zeros(2, np.int64),
+        np.zeros(slots, np.uint64), np.zeros(slots, np.int32), total, distinct, first, token, count, following,
+        preceding, np.full(vocabulary, -1, np.int32), np.zeros(2, np.int64),
     )  # fmt: skip
 
 
@@ -109,28 +113,35 @@ def find_context(tables, key):
     return tables.slots[slot]
 
 
-def count_successor(tables, context, target):
-    """Returns how often the target followed the context."""
+def find_successor(tables, context, target):
+    """Returns the target's entry in the context's list, -1 where there is none."""
+    if context == 0:
+        return tables.by_token[target]
     entry = tables.first[context]
     while entry >= 0 and tables.token[entry] != target:
         entry = tables.following[entry]
-    return tables.count[entry] if entry >= 0 else 0
+    return entry
 
 
 def count_target(tables, context, target):
     """Counts the target behind the context, and moves it to the front of its list."""
-    entry, before = tables.first[context], -1
-    while entry >= 0 and tables.token[entry] != target:
-        before, entry = entry, tables.following[entry]
+    entry, first = find_successor(tables, context, target), tables.first[context]
     if entry < 0:
         entry = tables.used[1]
         tables.used[1] += 1
         tables.token[entry] = target
         tables.distinct[context] += 1
-    elif before >= 0:
-        tables.following[before] = tables.following[entry]
-    if tables.first[context] != entry:
-        tables.following[entry] = tables.first[context]
+        if context == 0:
+            tables.by_token[target] = entry
+    elif entry != first:
+        before, behind = tables.preceding[entry], tables.following[entry]
+        tables.following[before] = behind
+        if behind >= 0:
+            tables.preceding[behind] = before
+    if entry != first:
+        tables.following[entry] = first
+        if first >= 0:
+            tables.preceding[first] = entry
         tables.first[context] = entry
     tables.count[entry] += 1
     tables.total[context] += 1
@@ -158,18 +169,24 @@ def hit_class(probability):
 def look_up_contexts(scopes, contexts, found, tokens, target):
     """Fills `found` (scope, order, (total, distinct, count of the target)) for the contexts before `target`, the token
     behind `tokens`; returns the longest order whose contexts stay in the document."""
-    longest, key = min(contexts.shape[1] - 1, len(tokens)), np.uint64(1)
+    longest = min(contexts.shape[1] - 1, len(tokens))
+    look_up(scopes[0], contexts[0], found[0], tokens, target, longest)
+    look_up(scopes[1], contexts[1], found[1], tokens, target, longest)
+    return longest
+
+
+def look_up(tables, contexts, found, tokens, target, longest):
+    """Looks up the contexts of one scope."""
+    key = np.uint64(1)
     for order in range(longest + 1):
         if order:
             key = mix_hash(key, tokens[len(tokens) - order])
-        for scope in range(2):
-            tables = scopes[scope]
-            context = find_context(tables, mix_hash(key, order))
-            contexts[scope, order] = context
-            found[scope, order, 0] = tables.total[context]
-            found[scope, order, 1] = tables.distinct[context]
-            found[scope, order, 2] = count_successor(tables, context, target)
-    return longest
+        context = find_context(tables, mix_hash(key, order))
+        entry = find_successor(tables, context, target)
+        contexts[order] = context
+        found[order, 0] = tables.total[context]
+        found[order, 1] = tables.distinct[context]
+        found[order, 2] = tables.count[entry] if entry >= 0 else 0
 
 
 def discounted_probability(found, longest, probability):
@@ -216,50 +233,73 @@ def correct_probability(found, longest, hit, last, weights, probability):
     return probability
 
 
-def mix_probabilities(weight, weight_by_hit, weight_by_token, probability_4):
-    """Returns the weighted mean of the four probabilities of the target, and trains the weights."""
-    share_4 = np.exp(weight + weight_by_hit + weight_by_token)
-    share_4 /= share_4.sum()
-    mixed = (share_4 * probability_4).sum()
-    slope_4 = RATE * share_4 * (probability_4 / mixed - 1)
-    weight += slope_4
-    weight_by_hit += slope_4
-    weight_by_token += slope_4
+def fill_shares(weights, found, longest, last, share_4):
+    """Fills `share_4` with the shares of the four distributions, and returns the weights that they come from."""
+    rows = (
+        weights.weight[longest_known(found[0], longest), longest_known(found[1], longest)],
+        weights.weight_by_hit[weights.hit[0]],
+        weights.weight_by_token[last],
+    )
+    total = 0.0
+    for part in range(4):
+        share_4[part] = np.exp(rows[0][part] + rows[1][part] + rows[2][part])
+        total += share_4[part]
+    for part in range(4):
+        share_4[part] /= total
+    return rows
+
+
+def mixed_probability(scopes, weights, contexts, found, tokens, target, network, part_24):
+    """Returns the mixture's probability of `target` behind `tokens`, given the network's; trains the weights. `part_24`
+    is overwritten."""
+    longest, last = look_up_contexts(scopes, contexts, found, tokens, target), tokens[len(tokens) - 1]
+    share_4, probability_4 = part_24
+    probability_4[0] = network
+    probability_4[1] = discounted_probability(found[0], longest, 1.0 / len(weights.weight_by_token))
+    probability_4[2] = discounted_probability(found[1], longest, probability_4[1])
+    rows = fill_shares(weights, found, longest, last, share_4)
+    probability_4[3] = correct_probability(found, longest, weights.hit[0], last, weights, network)
+    mixed = 0.0
+    for part in range(4):
+        mixed += share_4[part] * probability_4[part]
+    for part in range(4):
+        slope = RATE * share_4[part] * (probability_4[part] / mixed - 1)
+        for row in rows:
+            row[part] += slope
     return mixed
 
 
-def mixed_probability(scopes, weights, contexts, found, tokens, target, network):
-    """Returns the mixture's probability of `target` behind `tokens`, given the network's; trains the weights."""
-    longest = look_up_contexts(scopes, contexts, found, tokens, target)
-    everything = discounted_probability(found[0], longest, 1.0 / len(weights.weight_by_token))
-    document = discounted_probability(found[1], longest, everything)
-    hit, last = weights.hit[0], tokens[len(tokens) - 1]
-    corrected = correct_probability(found, longest, hit, last, weights, network)
-    weight = weights.weight[longest_known(found[0], longest), longest_known(found[1], longest)]
-    probability_4 = np.array([network, everything, document, corrected])
-    return mix_probabilities(weight, weights.weight_by_hit[hit], weights.weight_by_token[last], probability_4)
+def count_everywhere(tables, contexts, longest, target):
+    """Counts the target behind its contexts in one scope."""
+    for order in range(longest + 1):
+        count_target(tables, contexts[order], target)
+
+
+def score_each(scopes, weights, contexts, found, part_24, tokens, begin, network_M, mixed_M):
+    """Does what `score_targets` says, in arrays that are overwritten."""
+    for m in range(len(network_M)):
+        n = begin + m
+        target, longest = tokens[n + 1], min(contexts.shape[1] - 1, n + 1)
+        mixed_M[m] = mixed_probability(scopes, weights, contexts, found, tokens[: n + 1], target, network_M[m], part_24)
+        weights.hit[0] = hit_class(mixed_M[m])
+        count_everywhere(scopes[0], contexts[0], longest, target)
+        count_everywhere(scopes[1], contexts[1], longest, target)
 
 
 def score_targets(everything, document, weights, tokens, begin, network_M, mixed_M):
     """Writes the mixture's probabilities of M targets of a document from `begin` on to `mixed_M`, given the network's:
     each is scored, then counted. `tokens` begin with the document's start."""
-    scopes, orders = (everything, document), weights.share.shape[1] - 1
-    contexts, found = np.zeros((2, orders + 1), np.int64), np.zeros((2, orders + 1, 3), np.int64)
-    for m in range(len(network_M)):
-        n = begin + m
-        target = tokens[n + 1]
-        mixed_M[m] = mixed_probability(scopes, weights, contexts, found, tokens[: n + 1], target, network_M[m])
-        weights.hit[0] = hit_class(mixed_M[m])
-        for order in range(min(orders, n + 1) + 1):
-            for scope in range(2):
-                count_target(scopes[scope], contexts[scope, order], target)
+    orders = weights.share.shape[1]
+    contexts, found, part_24 = np.zeros((2, orders), np.int64), np.zeros((2, orders, 3), np.int64), np.zeros((2, 4))
+    score_each((everything, document), weights, contexts, found, part_24, tokens, begin, network_M, mixed_M)
 
 
 KERNELS = (
-    mix_hash, find_context, count_successor, count_target, count_level, spread_of, hit_class, look_up_contexts,
-    discounted_probability, longest_known, correct_probability, mix_probabilities, mixed_probability, score_targets,
+    mix_hash, find_context, find_successor, count_target, count_level, spread_of, hit_class, look_up,
+    look_up_contexts, discounted_probability, longest_known, correct_probability, fill_shares, mixed_probability,
+    count_everywhere, score_each, score_targets,
 )  # fmt: skip
-"""Functions that call only those before them."""
+"""Functions that call only those before them. The last alone makes arrays."""
 
 
 @functools.cache
@@ -272,6 +312,10 @@ def compile_kernels(functions: Sequence[FunctionType], names: dict[str, Any], st
     """Returns `names` with the functions as machine code, which is kept beside the source where that is a file: a
     second in place of five. It is made anew where that file has changed, or the `stamp` of what it calls in others.
 
+    All but the last do without references to arrays being counted, which nobody needs where nothing makes or frees an
+    array, and which took most of the time: a count is an atomic operation, and tables are eleven arrays. So the others
+    make none (numba refuses it), and none of them returns one to the last, which would count it down.
+
     numba is imported here, where it is needed. Raises ImportError where it is missing.
     """
     from numba import njit
@@ -279,5 +323,6 @@ def compile_kernels(functions: Sequence[FunctionType], names: dict[str, Any], st
     for function in functions:
         kernel = FunctionType(function.__code__, names, function.__name__)
         kernel.__qualname__ += stamp
-        names[function.__name__] = njit(kernel, cache=os.path.exists(function.__code__.co_filename))
+        counted, kept = function is functions[-1], os.path.exists(function.__code__.co_filename)
+        names[function.__name__] = njit(kernel, cache=kept, _nrt=counted)
     return names

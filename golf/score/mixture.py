@@ -100,8 +100,8 @@ def kept_array(path: Path | None, shape: tuple[int, ...], kind: type, journal: S
 
 def half_nats(nats_MV: np.ndarray) -> np.ndarray:
     """Returns float64 distributions_MV of which these are the nats, rounded and not quite normalised."""
-    distributions_MV = np.exp(-nats_MV.astype(np.float64))
-    return distributions_MV / distributions_MV.sum(-1, keepdims=True)
+    distributions_MV = np.exp(-nats_MV.astype(np.float32))
+    return distributions_MV / distributions_MV.sum(-1, keepdims=True, dtype=np.float64)
 
 
 def stream_parts(tokens_N1: np.ndarray, bos_id: int, parts: int) -> list[list[tuple[int, int]]]:
@@ -117,7 +117,8 @@ class CountMixture:
 
     def __init__(self, targets: int, vocabulary: int, score: ScoreConfig):
         self.score, self.orders, self.kernels = score, score.mixture_orders, compiled_kernels()
-        self.everything, self.weights = new_tables(targets, self.orders), new_weights(self.orders, vocabulary)
+        self.vocabulary, self.weights = vocabulary, new_weights(self.orders, vocabulary)
+        self.everything = new_tables(targets, self.orders, vocabulary)
         self.document, self.uncorrected = self.everything, 0.0
         """Nats of all targets so far without the last correction."""
         if score.mixture_successors:
@@ -126,7 +127,7 @@ class CountMixture:
 
     def open_document(self, targets: int) -> None:
         """Forgets the counts of the last document, and makes room for those of the next."""
-        self.document = new_tables(targets, self.orders)
+        self.document = new_tables(targets, self.orders, self.vocabulary)
 
     @property
     def counted(self) -> int:

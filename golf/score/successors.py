@@ -26,8 +26,9 @@ from golf.score.counts import (
     HITS,
     compile_kernels,
     compiled_kernels,
+    count_everywhere,
     count_level,
-    count_target,
+    fill_shares,
     hit_class,
     longest_known,
     look_up_contexts,
@@ -73,7 +74,7 @@ def list_successors(scopes, contexts, longest, successor_K, place_V, count_2OK, 
     found = 0
     count_2OK[:] = 0
     class_2K[:] = 0
-    for order in range(longest, -1, -1):
+    for order in range(longest, 0, -1):
         for scope in (1, 0):
             tables, behind = scopes[scope], 0
             entry = tables.first[contexts[scope, order]]
@@ -88,7 +89,37 @@ def list_successors(scopes, contexts, longest, successor_K, place_V, count_2OK, 
                     if class_2K[scope, place] == 0:
                         class_2K[scope, place] = successor_class(order, tables.count[entry], behind)
                 entry, behind = tables.following[entry], behind + 1
+    for scope in (1, 0):
+        found = list_all_tokens(scopes[scope], successor_K, place_V, found)
+    for scope in range(2):
+        look_up_all_tokens(scopes[scope], successor_K[:found], count_2OK[scope, 0], class_2K[scope])
     return found
+
+
+def list_all_tokens(tables, successor_K, place_V, found):
+    """Lists the latest tokens of a scope until there are K; returns how many there are."""
+    entry = tables.first[0]
+    while entry >= 0 and found < len(successor_K):
+        token = tables.token[entry]
+        if place_V[token] < 0:
+            successor_K[found], place_V[token] = token, found
+            found += 1
+        entry = tables.following[entry]
+    return found
+
+
+def look_up_all_tokens(tables, successor_K, count_K, class_K):
+    """Adds the counts of order 0 in a scope, without its long list, and the classes of tokens that followed no longer
+    context."""
+    first = tables.first[0]
+    second = tables.following[first] if first >= 0 else -1
+    for place in range(len(successor_K)):
+        entry = tables.by_token[successor_K[place]]
+        if entry >= 0:
+            count_K[place] = tables.count[entry]
+            if class_K[place] == 0:
+                behind = 0 if entry == first else 1 if entry == second else 2
+                class_K[place] = successor_class(0, tables.count[entry], behind)
 
 
 def interpolate_counts(found, longest, count_OK, probability_K):
@@ -117,29 +148,32 @@ def correct_network(weights, found, longest, last, count_2OK, probability_K):
                 probability_K[place] = (1 - share) * probability_K[place] + share * counted
 
 
-def mixed_probabilities(weights, found, longest, last, count_2OK, part_5K):
+def mixed_probabilities(weights, found, longest, last, count_2OK, share_4, part_5K):
     """Fills part_5K, whose first row is the network's probabilities of K tokens, with the other three distributions and
     the mixture: `mixed_probability`, without its learning."""
     network_K, everything_K, document_K, corrected_K, mixed_K = part_5K
-    everything_K[:] = 1.0 / len(weights.weight_by_token)
+    for place in range(len(mixed_K)):
+        everything_K[place], corrected_K[place] = 1.0 / len(weights.weight_by_token), network_K[place]
     interpolate_counts(found[0], longest, count_2OK[0], everything_K)
-    document_K[:] = everything_K
+    for place in range(len(mixed_K)):
+        document_K[place] = everything_K[place]
     interpolate_counts(found[1], longest, count_2OK[1], document_K)
-    corrected_K[:] = network_K
     correct_network(weights, found, longest, last, count_2OK, corrected_K)
-    weight_4 = weights.weight[longest_known(found[0], longest), longest_known(found[1], longest)]
-    share_4 = np.exp(weight_4 + weights.weight_by_hit[weights.hit[0]] + weights.weight_by_token[last])
-    share_4 /= share_4.sum()
-    mixed_K[:] = 0
-    for part in range(4):
-        mixed_K += share_4[part] * part_5K[part]
+    fill_shares(weights, found, longest, last, share_4)
+    for place in range(len(mixed_K)):
+        mixed_K[place] = 0.0
+        for part in range(4):
+            mixed_K[place] += share_4[part] * part_5K[part, place]
+
+
+def feature_rows(weights, learned, found, longest, last):
+    """Returns the three weights of the features that are in force."""
+    known = longest_known(found[0], longest), longest_known(found[1], longest)
+    return learned.weight[known], learned.weight_by_hit[weights.hit[0]], learned.weight_by_token[last]
 
 
 def weigh_successors(learned, rows, successor_K, class_2K, part_5K, feature_KF, raised_K):
-    """Fills the features of K successors, and their probabilities before all are divided by the sum; returns the sum.
-
-    `rows` are the three weights of the features that are in force."""
-    weight_F = rows[0] + rows[1] + rows[2]
+    """Fills the features of K successors, and their probabilities before all are divided by a sum; returns the sum."""
     total = 1.0
     for place in range(len(successor_K)):
         token, mixed = successor_K[place], part_5K[4, place]
@@ -151,7 +185,8 @@ def weigh_successors(learned, rows, successor_K, class_2K, part_5K, feature_KF, 
             feature_KF[place, part] = max(-MOST_NATS, min(MOST_NATS, nats))
         feature_KF[place, 4] = log_mixed
         for feature in range(SUCCESSOR_FEATURES):
-            logit += weight_F[feature] * feature_KF[place, feature]
+            weight = rows[0][feature] + rows[1][feature] + rows[2][feature]
+            logit += weight * feature_KF[place, feature]
         raised_K[place] = np.exp(logit)
         total += raised_K[place] - mixed
     return total
@@ -160,27 +195,19 @@ def weigh_successors(learned, rows, successor_K, class_2K, part_5K, feature_KF, 
 def learn_successors(learned, rows, successor_K, class_2K, feature_KF, raised_K, total, target_place):
     """Trains weights and biases by the gradient of the target's log-probability; its place is -1 where it is none of
     the successors."""
-    gradient_F = np.zeros(SUCCESSOR_FEATURES)
     for place in range(len(successor_K)):
         token, slope = successor_K[place], (place == target_place) - raised_K[place] / total
         learned.bias_by_token[token] += BIAS_RATE * slope
         for scope in range(2):
             learned.bias[scope, class_2K[scope, place]] += BIAS_RATE * slope
         for feature in range(SUCCESSOR_FEATURES):
-            gradient_F[feature] += slope * feature_KF[place, feature]
-    for row_F in rows:
-        row_F += FEATURE_RATE * gradient_F
+            for row_F in rows:
+                row_F[feature] += FEATURE_RATE * slope * feature_KF[place, feature]
 
 
-def score_distributions(everything, document, weights, learned, most, tokens, begin, network_MV, mixed_M, plain_M):
-    """Writes the corrected mixture's probabilities of M targets of a document from `begin` on to `mixed_M`, given the
-    network's distributions, and those without the correction to `plain_M`: each is scored, then counted. `tokens` begin
-    with the document's start."""
-    scopes, orders, vocabulary = (everything, document), weights.share.shape[1] - 1, network_MV.shape[1]
-    contexts, found = np.zeros((2, orders + 1), np.int64), np.zeros((2, orders + 1, 3), np.int64)
-    successor_K, place_V = np.zeros(most, np.int64), np.full(vocabulary, -1)
-    count_2OK, class_2K = np.zeros((2, orders + 1, most)), np.zeros((2, most), np.int64)
-    part_5K, feature_KF, raised_K = np.zeros((5, most)), np.zeros((most, SUCCESSOR_FEATURES)), np.zeros(most)
+def correct_each(scopes, weights, learned, scratch, tokens, begin, network_MV, mixed_M, plain_M):
+    """Does what `score_distributions` says, in arrays that are overwritten."""
+    contexts, found, part_24, successor_K, place_V, count_2OK, class_2K, part_5K, feature_KF, raised_K = scratch
     for m in range(len(network_MV)):
         n = begin + m
         target, last = tokens[n + 1], tokens[n]
@@ -188,27 +215,38 @@ def score_distributions(everything, document, weights, learned, most, tokens, be
         k = list_successors(scopes, contexts, longest, successor_K, place_V, count_2OK, class_2K)
         for place in range(k):
             part_5K[0, place] = network_MV[m, successor_K[place]]
-        mixed_probabilities(weights, found, longest, last, count_2OK, part_5K[:, :k])
-        known = longest_known(found[0], longest), longest_known(found[1], longest)
-        rows = learned.weight[known], learned.weight_by_hit[weights.hit[0]], learned.weight_by_token[last]
+        mixed_probabilities(weights, found, longest, last, count_2OK, part_24[0], part_5K[:, :k])
+        rows = feature_rows(weights, learned, found, longest, last)
         total = weigh_successors(learned, rows, successor_K[:k], class_2K, part_5K, feature_KF, raised_K)
-        mixed = mixed_probability(scopes, weights, contexts, found, tokens[: n + 1], target, network_MV[m, target])
-        plain_M[m] = mixed
-        mixed_M[m] = (raised_K[place_V[target]] if place_V[target] >= 0 else mixed) / total
+        network = network_MV[m, target]
+        plain_M[m] = mixed_probability(scopes, weights, contexts, found, tokens[: n + 1], target, network, part_24)
+        mixed_M[m] = (raised_K[place_V[target]] if place_V[target] >= 0 else plain_M[m]) / total
         learn_successors(learned, rows, successor_K[:k], class_2K, feature_KF, raised_K, total, place_V[target])
         for place in range(k):
             place_V[successor_K[place]] = -1
-        weights.hit[0] = hit_class(mixed)
-        for order in range(longest + 1):
-            for scope in range(2):
-                count_target(scopes[scope], contexts[scope, order], target)
+        weights.hit[0] = hit_class(plain_M[m])
+        count_everywhere(scopes[0], contexts[0], longest, target)
+        count_everywhere(scopes[1], contexts[1], longest, target)
+
+
+def score_distributions(everything, document, weights, learned, most, tokens, begin, network_MV, mixed_M, plain_M):
+    """Writes the corrected mixture's probabilities of M targets of a document from `begin` on to `mixed_M`, given the
+    network's distributions, and those without the correction to `plain_M`: each is scored, then counted. `tokens` begin
+    with the document's start."""
+    orders, vocabulary = weights.share.shape[1], network_MV.shape[1]
+    scratch = (
+        np.zeros((2, orders), np.int64), np.zeros((2, orders, 3), np.int64), np.zeros((2, 4)),
+        np.zeros(most, np.int64), np.full(vocabulary, -1), np.zeros((2, orders, most)), np.zeros((2, most), np.int64),
+        np.zeros((5, most)), np.zeros((most, SUCCESSOR_FEATURES)), np.zeros(most),
+    )  # fmt: skip
+    correct_each((everything, document), weights, learned, scratch, tokens, begin, network_MV, mixed_M, plain_M)
 
 
 CORRECTIONS = (
-    successor_class, list_successors, interpolate_counts, correct_network, mixed_probabilities, weigh_successors,
-    learn_successors, score_distributions,
+    successor_class, list_all_tokens, look_up_all_tokens, list_successors, interpolate_counts, correct_network,
+    mixed_probabilities, feature_rows, weigh_successors, learn_successors, correct_each, score_distributions,
 )  # fmt: skip
-"""Functions that call only those before them and those of golf/score/counts.py."""
+"""Functions that call only those before them and those of golf/score/counts.py. The last alone makes arrays."""
 
 
 @functools.cache
@@ -220,5 +258,5 @@ def compiled_corrections() -> dict[str, Any]:
 
 def source_stamp() -> str:
     """Returns a name for this state of the two files, whose functions others call in machine code."""
-    paths = {function.__code__.co_filename for function in (count_target, weigh_successors)}
+    paths = {function.__code__.co_filename for function in (count_everywhere, weigh_successors)}
     return "_".join(str(os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path))

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from golf.score.counts import compile_kernels, longest_known, look_up_contexts
+from golf.score.counts import compile_kernels, look_up_contexts
 from golf.score.successors import (
     SUCCESSOR_FEATURES,
     compiled_corrections,
+    feature_rows,
     list_successors,
     mixed_probabilities,
     source_stamp,
@@ -23,37 +24,43 @@ from golf.score.successors import (
 )
 
 
-def mixed_distribution(everything, document, weights, learned, most, tokens, network_V):
-    """Returns the mixture's distribution_V of what follows `tokens`, given the network's, with up to `most` successors
-    corrected; learns nothing."""
-    scopes, orders, vocabulary = (everything, document), weights.share.shape[1] - 1, len(network_V)
-    contexts, found = np.zeros((2, orders + 1), np.int64), np.zeros((2, orders + 1, 3), np.int64)
-    token_V, place_V = np.zeros(vocabulary, np.int64), np.full(vocabulary, -1)
-    count_2OV, class_2V = np.zeros((2, orders + 1, vocabulary)), np.zeros((2, vocabulary), np.int64)
+def fill_distribution(scopes, weights, learned, most, tokens, network_V, scratch, distribution_V):
+    """Does what `mixed_distribution` says, in arrays that are overwritten."""
+    contexts, found, token_V, place_V, count_2OV, class_2V, share_4, part_5V, feature_VF, raised_V = scratch
     longest, last = look_up_contexts(scopes, contexts, found, tokens, 0), tokens[len(tokens) - 1]
     listed = list_successors(scopes, contexts, longest, token_V, place_V, count_2OV, class_2V)
     placed = listed
-    for token in range(vocabulary):
+    for token in range(len(network_V)):
         if place_V[token] < 0:
             token_V[placed] = token
             placed += 1
-    part_5V = np.zeros((5, vocabulary))
-    part_5V[0] = network_V[token_V]
-    mixed_probabilities(weights, found, longest, last, count_2OV, part_5V)
-    raised_V = part_5V[4].copy()
-    known = longest_known(found[0], longest), longest_known(found[1], longest)
-    rows = learned.weight[known], learned.weight_by_hit[weights.hit[0]], learned.weight_by_token[last]
+    for place in range(len(network_V)):
+        part_5V[0, place] = network_V[token_V[place]]
+    mixed_probabilities(weights, found, longest, last, count_2OV, share_4, part_5V)
+    for place in range(len(network_V)):
+        raised_V[place] = part_5V[4, place]
+    rows = feature_rows(weights, learned, found, longest, last)
     corrected_K = token_V[: min(listed, most)]
-    raised_V /= weigh_successors(
-        learned, rows, corrected_K, class_2V, part_5V, np.zeros((len(corrected_K), SUCCESSOR_FEATURES)), raised_V
-    )
-    distribution_V = np.zeros(vocabulary)
-    distribution_V[token_V] = raised_V
+    total = weigh_successors(learned, rows, corrected_K, class_2V, part_5V, feature_VF, raised_V)
+    for place in range(len(network_V)):
+        distribution_V[token_V[place]] = raised_V[place] / total
+
+
+def mixed_distribution(everything, document, weights, learned, most, tokens, network_V):
+    """Returns the mixture's distribution_V of what follows `tokens`, given the network's, with up to `most` successors
+    corrected; learns nothing."""
+    orders, vocabulary, distribution_V = weights.share.shape[1], len(network_V), np.zeros(len(network_V))
+    scratch = (
+        np.zeros((2, orders), np.int64), np.zeros((2, orders, 3), np.int64), np.zeros(vocabulary, np.int64),
+        np.full(vocabulary, -1), np.zeros((2, orders, vocabulary)), np.zeros((2, vocabulary), np.int64),
+        np.zeros(4), np.zeros((5, vocabulary)), np.zeros((vocabulary, SUCCESSOR_FEATURES)), np.zeros(vocabulary),
+    )  # fmt: skip
+    fill_distribution((everything, document), weights, learned, most, tokens, network_V, scratch, distribution_V)
     return distribution_V
 
 
 @functools.cache
 def compiled_distribution() -> Any:
     """Returns `mixed_distribution` as machine code. Raises ImportError where numba is missing."""
-    names = compile_kernels((mixed_distribution,), globals() | compiled_corrections(), source_stamp())
+    names = compile_kernels((fill_distribution, mixed_distribution), globals() | compiled_corrections(), source_stamp())
     return names["mixed_distribution"]

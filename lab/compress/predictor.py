@@ -113,7 +113,7 @@ class StreamPredictor:
     def open_documents(self, begin: int) -> None:
         """Begins documents in all streams, with empty counts of everything, as a part of the whole stream does."""
         self.part = self.score.mixture_parts * begin // (self.whole + 1)
-        self.everything = new_tables(sum(self.lengths), self.score.mixture_orders)
+        self.everything = new_tables(sum(self.lengths), self.score.mixture_orders, self.vocabulary)
         weights = new_weights(self.score.mixture_orders, self.vocabulary)
         learned = new_successor_weights(self.score.mixture_orders, self.vocabulary)
         for _ in self.lengths:
@@ -125,7 +125,7 @@ class StreamPredictor:
     def open_document(self, number: int, begin: int) -> None:
         room = max(1, self.lengths[number] - begin)
         self.streams[number].begin = begin
-        self.streams[number].document = new_tables(room, self.score.mixture_orders)
+        self.streams[number].document = new_tables(room, self.score.mixture_orders, self.vocabulary)
 
     def predict(self) -> None:
         """Makes the distributions of the next target ready."""

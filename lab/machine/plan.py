@@ -58,11 +58,12 @@ training's products, since the matrices' own gradients are not needed, would be 
 SHORTER_CHUNKS = 3, 950
 """Windows that a document adds by beginning with shorter chunks and ending within one, at most, and its tokens:
 FineWeb's validation documents have 957 CaseOps pieces on average."""
-MIXING_SPEED = (50_000, 170_000)
+MIXING_SPEED = (100_000, 400_000)
 """Targets a second that one process mixes with counts: whole text of millions (its tables outgrow the caches: modelled)
-and 119,473 (measured 150,000 to 170,000)."""
-CORRECTING_SPEED = (8_000, 25_000)
-"""The same with `mixture_successors=128` and 2,048 tokens: 119,473 targets, one busy core and one quiet one."""
+and 119,473 (measured 386,000 to 414,000)."""
+CORRECTING_SPEED = (10_000, 25_000)
+"""The same with `mixture_successors=128` and 2,048 tokens: 119,473 targets in 5.5 to 5.8 s where MIXING_SPEED's take
+0.3 s, and twice as long beside other work (modelled)."""
 MOST_STEPS = 1_000_000
 TRAINED_SHARE = (0.90, 1.01)
 """Bytes of trained weights over those of Gaussian ones (which no training of ours has passed: trained rows have longer
