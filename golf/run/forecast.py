@@ -13,10 +13,10 @@ from golf.runtime import Stopwatch
 FORECAST_STEPS = 3
 """Steps of each phase that are timed, off the training clock, after the warm-up."""
 RECORDED_SCORES = {
-    ("ab754a8cbb3b553ca2aa", "7e426bd209081b39"): ((1_367, 1.1287), (1_404, 1.1280), (1_434, 1.1312)),
+    ("d38dd1604b089d8d9416", "7e426bd209081b39"): ((1_144, 1.1263), (1_289, 1.1149), (1_358, 1.1164)),
 }
 """Steps and val_bpb of finished runs, by the hashes of their configuration and of their training text: `local` on the
-embedded text (records/track_local/2026-11-29_local_sp2048_d160_late_mix)."""
+embedded text (records/track_local/2026-11-29_local_sp2048_d160_successors)."""
 ALIKE = 1.25
 """Ratio of steps up to which a run on record says something of this one."""
 
