@@ -1,5 +1,7 @@
 """What each part of adaptive scoring brings: rows that agree with the scorer, and the published tilt by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from mixture_fixtures import BOS, MODEL, quiet, repetitive_stream
@@ -43,6 +45,14 @@ def test_rows_are_those_of_the_scorer(opened):
     assert rows["network alone + counts"] < 0.8 * alone.val_bpb
     assert rows["adapters of each document"] < alone.val_bpb
     assert rows["adapters of each document + counts"] < 0.8 * alone.val_bpb
+
+
+def test_the_last_correction_has_rows_of_its_own(opened):
+    corrected = replace(opened, score=replace(opened.score, mixture_successors=5))
+    plain, rows = ({row.what: row.val_bpb for row in measure_parts(what)} for what in (opened, corrected))
+    assert len(rows) == 7
+    assert rows["network alone"] == plain["network alone"]
+    assert rows["network alone + corrected counts"] != rows["network alone + counts"] == plain["network alone + counts"]
 
 
 def test_the_tilt_by_hand(opened):

@@ -76,7 +76,8 @@ def open_artifact(
 def measure_parts(opened: OpenedArtifact) -> Iterator[PartRow]:
     """Yields the score of the network alone, with the published tilt, and with each part and both."""
     for adapters in (False, True):
-        nats = NetworkNats(len(opened.tokens_N1) - 1, None, opened.artifact.model.vocab_size)
+        vocabulary = opened.artifact.model.vocab_size if opened.score.mixture_successors else 0
+        nats = NetworkNats(len(opened.tokens_N1) - 1, None, vocabulary)
         name = "adapters of each document" if adapters else "network alone"
         network = score_network(opened, adapters, nats)
         yield PartRow(name, network.val_bpb, network.seconds)
@@ -91,7 +92,8 @@ def measure_parts(opened: OpenedArtifact) -> Iterator[PartRow]:
 
 def score_network(opened: OpenedArtifact, adapters: bool, nats: NetworkNats) -> Score:
     model, runtime = opened.model(), opened.runtime
-    recorders = {"recorder": nats.record, "distributions": nats.record_distributions}
+    distributions = nats.record_distributions if opened.score.mixture_successors else None
+    recorders = {"recorder": nats.record, "distributions": distributions}
     if adapters:
         return score_adapted(
             model, opened.tokens_N1, opened.counter, opened.settings, opened.score, runtime, **recorders
