@@ -1,6 +1,7 @@
 """A small stream in which text comes again, and a network of random probabilities."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,6 +28,21 @@ def repetitive_stream(seed: int = 0, lengths=(90, 1, 40, 75, 30)) -> np.ndarray:
         noise = rng.random(len(body)) < 0.1
         parts.append([BOS, *np.where(noise, rng.integers(2, VOCABULARY, len(body)), body)])
     return np.concatenate(parts).astype(np.uint16)
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def killed_after(calls: int) -> Callable[[], None]:
+    """Returns a check that lets so many calls pass."""
+    left = iter(range(calls))
+
+    def check() -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    return check
 
 
 def network_rows(targets: int, seed: int = 5) -> np.ndarray:

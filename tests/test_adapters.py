@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixture_fixtures import BOS, MODEL, quiet, repetitive_stream
+from mixture_fixtures import BOS, MODEL, Killed, killed_after, quiet, repetitive_stream
 from test_mixture import artifact, scored  # noqa: F401
 from test_prove import IDENTITY, OneByte
 
@@ -194,22 +194,13 @@ EVALUATION = dataclasses.replace(SCORE, mixture=True, max_eval_seconds=600.0, ev
 
 
 def test_a_scoring_that_is_killed_ends_in_the_same_score(artifact, tmp_path):  # noqa: F811
-    class Killed(Exception):
-        pass
-
     expected, calls = scored(artifact, EVALUATION), []
     scored(artifact, EVALUATION, ScoreJournal(tmp_path / "count.jsonl"), lambda: calls.append(1))
     assert expected.parts["adapter_effect"] > 0 and expected.val_bpb < expected.parts["network_bpb"]
     for kill in (1, 3, len(calls) - 1):
-        left = iter(range(kill))
-
-        def check(left=left):
-            if next(left, None) is None:
-                raise Killed
-
         path = tmp_path / f"score{kill}.jsonl"
         with pytest.raises(Killed):
-            scored(artifact, EVALUATION, ScoreJournal(path), check)
+            scored(artifact, EVALUATION, ScoreJournal(path), killed_after(kill))
         resumed = scored(artifact, EVALUATION, ScoreJournal(path))
         assert resumed.nats == pytest.approx(expected.nats, rel=1e-6)
         assert resumed.parts["network_bpb"] == pytest.approx(expected.parts["network_bpb"], rel=1e-6)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from mixture_fixtures import BOS, MODEL, SCORE, VOCABULARY, network_rows, quiet, repetitive_stream
+from mixture_fixtures import BOS, MODEL, SCORE, VOCABULARY, Killed, killed_after, network_rows, quiet, repetitive_stream
 
 import golf.score.mixture
 import golf.score.roundtrip
@@ -204,29 +204,27 @@ def test_the_score_of_the_mixture_keeps_the_network_s_beside_it(artifact):
 
 
 def test_a_scoring_that_is_killed_anywhere_ends_in_the_same_score(artifact, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def after(calls: int):
-        left = iter(range(calls))
-
-        def check():
-            if next(left, None) is None:
-                raise Killed
-
-        return check
-
     expected, calls = scored(artifact), []
     scored(artifact, journal=ScoreJournal(tmp_path / "count.jsonl"), check=lambda: calls.append(1))
     documents = len(stream_documents(repetitive_stream(), BOS))
     for kill in (1, len(calls) - documents - 1, len(calls) - documents, len(calls) - 1):
         path = tmp_path / f"score{kill}.jsonl"
         with pytest.raises(Killed):
-            scored(artifact, journal=ScoreJournal(path), check=after(kill))
+            scored(artifact, journal=ScoreJournal(path), check=killed_after(kill))
         resumed = scored(artifact, journal=ScoreJournal(path))
         assert (resumed.nats, resumed.parts) == (expected.nats, expected.parts)
         rows = [row for row in ScoreJournal(path).chunks if row["end"] == 0]
         assert len(rows) == documents + max(0, kill - (len(calls) - documents) + 1), "seconds of mixing are counted"
+
+
+def test_a_scoring_without_counts_resumes_whatever_their_other_knobs_say(artifact, tmp_path):
+    alone = dataclasses.replace(EVALUATION, mixture=False, mixture_successors=5)
+    with pytest.raises(Killed):
+        scored(artifact, alone, ScoreJournal(tmp_path / "score.jsonl"), killed_after(3))
+    journal = ScoreJournal(tmp_path / "score.jsonl")
+    before = list(journal.chunks)
+    assert scored(artifact, alone, journal).nats == scored(artifact, alone).nats
+    assert before and journal.chunks[: len(before)] == before, "what was scored was scored again"
 
 
 def test_nats_of_another_scoring_are_refused(artifact, tmp_path):

@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from mixture_fixtures import BOS, MODEL, SCORE, VOCABULARY, network_rows, quiet, repetitive_stream
+from mixture_fixtures import BOS, MODEL, SCORE, VOCABULARY, Killed, killed_after, network_rows, quiet, repetitive_stream
 from test_mixture import EVALUATION, WholeDistributions, artifact, scored  # noqa: F401
 from test_mixture_probes import POINTS, BigramNetwork
 
@@ -17,7 +17,7 @@ from golf.config.knobs import ConfigError
 from golf.score import successors
 from golf.score.counts import hit_class
 from golf.score.journal import ScoreJournal
-from golf.score.mixture import CountMixture, NetworkNats, forecast_mixture, half_nats, mixed_nats
+from golf.score.mixture import CountMixture, NetworkNats, distributions_from, forecast_mixture, mixed_nats
 from golf.score.scorer import ScoreError
 from golf.score.windows import stream_documents
 from lab.compress.predictor import StreamPredictor
@@ -101,7 +101,10 @@ class CorrectedDistributions(WholeDistributions):
 def test_the_kernel_gives_what_whole_normalised_distributions_give(orders, most):
     tokens_N1 = np.concatenate([repetitive_stream(seed) for seed in range(3)])
     nats_NV = kept_rows(len(tokens_N1) - 1)
-    rows_NV, score = half_nats(nats_NV), dataclasses.replace(SCORE, mixture_orders=orders, mixture_successors=most)
+    rows_NV, score = (
+        distributions_from(nats_NV),
+        dataclasses.replace(SCORE, mixture_orders=orders, mixture_successors=most),
+    )
     whole, expected_N = CorrectedDistributions(orders, most), []
     documents = []
     for begin, end in stream_documents(tokens_N1, BOS):
@@ -126,7 +129,7 @@ def test_more_text_of_a_kind_is_predicted_better_with_it():
 
 def test_rounded_nats_are_distributions_whatever_they_hold():
     nats_MV = np.array([[0, np.inf, np.inf], [11, 11, 11], [0.1, 60000, 2]], np.float16)
-    rows_MV = half_nats(nats_MV)
+    rows_MV = distributions_from(nats_MV)
     assert rows_MV.sum(1) == pytest.approx(np.ones(3), abs=1e-15) and (rows_MV[0] == [1, 0, 0]).all()
 
 
@@ -191,21 +194,12 @@ def test_the_score_keeps_what_it_was_without_the_correction(artifact, adapters, 
 
 
 def test_a_scoring_that_is_killed_ends_in_the_same_score(artifact, tmp_path):  # noqa: F811
-    class Killed(Exception):
-        pass
-
     calls, counted = [], ScoreJournal(tmp_path / "count.jsonl")
     expected = scored(artifact, LAST, counted, lambda: calls.append(1))
     for kill in (1, len(calls) // 2, len(calls) - 1):
-        left = iter(range(kill))
-
-        def check(left=left):
-            if next(left, None) is None:
-                raise Killed
-
         path = tmp_path / f"score{kill}.jsonl"
         with pytest.raises(Killed):
-            scored(artifact, LAST, ScoreJournal(path), check)
+            scored(artifact, LAST, ScoreJournal(path), killed_after(kill))
         assert path.with_suffix(".distributions").stat().st_size == 2 * VOCABULARY * (len(repetitive_stream()) - 1)
         assert scored(artifact, LAST, ScoreJournal(path)).nats == expected.nats
         again = ScoreJournal(path)  # the distributions are gone: all is scored anew, nothing is mixed from zeros
@@ -296,7 +290,7 @@ def test_a_coder_s_distributions_are_those_of_the_scorer():
 
     class Table:
         def rows(self, tokens_BN, target):
-            return half_nats(nats_NV[target : target + 1])
+            return distributions_from(nats_NV[target : target + 1])
 
     from golf.model.init import build_model
     from golf.score.scorer import ScoreSettings

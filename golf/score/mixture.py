@@ -98,7 +98,7 @@ def kept_array(path: Path | None, shape: tuple[int, ...], kind: type, journal: S
     return np.memmap(path, kind, "r+", shape=shape)
 
 
-def half_nats(nats_MV: np.ndarray) -> np.ndarray:
+def distributions_from(nats_MV: np.ndarray) -> np.ndarray:
     """Returns float64 distributions_MV of which these are the nats, rounded and not quite normalised."""
     distributions_MV = np.exp(-nats_MV.astype(np.float32))
     return distributions_MV / distributions_MV.sum(-1, keepdims=True, dtype=np.float64)
@@ -146,8 +146,8 @@ class CountMixture:
             for first in range(0, len(network_M), CHUNK):
                 part = slice(first, first + CHUNK)
                 self.kernels["score_distributions"](
-                    *state, self.learned, most, tokens, begin + first, half_nats(network_M[part]), mixed_M[part],
-                    plain_M[part],
+                    *state, self.learned, most, tokens, begin + first, distributions_from(network_M[part]),
+                    mixed_M[part], plain_M[part],
                 )  # fmt: skip
             self.uncorrected -= np.log(plain_M).sum()
         else:
@@ -182,8 +182,8 @@ def mixed_nats(
     tokens_N1, mixed_N1 = tokens_N1.astype(np.int32), np.zeros(len(network_N) + 1)
     for documents in stream_parts(tokens_N1, model.bos_id, score.mixture_parts)[runtime.rank :: runtime.world_size]:
         mixed_N1[-1] += score_documents(tokens_N1, network_N, documents, model, score, mixed_N1, check)
-    *_, uncorrected = mixed_N1 = runtime.sum_over_ranks(torch.from_numpy(mixed_N1).to(runtime.device)).cpu().numpy()
-    return mixed_N1[:-1], float(uncorrected)
+    mixed_N1 = runtime.sum_over_ranks(torch.from_numpy(mixed_N1).to(runtime.device)).cpu().numpy()
+    return mixed_N1[:-1], float(mixed_N1[-1])
 
 
 def forecast_mixture(tokens_N1: np.ndarray, model: ModelConfig, score: ScoreConfig, runtime: Runtime) -> float:

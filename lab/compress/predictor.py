@@ -16,7 +16,7 @@ from golf.model.cache import KeyValueCache
 from golf.model.gpt import GPT
 from golf.score.adapters import Chunk, LaneScorer, chunk_size
 from golf.score.counts import CountTables, MixtureWeights, compiled_kernels, new_tables, new_weights
-from golf.score.mixture import half_nats
+from golf.score.mixture import distributions_from
 from golf.score.scorer import ScoreSettings
 from golf.score.successors import SuccessorWeights, compiled_corrections, new_successor_weights
 from golf.score.windows import plan_windows
@@ -132,7 +132,7 @@ class StreamPredictor:
         self.rows_BV = self.network.rows(self.tokens_BN, self.target)
         if self.corrected:
             with np.errstate(divide="ignore"):
-                self.rows_BV = half_nats(-np.log(self.rows_BV).astype(np.float16))
+                self.rows_BV = distributions_from(-np.log(self.rows_BV).astype(np.float16))
 
     def distribution(self, number: int) -> np.ndarray:
         """Returns the distribution_V of the next token of a stream; streams are asked and taught in order."""
