@@ -109,8 +109,7 @@ def score_artifact(
         subject["adapters"] = [score.adapter_rank, score.adapter_lr, score.adapter_lanes]
     if isinstance(byte_table, StreamBytes):
         subject["bytes"] = stream_identity(byte_table.bytes_N)
-    corrects = score.mixture and score.mixture_successors
-    if journal and corrects and not journal.path.with_suffix(DISTRIBUTIONS).exists():
+    if score.mixture and score.mixture_successors and journal and not journal.path.with_suffix(DISTRIBUTIONS).exists():
         journal.identity = None  # what it says was scored can't be mixed any more
     begun = (journal and journal.identity) or {}
     stride = begun["stride"] if subject.items() <= begun.items() else 0
