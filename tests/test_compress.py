@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +37,20 @@ def model(run) -> TextModel:
     return open_text_model(run)
 
 
-def there_and_back(model: TextModel, data: bytes, orders: int = 3, streams: int = 0) -> bytes:
-    file = compress_bytes(model, SHA, data, WINDOWS, orders, streams)
+def mixing(orders: int, successors: int = 0) -> ScoreConfig:
+    return ScoreConfig(mixture=orders > 0, mixture_orders=orders or 1, mixture_successors=successors)
+
+
+def there_and_back(model: TextModel, data: bytes, orders: int = 3, streams: int = 0, successors: int = 0) -> bytes:
+    file = compress_bytes(model, SHA, data, WINDOWS, mixing(orders, successors), streams)
     assert decompress_bytes(model, SHA, file, "x.golfz") == data
     return file
 
 
-@pytest.mark.parametrize("orders", [0, 3])
+@pytest.mark.parametrize(("orders", "successors"), [(0, 0), (3, 0), (3, 20)])
 @pytest.mark.parametrize("streams", [1, 3])
-def test_a_text_comes_back(model, orders, streams):
-    there_and_back(model, "".join(SAMPLE[:12]).encode(), orders, streams)
+def test_a_text_comes_back(model, orders, successors, streams):
+    there_and_back(model, "".join(SAMPLE[:12]).encode(), orders, streams, successors)
 
 
 ODD = [b"", b"a", b"\xff\xfe\x00", b"\r\n\r\n", "naïve 🐍\u2581 ".encode(), bytes(range(256))]
@@ -109,7 +114,7 @@ def test_a_stream_s_distributions_are_those_of_the_scorer(model):
 
 @pytest.fixture(scope="module")
 def file(model) -> bytes:
-    return compress_bytes(model, SHA, "".join(SAMPLE).encode() + b"\n", WINDOWS, 3, 2)
+    return compress_bytes(model, SHA, "".join(SAMPLE).encode() + b"\n", WINDOWS, mixing(3, 5), 2)
 
 
 def test_damage_is_one_clear_error(model, file):
@@ -122,6 +127,19 @@ def test_damage_is_one_clear_error(model, file):
     ):
         with pytest.raises(CompressionError, match=words):
             decompress_bytes(model, SHA, data, "x.golfz")
+
+
+def test_a_file_of_the_first_version_is_read(model):
+    text = "".join(SAMPLE[:4]).encode()
+    file = compress_bytes(model, SHA, text, WINDOWS, mixing(3))
+    magic, _, length = container.HEAD.unpack_from(file)
+    end = container.HEAD.size + length
+    header = json.loads(zlib.decompress(file[container.HEAD.size : end]))
+    del header["successors"]
+    packed = zlib.compress(json.dumps(header).encode())
+    body = container.HEAD.pack(magic, 1, len(packed)) + packed + file[end:-4]
+    first = body + zlib.crc32(body).to_bytes(4, "little")
+    assert decompress_bytes(model, SHA, first, "x.golfz") == text
 
 
 def test_another_artifact_or_tokenizer_is_named(model, file):
@@ -147,8 +165,9 @@ def test_arithmetic_that_gives_other_bits_is_found_at_its_block(model, file, mon
 def test_headers_are_bounded(model, file, monkeypatch):
     header, _ = read_header(file, "x.golfz")
     for change in (
-        {"window": 10**12}, {"orders": 17}, {"stride": 0}, {"raw_bytes": -1}, {"artifact": 5}, {"more": 1},
-        {"rope_base": "x"}, {"pieces": [{"tokens": "x", "bytes": 1}]}, {"pieces": [{"tokens": 1, "bytes": 1}] * 300},
+        {"window": 10**12}, {"orders": 17}, {"successors": 1 << 20}, {"stride": 0}, {"raw_bytes": -1}, {"more": 1},
+        {"artifact": 5}, {"rope_base": "x"}, {"pieces": [{"tokens": "x", "bytes": 1}]},
+        {"pieces": [{"tokens": 1, "bytes": 1}] * 300},
     ):  # fmt: skip
         content = dataclasses.asdict(header) | change
         with pytest.raises((ValueError, TypeError, KeyError)):

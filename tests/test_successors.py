@@ -20,8 +20,9 @@ from golf.score.journal import ScoreJournal
 from golf.score.mixture import CountMixture, NetworkNats, distributions_from, forecast_mixture, mixed_nats
 from golf.score.scorer import ScoreError
 from golf.score.windows import stream_documents
+from lab.compress.distribution import compiled_distribution
 from lab.compress.predictor import StreamPredictor
-from lab.probe.adaptive_scorer import MixtureScorer
+from lab.probe.adaptive_scorer import MixtureScorer, score_candidates
 from lab.probe.probes import FAIL, NOT_EXERCISED, PASS, probe_scorer
 
 CORRECTED = dataclasses.replace(SCORE, mixture_successors=5)
@@ -304,3 +305,20 @@ def test_a_coder_s_distributions_are_those_of_the_scorer():
         assert -np.log(distribution_V[token]) == pytest.approx(expected_N[target], abs=1e-2), target
         predictor.learn(0, token)
         predictor.advance()
+
+
+@pytest.mark.parametrize("most", [0, 5, VOCABULARY])
+def test_a_coder_s_kernel_gives_every_token_what_the_scorer_would_give_it(most):
+    tokens, candidates_V = repetitive_stream()[:91].astype(np.int32), np.arange(VOCABULARY)
+    nats_NV, score = kept_rows(90), dataclasses.replace(SCORE, mixture_successors=most)
+    mixture = CountMixture(90, VOCABULARY, score)
+    mixture.open_document(90)
+    learned = mixture.learned if most else successors.new_successor_weights(score.mixture_orders, VOCABULARY)
+    for n, token in enumerate(tokens[1:]):
+        network_V = distributions_from(nats_NV[n])
+        nats_VX = np.broadcast_to(nats_NV[n], (VOCABULARY, VOCABULARY)) if most else -np.log(network_V)
+        expected_V = np.exp(score_candidates(mixture, tokens, n, candidates_V, nats_VX))
+        state = mixture.everything, mixture.document, mixture.weights, learned
+        found_V = compiled_distribution()(*state, most, tokens[: n + 1], network_V)
+        assert found_V == pytest.approx(expected_V, rel=1e-12) and found_V.sum() == pytest.approx(1, abs=1e-12)
+        mixture.score_targets(tokens, n, nats_NV[n : n + 1] if most else -np.log(network_V[token : token + 1]))

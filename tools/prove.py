@@ -24,10 +24,11 @@ import tyro
 
 from golf.artifact.container import read_artifact, restore_model
 from golf.config.knobs import EXIT_FINDINGS
+from golf.config.run import RunConfig
 from golf.data.sidecar import StreamBytes
 from golf.run.folder import RunFolder
 from golf.run.guard import AccessGuard
-from golf.runtime import ProgressLine, write_file_atomically
+from golf.runtime import ProgressLine, Runtime, write_file_atomically
 from golf.score.roundtrip import stream_identity
 from golf.score.scorer import count_target_bytes, sliding_settings
 from lab.cli import ToolOptions, run_command
@@ -57,6 +58,12 @@ class Options(ToolOptions):
     """What the second process is given: the folder of the coded text, which gets the decoded one."""
 
 
+def coder_runtime(config: RunConfig) -> Runtime:
+    """Returns a runtime of one thread, unless the run asks for more: a coder waits for each token, and threads wait for
+    each other whenever another program has a core."""
+    return single_runtime(replace(config, threads=config.threads or 1))
+
+
 def decode_without_text(run: Path, folder: Path) -> int:
     """Decodes what is coded in `folder` from the artifact and the tokenizer; validation and training shards are
     closed."""
@@ -65,7 +72,7 @@ def decode_without_text(run: Path, folder: Path) -> int:
     guard.watch()
     files = RunFolder(run)
     config, coded = files.load_config(), CodedBeginning.read(folder / "coded.json")
-    runtime, artifact = single_runtime(config.run), read_artifact(files.artifact)
+    runtime, artifact = coder_runtime(config.run), read_artifact(files.artifact)
     model = restore_model(artifact, runtime)
     settings = sliding_settings(replace(config.score, eval_stride=coded.stride), artifact.model)
     tokens_T1 = decode_beginning(model, coded, settings, config.score)
@@ -84,7 +91,7 @@ def decode_in_fresh_process(run: Path, folder: Path) -> bytes:
 
 def prove(run: ScoredRun, wanted: int) -> Proof:
     """Codes, decodes and compares."""
-    runtime, settings, score = single_runtime(run.config.run), score_settings(run), run.config.score
+    runtime, settings, score = coder_runtime(run.config.run), score_settings(run), run.config.score
     model, tokens_N1 = restore_model(run.artifact, runtime), run.tokens_N1
     ids_N1 = torch.from_numpy(tokens_N1.astype(np.int32))
     counter = run.counter if isinstance(run.counter, StreamBytes) else run.counter.to(torch.device("cpu"))

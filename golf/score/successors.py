@@ -132,17 +132,22 @@ def interpolate_counts(found, longest, count_OK, probability_K):
                 probability_K[place] = (counted + DISCOUNT * distinct * probability_K[place]) / total
 
 
+def share_of(weights, found, scope, order, last):
+    """Returns the share of a known context's counts in the corrected distribution."""
+    total, distinct = found[scope, order, 0], found[scope, order, 1]
+    logit = weights.share[scope, order, count_level(total), spread_of(total, distinct)]
+    logit += weights.share_by_hit[scope, order, weights.hit[0]] + weights.share_by_token[scope, last]
+    return 1 / (1 + np.exp(-logit))
+
+
 def correct_network(weights, found, longest, last, count_2OK, probability_K):
     """Corrects the network's probabilities by the counts, in place: `correct_probability`, without its learning."""
-    hit = weights.hit[0]
     for order in range(1, longest + 1):
         for scope in range(2):
             total, distinct = found[scope, order, 0], found[scope, order, 1]
             if total == 0:
                 continue
-            logit = weights.share[scope, order, count_level(total), spread_of(total, distinct)]
-            logit += weights.share_by_hit[scope, order, hit] + weights.share_by_token[scope, last]
-            share = 1 / (1 + np.exp(-logit))
+            share = share_of(weights, found, scope, order, last)
             for place in range(len(probability_K)):
                 counted = max(count_2OK[scope, order, place] - DISCOUNT, 0.0) / (total - DISCOUNT * distinct)
                 probability_K[place] = (1 - share) * probability_K[place] + share * counted
@@ -243,8 +248,9 @@ def score_distributions(everything, document, weights, learned, most, tokens, be
 
 
 CORRECTIONS = (
-    successor_class, list_all_tokens, look_up_all_tokens, list_successors, interpolate_counts, correct_network,
-    mixed_probabilities, feature_rows, weigh_successors, learn_successors, correct_each, score_distributions,
+    successor_class, list_all_tokens, look_up_all_tokens, list_successors, interpolate_counts, share_of,
+    correct_network, mixed_probabilities, feature_rows, weigh_successors, learn_successors, correct_each,
+    score_distributions,
 )  # fmt: skip
 """Functions that call only those before them and those of golf/score/counts.py. The last alone makes arrays."""
 

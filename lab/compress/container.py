@@ -30,12 +30,12 @@ from lab.compress.stream_code import BLOCK, CompressionError, Progress, decode_s
 from lab.generate.text_model import TextModel
 
 MAGIC = b"GOLFZ"
-VERSION = 1
+VERSION, READ_VERSIONS = 2, (1, 2)
 HEAD = struct.Struct("<5sBH")
 MOST_STREAMS = 256
 TOKENS_PER_STREAM = 4000
 """A stream more for so many tokens: streams are read beside each other, and each begins without a context."""
-MOST_BYTES = 1 << 32
+MOST_BYTES, MOST_SUCCESSORS = 1 << 32, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Header:
     rope_base: float = 0.0
     orders: int = 0
     """Of the mixture with counts; 0: the network alone."""
+    successors: int = 0
+    """That are corrected at last."""
     made_on: str = ""
 
     @property
@@ -104,13 +106,15 @@ def split_bytes(model: TextModel, data: bytes, streams: int) -> tuple[list[bytes
 def open_predictor(model: TextModel, header: Header) -> StreamPredictor:
     """Returns the predictor that a header asks for."""
     settings = ScoreSettings(header.window, header.stride, 1, header.rope_base or None)
-    score = ScoreConfig(mixture=header.orders > 0, mixture_orders=header.orders or 1)
+    score = ScoreConfig(
+        mixture=header.orders > 0, mixture_orders=header.orders or 1, mixture_successors=header.successors
+    )
     lengths = [piece.tokens for piece in header.pieces if piece.tokens]
     return StreamPredictor(model.model, settings, score, lengths)
 
 
 def compress_bytes(
-    model: TextModel, artifact: str, data: bytes, settings: ScoreSettings, orders: int, streams: int = 0,
+    model: TextModel, artifact: str, data: bytes, settings: ScoreSettings, score: ScoreConfig, streams: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> bytes:  # fmt: skip
     """Returns the file of a text. `artifact` is the model's SHA-256; `streams` 0: as many as the text is long for."""
@@ -120,7 +124,8 @@ def compress_bytes(
         artifact, model.tokenizer.sha256, hashlib.sha256(data).hexdigest(),
         [Piece(len(ids), len(piece)) for piece, ids in zip(pieces, tokens, strict=True)],
         raw_bytes=len(raw), window=settings.seq_len, stride=settings.stride, rope_base=settings.rope_base or 0.0,
-        orders=orders, made_on=this_machine(),
+        orders=score.mixture_orders if score.mixture else 0, made_on=this_machine(),
+        successors=score.mixture_successors if score.mixture else 0,
     )  # fmt: skip
     coded, checksums = b"", np.zeros(0, np.uint32)
     if header.blocks:
@@ -136,8 +141,8 @@ def read_header(file: bytes, name: str) -> tuple[Header, memoryview]:
     if len(file) < HEAD.size + 4 or not file.startswith(MAGIC):
         raise CompressionError(f"{name}: no .golfz file (its first bytes are others)")
     _, version, length = HEAD.unpack_from(file)
-    if version != VERSION:
-        raise CompressionError(f"{name}: version {version} of the format; this program reads version {VERSION}")
+    if version not in READ_VERSIONS:
+        raise CompressionError(f"{name}: version {version} of the format; this program reads {READ_VERSIONS}")
     if zlib.crc32(file[:-4]) != struct.unpack("<I", file[-4:])[0]:
         raise CompressionError(f"{name}: damaged or cut off (its checksum does not hold): get the file again")
     try:
@@ -154,13 +159,14 @@ def read_header(file: bytes, name: str) -> tuple[Header, memoryview]:
 def check_header(content: dict[str, Any]) -> Header:
     """Returns a header of the right kinds and sizes. Raises ValueError, TypeError, KeyError."""
     header = Header(**content | {"pieces": [Piece(**piece) for piece in content["pieces"]]})
-    numbers = [header.coded_bytes, header.raw_bytes, header.window, header.stride, header.orders]
+    numbers = [header.coded_bytes, header.raw_bytes, header.window, header.stride, header.orders, header.successors]
     numbers += [number for piece in header.pieces for number in (piece.tokens, piece.bytes)]
     if not all(type(number) is int and 0 <= number < MOST_BYTES for number in numbers):
         raise ValueError("a size is out of range")
     if not (
         len(header.pieces) <= MOST_STREAMS
         and header.orders <= 16
+        and header.successors <= MOST_SUCCESSORS
         and 1 <= header.stride <= header.window
         and type(header.rope_base) is float
     ):

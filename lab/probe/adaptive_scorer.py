@@ -31,16 +31,18 @@ class MixtureScorer:
     def __init__(self, network: ProbedScorer, score: ScoreConfig, make_mixture: MakeMixture = CountMixture):
         self.network, self.score, self.make_mixture = network, score, make_mixture
         self.vocab_size, self.bos_id = network.vocab_size, network.bos_id
-        self.traced: tuple[bytes, np.ndarray] | None = None
+        self.traced: dict[bytes, np.ndarray] = {}
+        """Nats of the network for the last three streams: a probe compares changed ones with one that stays."""
 
     def network_nats(self, tokens_N1: np.ndarray) -> np.ndarray:
-        """Returns the network's nats_N, or nats_NV where the mixture is corrected at last, from memory where the stream
-        is the last one."""
-        if self.traced is None or self.traced[0] != tokens_N1.tobytes():
+        """Returns the network's nats_N, or nats_NV where the mixture is corrected at last."""
+        stream = tokens_N1.tobytes()
+        found_N = self.traced.pop(stream, None)
+        if found_N is None:
             corrects, network = self.score.mixture_successors > 0, self.network
-            nats_N = network.distributions(tokens_N1) if corrects else network.trace(tokens_N1).nats_N
-            self.traced = tokens_N1.tobytes(), nats_N
-        return self.traced[1]
+            found_N = network.distributions(tokens_N1) if corrects else network.trace(tokens_N1).nats_N
+        self.traced = dict([*self.traced.items()][-2:]) | {stream: found_N}
+        return found_N
 
     def targets(self, tokens_N1: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, CountMixture]]:
         """Yields each target, its place in its document, the document's tokens, and the mixture that is to score it."""
@@ -70,12 +72,7 @@ class MixtureScorer:
             network_K = -self.network.log_probabilities(tokens_N1, target, candidates_K)
         for number, place, document, mixture in self.targets(tokens_N1):
             if number == target:
-                return np.array(
-                    [
-                        score_candidate(mixture, document, place, candidate, nats)
-                        for candidate, nats in zip(candidates_K, network_K, strict=True)
-                    ]
-                )
+                return score_candidates(mixture, document, place, candidates_K, network_K)
             mixture.score_targets(document, place, network_N[number : number + 1])
         raise AssertionError(f"target {target} is in no document")
 
@@ -139,13 +136,19 @@ class AdaptedScorer:
         raise AssertionError(f"target {target} is in no document")
 
 
-def score_candidate(
-    mixture: CountMixture, document: np.ndarray, place: int, candidate: int, nats: float | np.ndarray
-) -> float:
-    """Returns ln of what the mixture gives to a candidate in a target's place, and leaves no trace in it."""
-    alone, changed = copy.copy(mixture), document.copy()
-    for name, part in vars(mixture).items():
-        if isinstance(part, tuple):  # of arrays
-            setattr(alone, name, type(part)(*(array.copy() for array in part)))
-    changed[place + 1] = candidate
-    return -float(alone.score_targets(changed, place, np.array([nats]))[0])
+def score_candidates(
+    mixture: CountMixture, document: np.ndarray, place: int, candidates_K: np.ndarray, network_K: np.ndarray
+) -> np.ndarray:
+    """Returns ln of what the mixture gives to each candidate in a target's place, and leaves no trace in it."""
+    states = {name: part for name, part in vars(mixture).items() if isinstance(part, tuple)}  # of arrays
+    copies = {name: type(part)(*map(np.empty_like, part)) for name, part in states.items()}
+    changed, found_K = document.copy(), np.zeros(len(candidates_K))
+    for k, candidate in enumerate(candidates_K):
+        alone = copy.copy(mixture)
+        for name, part in states.items():
+            for mine, array in zip(copies[name], part, strict=True):
+                np.copyto(mine, array)
+            setattr(alone, name, copies[name])
+        changed[place + 1] = candidate
+        found_K[k] = -alone.score_targets(changed, place, network_K[k : k + 1])[0]
+    return found_K
