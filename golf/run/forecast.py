@@ -13,10 +13,17 @@ from golf.runtime import Stopwatch
 FORECAST_STEPS = 3
 """Steps of each phase that are timed, off the training clock, after the warm-up."""
 RECORDED_SCORES = {
-    ("d38dd1604b089d8d9416", "7e426bd209081b39"): ((1_144, 1.1263), (1_289, 1.1149), (1_358, 1.1164)),
+    ("d38dd1604b089d8d9416", "7e426bd209081b39"): (
+        (1_144, 1.1263),
+        (1_289, 1.1149),
+        (1_358, 1.1164),
+        (1_875, 1.0904),
+        (1_910, 1.0849),
+        (1_941, 1.0804),
+    ),  # fmt: skip
 }
 """Steps and val_bpb of finished runs, by the hashes of their configuration and of their training text: `local` on the
-embedded text (records/track_local/2026-11-29_local_sp2048_d160_successors)."""
+embedded text (records/track_local/2026-11-29_local_sp2048_d160_successors and _quick_hour)."""
 ALIKE = 1.25
 """Ratio of steps up to which a run on record says something of this one."""
 
