@@ -77,8 +77,8 @@ def open_run(config: Config, runtime: Runtime) -> RunFolder:
     folder = choose_run_folder(config, runtime)
     if runtime.is_main:
         folder.create(config)
-        PROGRAM.freeze(folder)
-        PROGRAM.run_tool("fingerprint.py", folder.path, "--world-size", str(runtime.world_size))
+        world_size = str(runtime.world_size)
+        PROGRAM.freeze(folder, lambda: PROGRAM.run_tool("fingerprint.py", folder.path, "--world-size", world_size))
     runtime.barrier()
     return folder
 
@@ -101,6 +101,8 @@ def train(config: Config, session: Session) -> StageResult:
         trainer = new_trainer(config, runtime, data.stream)
         for line in opening_lines(trainer, data, folder):
             runtime.print(line)
+    if config.run.track != "off" and runtime.is_main:
+        PROGRAM.start_tracker(folder, config.run.track)
     if config.run.rehearse and runtime.is_main:
         with ledger.phase("rehearse"):
             runtime.print(rehearse(trainer, data.tokenizer, folder))

@@ -55,7 +55,7 @@ OPTIONAL_PACKAGES = {
     "requirements-data.txt": ("huggingface_hub", "pyarrow", "tiktoken", "tiktoken_ext"),
     "requirements-demo.txt": ("gradio",),
     "requirements-lab.txt": ("jinja2", "scipy"),
-    "requirements-track.txt": ("tensorboard",),
+    "requirements-track.txt": ("tensorboard", "wandb"),
 }
 """Packages that are imported for some purposes only, by the file that installs them."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

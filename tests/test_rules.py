@@ -32,6 +32,7 @@ ENVIRONMENT_READERS = {
     # What torchrun tells each process, and what torch reads to find compilers and its cache; no knobs.
     "golf/runtime.py": {"RANK", "WORLD_SIZE", "LOCAL_RANK", "CC", "CXX", "TORCHINDUCTOR_CACHE_DIR"},
     "lab/demo/page.py": {"no_proxy", "NO_PROXY"},
+    "lab/track/offline_runs.py": {"WANDB_ERROR_REPORTING"},
 }
 """Files that may read the environment, and which variables; knobs reach golf/config/config.py as an argument."""
 ENVIRONMENT_TAKERS = {"build_config", "machine_fingerprint", "parse_command"}

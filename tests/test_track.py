@@ -1,15 +1,24 @@
-"""Figures for TensorBoard: the same as metrics.jsonl's, read back from the event files; followed, resumed, damaged."""
+"""Figures for trackers: the same as metrics.jsonl's, read back from their files; followed, resumed, damaged."""
 
 import json
+import os
+import struct
 import threading
 
 import pytest
 
 import tools.track
+from golf.config.config import build_config, config_hash
+from golf.config.knobs import ConfigError
+from golf.run import frozen_code
 from golf.run.folder import RunFolder
-from lab.track import event_files
-from lab.track.event_files import write_events
+from golf.run.frozen_code import Program
+from lab.bundle.frozen import freeze_config
+from lab.track import following
+from lab.track.event_files import EventFiles
 from lab.track.figures import MetricsReader, TrackError
+from lab.track.following import follow_run
+from lab.track.offline_runs import OfflineRun
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed (requirements-track.txt)")
 
@@ -59,17 +68,17 @@ def assert_same(found: dict, expected: dict) -> None:
 
 def test_the_event_files_hold_the_figures_of_metrics_and_result(folder):
     folder.save_json(folder.result, RESULT)
-    assert write_events(folder, lambda: True) == (6, 5)
+    assert follow_run(folder, EventFiles, lambda: True) == (6, 5)
     shown = {name: value for name, value in RESULT.items() if name not in ("run_id", "params")}
     expected = expected_events(folder) | {f"result/{name}": [(5, 1.25, value)] for name, value in shown.items()}
     assert_same(read_events(folder), expected)
 
 
 def test_writing_again_replaces_what_was_written_and_no_other_file(folder):
-    write_events(folder, lambda: True)
+    follow_run(folder, EventFiles, lambda: True)
     other = folder.path / "tensorboard" / "notes.txt"
     other.write_text("mine")
-    write_events(folder, lambda: True)
+    follow_run(folder, EventFiles, lambda: True)
     assert_same(read_events(folder), expected_events(folder))
     assert other.read_text() == "mine" and len(list(other.parent.iterdir())) == 2
 
@@ -96,7 +105,7 @@ def test_following_takes_rows_as_they_appear_and_begins_anew_where_the_run_was_r
             folder.save_json(folder.result, RESULT)
         return folder.result.exists()
 
-    assert write_events(folder, ended, pause=0.0) == (len(folder.metrics_rows()), 5)
+    assert follow_run(folder, EventFiles, ended, pause=0.0) == (len(folder.metrics_rows()), 5)
     found = read_events(folder)
     assert found.pop("result/val_bpb") == [(5, pytest.approx(1.25, abs=1e-5), 1.25)]
     assert_same({name: rows for name, rows in found.items() if "/" not in name}, expected_events(folder))
@@ -115,11 +124,11 @@ def test_rows_that_are_written_while_it_reads_are_all_read_once(tmp_path):
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"step": 1}', '{"step": 6, "elapsed": 1, "train_loss": "x"}'])
 def test_a_damaged_row_is_named(folder, line):
-    write_events(folder, lambda: True)
+    follow_run(folder, EventFiles, lambda: True)
     with folder.metrics.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(TrackError, match=r"metrics\.jsonl, line 7, is no row of metrics"):
-        write_events(folder, lambda: True)
+        follow_run(folder, EventFiles, lambda: True)
     assert len(read_events(folder)["train_loss"]) == 5, "what was written before is lost"
 
 
@@ -145,7 +154,7 @@ def run_tool_here(monkeypatch, capsys):
 def test_the_tool_follows_a_run_to_its_result_at_the_lowest_priority(folder, run_tool_here, monkeypatch):
     nice = []
     monkeypatch.setattr("os.nice", nice.append)
-    monkeypatch.setattr(event_files.time, "sleep", lambda seconds: folder.save_json(folder.result, RESULT))
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: folder.save_json(folder.result, RESULT))
     status, said, _ = run_tool_here(str(folder.path), "--follow", "--json")
     assert (status, nice) == (0, [19]) and json.loads(said)["rows"] == 6
     assert read_events(folder)["result/val_loss"][0][2] == 2.5
@@ -156,6 +165,99 @@ def test_interrupted_it_keeps_what_was_written(folder, run_tool_here, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("os.nice", lambda priority: None)
-    monkeypatch.setattr(event_files.time, "sleep", interrupt)
+    monkeypatch.setattr(following.time, "sleep", interrupt)
     assert run_tool_here(str(folder.path), "--follow")[0] == 0
     assert_same(read_events(folder), expected_events(folder))
+
+
+# ---- Weights & Biases, offline ----
+
+BLOCK = 32_768
+"""Of LevelDB's log format, in which wandb writes its records, behind a header of 7 bytes."""
+
+
+def read_offline_run(folder: RunFolder) -> dict[int, dict[str, float]]:
+    """The figures of each step, by the file's own format."""
+    records = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="wandb is not installed")
+    (path,) = folder.path.glob("wandb/offline-run-*/*.wandb")
+    data, place, part, found = path.read_bytes(), 7, b"", {}
+    while place + 7 <= len(data):
+        if BLOCK - place % BLOCK < 7:
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        part += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or a last part
+            record = records.Record()
+            record.ParseFromString(part)
+            part = b""
+            if record.WhichOneof("record_type") == "history":
+                row = {(one.key or one.nested_key[0]): json.loads(one.value_json) for one in record.history.item}
+                found[row["_step"]] = {name: value for name, value in row.items() if not name.startswith("_")}
+    return found
+
+
+def test_an_offline_run_holds_the_figures_of_metrics_and_result(folder, run_tool_here):
+    pytest.importorskip("wandb", reason="wandb is not installed (requirements-track.txt)")
+    folder.save_json(folder.result, RESULT)
+    for _ in range(2):  # the second replaces what the first wrote
+        status, said, _ = run_tool_here(str(folder.path), "--to", "wandb", "--json")
+    assert status == 0 and json.loads(said)["rows"] == 6
+    rows = [row for row in folder.metrics_rows() if row["step"] < 5]
+    found = read_offline_run(folder)
+    assert [found[row["step"]] for row in rows] == [
+        pytest.approx({k: v for k, v in row.items() if k != "step"}) for row in rows
+    ]
+    assert found[5]["holdout_loss"] == 0.5 and found[5]["result/val_bpb"] == 1.25 and found[5]["elapsed"] == 1.25
+
+
+def test_an_offline_run_needs_no_network(folder, monkeypatch):
+    """wandb is asked for its offline mode, and for no report of faults, before it is imported."""
+    asked = {}
+
+    class Wandb:
+        def Settings(self, **settings):
+            asked["reports"] = os.environ["WANDB_ERROR_REPORTING"]
+            return settings
+
+        def init(self, **arguments):
+            asked.update(arguments)
+            return self
+
+        def define_metric(self, *arguments, **names):
+            pass
+
+        teardown = None
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", Wandb())
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
+    OfflineRun(folder)
+    assert asked["settings"]["mode"] == "offline" and asked["reports"] == "false"
+
+
+# ---- with a run ----
+
+
+def test_it_ends_with_the_run_s_process(folder, run_tool_here, monkeypatch):
+    """A run that was killed has no result, and nobody must wait for it for ever."""
+    monkeypatch.setattr("os.nice", lambda priority: None)
+    monkeypatch.setattr(following.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    gone = 2**22 + 1  # above the most that Linux gives
+    assert run_tool_here(str(folder.path), "--follow", "--process", str(gone))[0] == 0
+    assert len(read_events(folder)["train_loss"]) == 5
+
+
+def test_a_run_says_what_tracking_lacks_before_it_trains(folder, tmp_path, monkeypatch):
+    program = Program(tmp_path / "train_gpt.py", bundled=False)
+    with pytest.raises(ConfigError, match="track=tensorboard needs .*track.py, which is not there: set track=off"):
+        program.start_tracker(folder, "tensorboard")
+    monkeypatch.setattr(frozen_code, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="track=wandb: wandb is not installed: pip install -r requirements-track"):
+        program.start_tracker(folder, "wandb")
+
+
+def test_tracking_is_no_part_of_what_a_configuration_is():
+    plain, tracked = build_config("local", {}, {}), build_config("local", {}, {"track": "wandb"})
+    assert config_hash(plain) == config_hash(tracked)
+    assert freeze_config(plain) == freeze_config(tracked)

@@ -3,8 +3,8 @@ it.
 
 Coarser: pruning is raised first, then matrices lose a bit each, the least sensitive first. Order and bytes follow from
 the weights alone. Water level: one number decides the steps of all matrices (golf/quant/waterfill.py); its base-2
-logarithm is bracketed and then found by the secant of the coded size, which falls by about half a bit a weight for each
-doubling. Whatever is returned was packed.
+logarithm is found by the secant of the coded size, which falls by about half a bit a weight for each doubling. Whatever
+is returned was packed.
 """
 
 import math
@@ -154,10 +154,16 @@ FINEST, COARSEST = -36.0, 0.0
 second."""
 FIRST_GUESS = -21.0
 NEAR_ENOUGH = 500
-"""Bytes below the goal at which the search ends (a limit of 16,000,000 is filled to 0.003 %)."""
 MOST_PACKINGS = 16
 SAMPLE_WEIGHTS = 2**22
 """Weights, about, on whose rows the level of a larger model is searched first."""
+BLIND_STEP, PATIENCE = 0.05, 4
+"""Octaves that a step goes further than predicted where no slope is known, or so many packings brought none within."""
+
+
+def near_enough(goal: int) -> int:
+    """Returns the bytes below the goal at which the search ends: at 16,000,000 a 4,000th, 0.001 bits a weight."""
+    return max(NEAR_ENOUGH, goal // 4000)
 
 
 def single_process() -> Runtime:
@@ -199,6 +205,8 @@ class LevelSearch:
     runtime: Runtime = field(default_factory=single_process)
     stride: int = 1
     """Of so many rows, one is quantized: the others cost about as much."""
+    slope: float = 0.0
+    """Of the size's logarithm over the level, by the last two that were tried; 0: not known yet."""
     tried: dict[float, LevelArtifact] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -270,9 +278,10 @@ class LevelSearch:
         for packing in range(MOST_PACKINGS):
             size = self.at(guess).size
             over, within = (over, guess) if size <= goal else (guess, within)
+            self.learn(within)
             if goal - self.near_enough <= size <= goal or (within == FINEST and size <= goal) or over == COARSEST:
                 break
-            guess = self.next_guess(goal, over, within, halve=packing % 4 == 3)
+            guess = self.next_guess(goal, over, within, packing)
         if within is None:
             smallest = min(one.size for one in self.tried.values())
             raise FitError(
@@ -281,20 +290,33 @@ class LevelSearch:
             )
         return self.at(within)
 
-    def next_guess(self, goal: int, over: float | None, within: float | None, halve: bool) -> float:
+    def learn(self, within: float | None) -> None:
+        """Takes the slope of the last two levels, and forgets the weights of all but the one that is `within`."""
+        *_, before, last = [None, *self.tried]
+        if before is not None:
+            slope = math.log(self.tried[last].size / self.tried[before].size) / (last - before)
+            self.slope = min(slope, 0.0)
+        for level in self.tried.keys() - {within}:
+            self.tried[level] = replace(self.tried[level], data=b"", stored={})
+
+    def next_guess(self, goal: int, over: float | None, within: float | None, packing: int) -> float:
         """Returns the next level to try.
 
-        Between a level that is too large and one that fits: where the line through their sizes meets the goal, or with
-        `halve` their middle. Else: as far on as half a bit a weight for each octave predicts, and a little further.
+        Between a level that is too large and one that fits: where the line through their sizes meets the goal, or at
+        each fourth packing their middle. Else: where the slope meets it; as far on as half a bit a weight for each
+        octave predicts, and a little further, where it is not known or has brought nothing for long.
         """
+        aim = goal - self.near_enough / 2
         if over is None or within is None:
             known = over if within is None else within
-            octaves = 16 * (self.tried[known].size - goal) / (self.stride * self.tried[known].sizes.weights)
-            return min(max(known + 1.2 * octaves + math.copysign(0.05, octaves), FINEST), COARSEST)
-        if halve:
+            size, blind = self.tried[known].size, not self.slope or packing >= PATIENCE
+            octaves = 16 * (size - goal) / (self.stride * self.tried[known].sizes.weights)
+            step = 1.2 * octaves + math.copysign(BLIND_STEP, octaves) if blind else math.log(aim / size) / self.slope
+            return min(max(known + step, FINEST), COARSEST)
+        if packing % 4 == 3:
             return (over + within) / 2
         most, least = (math.log(self.tried[level].size) for level in (over, within))
-        share = (most - math.log(goal - self.near_enough / 2)) / (most - least)
+        share = (most - math.log(aim)) / (most - least)
         return over + min(max(share, 0.02), 0.98) * (within - over)
 
 
@@ -344,9 +366,9 @@ def fill_limit(
         runtime=runtime or single_process(), stride=stride,
     )  # fmt: skip
     search.first_guess, packings = search.fill(goal).log_level, len(search.tried)
-    search.trellis, search.near_enough, search.stride, search.tried = True, NEAR_ENOUGH, 1, {}
+    search.trellis, search.near_enough, search.stride, search.tried = True, near_enough(goal), 1, {}
     found, packings = search.fill(goal), packings + len(search.tried)
-    if found.log_level == FINEST and goal - found.size > NEAR_ENOUGH:
+    if found.log_level == FINEST and goal - found.size > near_enough(goal):
         found = fill_with_fp16(search, found, goal)
     coded = [entry for entry in found.stored.values() if isinstance(entry, QuantizedTensor)]
     zeros = sum(int((entry.codes_RC == 0).sum()) for entry in coded)

@@ -33,7 +33,7 @@ FREE_KNOBS = {
 
 
 OWN_KNOBS = (
-    "run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse", "data_path", "tokenizer_path",
+    "run_id", "seed", "runs_root", "threads", "checkpoint_seconds", "rehearse", "track", "data_path", "tokenizer_path",
 )  # fmt: skip
 """Knobs of one run of many, which do not shape its result or, as paths, do not say what it is made of."""
 

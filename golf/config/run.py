@@ -34,6 +34,8 @@ class RunConfig:
     """Bytes to stay below the limit by where weights had to be coarsened to fit."""
     checkpoint_seconds: float = 60.0
     """Seconds of training between checkpoints; 0: only at the end and on SIGTERM or SIGINT."""
+    track: Literal["off", "tensorboard", "wandb"] = "off"
+    """Whose files tools/track.py writes into the run's folder meanwhile; wandb: in its offline mode."""
     rehearse: bool = True
     """Quantize, pack, reload and score the untrained model before the first step, so that missing parts show early."""
 

@@ -1,9 +1,12 @@
 """Freezes the code of a run as it would be shipped, and checks that a resumed run still has the same code."""
 
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from golf.config.config import FROZEN
@@ -19,16 +22,22 @@ class Program:
     script: Path
     bundled: bool
 
-    def freeze(self, folder: RunFolder) -> None:
-        """Writes the running code, packed, and the readable text that it was packed from. Raises ConfigError."""
+    def freeze(self, folder: RunFolder, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Writes the running code, packed, and the readable text that it was packed from. Raises ConfigError.
+
+        Packing takes seconds of one core, in which `meanwhile` is done.
+        """
         sources = self.sources()
         if FROZEN or self.bundled:
             shutil.copyfile(self.script, folder.code)
+            meanwhile()
         else:
             bundler = self.script.parent / "tools" / "bundle.py"
             command = [sys.executable, bundler, "--pack", "--no-sizes", "--out", folder.code]
             command += ["--readable-out", folder.readable_code, "--run-config", folder.config]
-            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            packing = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            meanwhile()
+            if packing.wait():
                 raise ConfigError("tools/bundle.py could not bundle the code that is to run; its message stands above")
         folder.save_json(folder.sources, sources)
 
@@ -56,6 +65,16 @@ class Program:
         root = self.script.parent
         library = [] if self.bundled else sorted(root.glob("golf/**/*.py"))
         return {path.relative_to(root).as_posix(): file_sha256(path) for path in [self.script, *library]}
+
+    def start_tracker(self, folder: RunFolder, kind: str) -> None:
+        """Starts tools/track.py, which follows the run and ends with it. Raises ConfigError where it can't."""
+        if not find_spec(kind):
+            raise ConfigError(f"track={kind}: {kind} is not installed: pip install -r requirements-track.txt")
+        tool = self.script.parent / "tools" / "track.py"
+        if not tool.exists():
+            raise ConfigError(f"track={kind} needs {tool}, which is not there: set track=off")
+        command = [sys.executable, tool, folder.path, "--to", kind, "--follow", "--process", str(os.getpid())]
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
 
     def run_tool(self, name: str, *arguments: str | Path) -> int | None:
         """Runs a tool and returns its exit status; None where the tool is absent.

@@ -2,7 +2,16 @@
 
 from typing import Any, Literal, get_origin
 
-from golf.config.config import FREE_KNOBS, KNOBS, OWN_KNOBS, Config, config_from_dict, iter_knobs, preset_config
+from golf.config.config import (
+    FREE_KNOBS,
+    KNOBS,
+    OWN_KNOBS,
+    Config,
+    config_from_dict,
+    iter_knobs,
+    preset_config,
+    with_knobs,
+)
 from golf.config.features import features_on
 from golf.config.site_quantizers import activation_sites, weight_sites
 from lab.bundle.specialize import Frozen
@@ -12,6 +21,7 @@ from lab.cli import import_rooms
 def freeze_config(config: Config) -> Frozen:
     """Returns what a script that is made for this configuration may take for granted."""
     import_rooms()
+    config = with_knobs(config, {"track": "off"})  # where a run was followed, its script still ships alone
     all_knobs = {knob: value for _, knob, _, value in iter_knobs(config)}
     choices = {knob for knob, (_, kind) in KNOBS.items() if get_origin(kind) is Literal} - FREE_KNOBS
     values = {knob: value for knob, value in all_knobs.items() if knob in choices or not (value or knob in FREE_KNOBS)}

@@ -15,7 +15,7 @@ from torch import nn
 
 from golf.artifact.container import encode_streams
 from golf.artifact.description import expected_shapes
-from golf.artifact.fill_limit import NEAR_ENOUGH
+from golf.artifact.fill_limit import near_enough
 from golf.config.config import Config, changed_knobs
 from golf.config.features import features_on
 from golf.config.knobs import ConfigError
@@ -170,7 +170,7 @@ def forecast_bytes(model: ModelConfig, quant: QuantConfig) -> tuple[int, int]:
 def forecast_filled_bytes(model: ModelConfig, room: int) -> tuple[int, int]:
     """Returns the least and most bytes of a waterfill: it fills `room`, unless the finest codes of all take less."""
     most = sum(prod(shape) for shape in expected_shapes(model).values()) * FINEST_BITS // 8
-    return (room - NEAR_ENOUGH, room) if room <= most else (int(most * 0.7), most)
+    return (room - near_enough(room), room) if room <= most else (int(most * 0.7), most)
 
 
 @cache
