@@ -13,7 +13,7 @@
 # Without --preset: `leaderboard` on all CUDA devices where there are some, else `local`. Where the machine has an
 # NVIDIA device that torch does not see, nothing runs: --preset local or device=cpu asks for the CPU.
 # Each command sets up what it needs, and no more: requirements.txt for a run, with requirements-data.txt, -lab.txt,
-# -demo.txt and -track.txt for the commands and tools that take more, all of them for the tests, requirements-dev.txt for style.
+# -demo.txt, -track.txt and -export.txt for the commands and tools that take more, all of them for the tests, requirements-dev.txt for style.
 # The Python that is active is used as it is where it has what they ask for; else `.venv` is made here and filled by
 # pip, once, on top of that Python's torch where it has one that fits. PYTHON=... names another Python to look at
 # first, TORCH_INDEX_URL=... the package index that torch is taken from where there is none.
@@ -310,7 +310,7 @@ run_tests() {
     else
         arguments+=(-m "not slow")
     fi
-    set_up requirements.txt requirements-{data,lab,demo,track,dev}.txt
+    set_up requirements.txt requirements-{data,lab,demo,track,export,dev}.txt
     say "$which with $("$python" --version) at $python"
     # Many small models: more threads than one only wait for each other, so there is a process for each core.
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest "${arguments[@]}" "$@"

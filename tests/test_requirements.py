@@ -27,7 +27,7 @@ def test_each_optional_package_is_named_by_the_file_that_installs_it(repository)
 def test_the_extras_of_the_package_are_the_files_by_purpose(repository):
     project = (repository / "pyproject.toml").read_text()
     files = sorted(path.name for path in repository.glob("requirements-*.txt"))
-    assert files == [f"requirements-{purpose}.txt" for purpose in ("data", "demo", "dev", "lab", "track")]
+    assert files == [f"requirements-{purpose}.txt" for purpose in ("data", "demo", "dev", "export", "lab", "track")]
     for name in files:
         purpose = name.removeprefix("requirements-").removesuffix(".txt")
         assert f'dynamic.optional-dependencies.{purpose}.file = ["{name}"]' in project

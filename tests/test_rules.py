@@ -23,7 +23,7 @@ ROOMS = ("config", "runtime", "data", "model", "optim", "quant", "artifact", "sc
 """Of golf/, in the order of the data's way; imports run backwards along it."""
 PURPOSES = (
     "bundle", "record", "compare", "compress", "rates", "study", "generate", "evals", "demo", "machine", "cost",
-    "bench", "prepare", "probe", "track",
+    "bench", "prepare", "probe", "track", "export",
 )  # fmt: skip
 """Folders of lab/, one for each purpose."""
 MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 400, 60

@@ -28,6 +28,7 @@ def project(tmp_path, repository, write_tree):
         "requirements-demo.txt": "",
         "requirements-lab.txt": "",
         "requirements-track.txt": "",
+        "requirements-export.txt": "",
         "requirements-dev.txt": "ruff\n",
         "constraints.txt": "# comment\ntorch==2.13.0\n",
         "fake/__init__.py": "",
@@ -175,7 +176,10 @@ def test_a_failing_venv_module_is_one_clear_line(project):
         (["tool", "inspect_data"], ["requirements", "requirements-lab", "requirements-data"]),
         (["tool", "demo"], ["requirements", "requirements-lab", "requirements-demo"]),
         (["tool", "track"], ["requirements", "requirements-lab", "requirements-track"]),
-        (["test"], ["requirements", *(f"requirements-{name}" for name in ("data", "lab", "demo", "track", "dev"))]),
+        (
+            ["test"],
+            ["requirements", *(f"requirements-{name}" for name in ("data", "lab", "demo", "track", "export", "dev"))],
+        ),
         (["lint"], ["requirements-dev"]),
     ],
 )

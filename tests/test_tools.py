@@ -35,6 +35,7 @@ BAD_INPUT = {
     "tools/compress.py": [NOWHERE, "--artifact", NOWHERE, "--out", "x.golfz"],
     "tools/demo.py": [NOWHERE],
     "tools/doctor.py": ["nonsense"],
+    "tools/export.py": [NOWHERE, "--out", NOWHERE],
     "tools/evals.py": ["--task", "boolq", "--data", NOWHERE, "--run", NOWHERE],
     "tools/fingerprint.py": [NOWHERE],
     "tools/footprint.py": [NOWHERE],

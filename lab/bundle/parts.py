@@ -58,7 +58,7 @@ class SourcePart:
 
 
 def is_project_module(module: str | None) -> bool:
-    return module is not None and module.split(".")[0] == PROJECT_PACKAGE
+    return module is not None and module.split(".")[0] in PROJECT_PACKAGES
 
 
 def is_future_import(node: ast.stmt) -> bool:
