@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from golf.artifact.container import read_artifact
+from golf.config.presets import PRESETS
 from golf.config.scoring import ScoreConfig
 from golf.run.folder import RunFolder
 from golf.runtime import Log, ProgressLine, leave, start_runtime, write_file_atomically
@@ -30,8 +31,8 @@ from lab.compress.container import compress_bytes, decompress_bytes
 from lab.compress.stream_code import CompressionError
 from lab.generate.text_model import TextModel, find_artifact, open_text_model
 
-SUCCESSORS = 128
-"""Known tokens that are weighed against each other at last: more bring nothing."""
+SUCCESSORS = PRESETS["local"]["mixture_successors"]
+"""Known tokens that are weighed against each other at last."""
 
 
 @dataclass(frozen=True)

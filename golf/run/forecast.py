@@ -20,7 +20,7 @@ RECORDED_SCORES = {
         (1_875, 1.0904),
         (1_910, 1.0849),
         (1_941, 1.0804),
-    ),  # fmt: skip
+    ),
 }
 """Steps and val_bpb of finished runs, by the hashes of their configuration and of their training text: `local` on the
 embedded text (records/track_local/2026-11-29_local_sp2048_d160_successors and _quick_hour)."""
